@@ -1,0 +1,41 @@
+# demo · test · gpu · bench · lint: each makes .venv when it is missing. With NOVENV=1 PYTHON=python3 the machine's own
+# packages are used instead, without a network.
+PYTHON ?= python3
+ifeq ($(NOVENV),1)
+VENV_READY := .build-ready
+RUN := $(PYTHON)
+else
+VENV_READY := .venv/ready
+RUN := .venv/bin/python
+endif
+# The CPU library always, the CUDA one where nvcc and a CUDA torch are there: setup.py's "auto" asks both.
+BUILD ?= auto
+WORKERS ?= 2
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(VENV_READY)
+	$(RUN) -m peftfast demo $(ARGS)
+
+test: lint
+	$(RUN) -m pytest -n $(WORKERS) -q $(ARGS)
+
+lint: $(VENV_READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m clang_format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.venv/ready: requirements.txt setup.py $(wildcard csrc/*.h csrc/*/*)
+	test -d .venv || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	PEFTFAST_BUILD=$(BUILD) .venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+.build-ready: setup.py $(wildcard csrc/*.h csrc/*/*)
+	PEFTFAST_BUILD=$(BUILD) $(PYTHON) setup.py --quiet build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf .venv build peftfast/*.so *.egg-info .build-ready

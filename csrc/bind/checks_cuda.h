@@ -1,0 +1,28 @@
+// What the CUDA bindings share: the device check and the stream that torch uses now.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "bind/checks.h"
+
+namespace peftfast::bind {
+
+inline void check_cuda(const Tensor& t, const char* name, int32_t device) {
+    STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor, got device type ", static_cast<int>(t.device().type()));
+    STD_TORCH_CHECK(t.get_device_index() == device, name, ": expected CUDA device ", device, ", got ",
+                    t.get_device_index());
+}
+
+// Stream::nativeHandle would need torch 2.13.
+inline void* current_stream(int32_t device) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return stream;
+}
+
+inline void check_launch(const char* error, const char* name) {
+    STD_TORCH_CHECK(error == nullptr, name, ": the launch failed: ", error ? error : "");
+}
+
+}  // namespace peftfast::bind

@@ -1,0 +1,139 @@
+// Register-blocked products on float32 tiles. Included by lora_kernels.h inside an instruction set's namespace.
+// Each block keeps its accumulators in registers; the remainders of rows and ranks run through smaller blocks of the same
+// template, so an element's sum is formed in the same order wherever it lies in a tile.
+
+// lanes[m][r] += x[m] * panel[r], lane by lane over the vectors of a tile: kRows * kRanks products for kRows + kRanks loads.
+template <int kRows, int kRanks>
+static void dot_block(const float* x, int64_t ld, const float* panel, int64_t ranks, int64_t vectors, float* lanes) {
+    Vec sum[kRows][kRanks];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRanks; ++r) sum[m][r] = vec_load(lanes + (m * ranks + r) * kWidth);
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+        Vec left[kRows];
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) left[m] = vec_load(x + m * ld + v * kWidth);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRanks; ++r) {
+            const Vec right = vec_load(panel + (v * ranks + r) * kWidth);
+#pragma GCC unroll 8
+            for (int m = 0; m < kRows; ++m) sum[m][r] = vec_fma(left[m], right, sum[m][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRanks; ++r) vec_store(lanes + (m * ranks + r) * kWidth, sum[m][r]);
+    }
+}
+
+template <int kRanks>
+static void dot_rows(const float* x, int64_t ld, const float* panel, int64_t rows, int64_t ranks, int64_t vectors,
+                     float* lanes) {
+    int64_t m = 0;
+    for (; m + kDotRows <= rows; m += kDotRows) {
+        dot_block<kDotRows, kRanks>(x + m * ld, ld, panel, ranks, vectors, lanes + m * ranks * kWidth);
+    }
+    for (; m < rows; ++m) dot_block<1, kRanks>(x + m * ld, ld, panel, ranks, vectors, lanes + m * ranks * kWidth);
+}
+
+static void dot_tile(const float* x, int64_t ld, const float* panel, int64_t rows, int64_t ranks, int64_t vectors,
+                     float* lanes) {
+    int64_t r = 0;
+    for (; r + kDotRanks <= ranks; r += kDotRanks) {
+        dot_rows<kDotRanks>(x, ld, panel + r * kWidth, rows, ranks, vectors, lanes + r * kWidth);
+    }
+    for (; r + 4 <= ranks; r += 4) dot_rows<4>(x, ld, panel + r * kWidth, rows, ranks, vectors, lanes + r * kWidth);
+    for (; r < ranks; ++r) dot_rows<1>(x, ld, panel + r * kWidth, rows, ranks, vectors, lanes + r * kWidth);
+}
+
+// sums[r][vector] += left[m][r] * x[m][vector] over the rows of a tile, in order.
+template <int kRanks, int kVecs>
+static void outer_block(const float* x, int64_t ld, const float* left, int64_t rows, int64_t ranks, float* sums,
+                        int64_t ld_sums) {
+    Vec sum[kRanks][kVecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRanks; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = vec_load(sums + r * ld_sums + v * kWidth);
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+        Vec right[kVecs];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) right[v] = vec_load(x + m * ld + v * kWidth);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRanks; ++r) {
+            const Vec factor = vec_set(left[m * ranks + r]);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVecs; ++v) sum[r][v] = vec_fma(factor, right[v], sum[r][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRanks; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) vec_store(sums + r * ld_sums + v * kWidth, sum[r][v]);
+    }
+}
+
+template <int kRanks>
+static void outer_vectors(const float* x, int64_t ld, const float* left, int64_t rows, int64_t ranks, int64_t vectors,
+                          float* sums, int64_t ld_sums) {
+    int64_t v = 0;
+    for (; v + kOuterVecs <= vectors; v += kOuterVecs) {
+        outer_block<kRanks, kOuterVecs>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums);
+    }
+    for (; v < vectors; ++v) {
+        outer_block<kRanks, 1>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums);
+    }
+}
+
+static void outer_tile(const float* x, int64_t ld, const float* left, int64_t rows, int64_t ranks, int64_t vectors,
+                       float* sums, int64_t ld_sums) {
+    int64_t r = 0;
+    for (; r + kOuterRanks <= ranks; r += kOuterRanks) {
+        outer_vectors<kOuterRanks>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums);
+    }
+    for (; r + 4 <= ranks; r += 4) {
+        outer_vectors<4>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums);
+    }
+    for (; r < ranks; ++r) outer_vectors<1>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums);
+}
+
+// delta[m][column] = bias[column] + sum over r of left[m][r] * panel[r][column], for one block of columns.
+template <int kRows>
+static void expand_rows(const float* left, const float* panel, const float* bias, int64_t ranks, float* delta) {
+    constexpr int kBlock = kExpandVecs * kWidth;
+    Vec sum[kRows][kExpandVecs];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kExpandVecs; ++v) sum[m][v] = bias ? vec_load(bias + v * kWidth) : vec_zero();
+    }
+    for (int64_t r = 0; r < ranks; ++r) {
+        Vec right[kExpandVecs];
+#pragma GCC unroll 8
+        for (int v = 0; v < kExpandVecs; ++v) right[v] = vec_load(panel + r * kBlock + v * kWidth);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+            const Vec factor = vec_set(left[m * ranks + r]);
+#pragma GCC unroll 8
+            for (int v = 0; v < kExpandVecs; ++v) sum[m][v] = vec_fma(factor, right[v], sum[m][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kExpandVecs; ++v) vec_store(delta + m * kBlock + v * kWidth, sum[m][v]);
+    }
+}
+
+static void expand_block(const float* left, const float* panel, const float* bias, int64_t rows, int64_t ranks,
+                         float* delta) {
+    constexpr int kBlock = kExpandVecs * kWidth;
+    if (rows == kExpandBlockRows) return expand_rows<kExpandBlockRows>(left, panel, bias, ranks, delta);
+    int64_t m = 0;
+    for (; m + 2 <= rows; m += 2) expand_rows<2>(left + m * ranks, panel, bias, ranks, delta + m * kBlock);
+    for (; m < rows; ++m) expand_rows<1>(left + m * ranks, panel, bias, ranks, delta + m * kBlock);
+}

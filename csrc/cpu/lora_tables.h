@@ -1,0 +1,60 @@
+// What cpu/lora.cpp hands to its kernels, and the table of them that each instruction set fills.
+#pragma once
+
+#include "cpu/lora.h"
+
+namespace peftfast::cpu {
+
+// A tile of the big matrix: 24 rows of 192 columns are 18 KiB as float32, so that it stays in a 32 or 48 KiB L1 cache beside
+// the panels it meets. 192 columns are 24 Philox counters and a multiple of every register block.
+constexpr int64_t kTileRows = 24;
+constexpr int64_t kTileColumns = 192;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t at_least(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// One sweep over x [M, C], which is x or dy: row products (with `panel`) and column products (with `left`), either or both.
+// The sweep is cut into row_parts * column_parts tasks by the shape alone, never by the number of threads.
+struct Sweep {
+    Matrix x;
+    Dropout dropout;
+    int64_t ranks;
+    const float* panel;  // [C / width][R][width], as pack() writes it; null: no row products
+    const float* left;   // [M][R]; null: no column products
+    int64_t row_parts, column_parts;
+    float* row_sums;     // [column_parts][M][R]
+    float* column_sums;  // [row_parts][R][padded_columns]
+
+    int64_t padded_columns() const { return ceil_div(x.columns, kTileColumns) * kTileColumns; }
+    int64_t rows_per_part() const { return ceil_div(x.rows, row_parts); }
+    int64_t columns_per_part() const { return ceil_div(ceil_div(x.columns, kTileColumns), column_parts) * kTileColumns; }
+};
+
+struct Expansion {
+    Matrix base, out;
+    Dropout dropout;
+    int64_t ranks;
+    const float* left;   // [M][R]
+    const float* panel;  // [N / width][R][width]
+    const float* bias;   // [N / width][width], or null
+    float scale;
+};
+
+constexpr int64_t kExpandColumns = 2048;  // per mask buffer: 256 bytes a row
+constexpr int64_t kExpandRows = 48;       // per task: enough to reuse the panel from L2
+
+struct LoraKernels {
+    int64_t dot_width, expand_width;
+    // Blocks [begin, end) of `width` columns of a view [R, C]: dst[block][r][lane], zero past the last column.
+    void (*pack)(const Matrix& view, int64_t width, float* dst, int64_t begin, int64_t end);
+    int64_t (*sweep_scratch)(int64_t ranks);
+    void (*sweep)(const Sweep& sweep, int64_t task, float* scratch);
+    // Rows [begin, end) of out = scale * (sum of `parts` matrices, `part_size` floats apart, in order).
+    void (*combine)(const float* sums, int64_t parts, int64_t part_size, int64_t ld, float scale, const Matrix& out,
+                    int64_t begin, int64_t end);
+    void (*expand)(const Expansion& expansion, int64_t row_begin, int64_t row_end, int64_t column_begin,
+                   int64_t column_end);
+};
+
+}  // namespace peftfast::cpu

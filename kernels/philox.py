@@ -1,0 +1,105 @@
+"""Philox4x32-10 in Triton: words, and the keep mask of dropout (the definition is peftfast.reference.philox)."""
+
+import torch
+import triton
+import triton.language as tl
+
+STREAM_DROPOUT = tl.constexpr(1)
+DRAW_RANGE = 1 << 16
+
+
+def keep_threshold(p: float) -> int:
+    """The 16-bit draw below which an element is kept: round(65536 * (1 - p)), in [0, 65536]."""
+    return round(DRAW_RANGE * (1.0 - p))
+
+
+def keep_scale(p: float) -> float:
+    """The inverse of the exact keep rate threshold / 65536; 0 where nothing is kept."""
+    threshold = keep_threshold(p)
+    return DRAW_RANGE / threshold if threshold else 0.0
+
+
+@triton.jit
+def words_at(seed, q, tensor_id, stream):
+    """The four uint32 words of the counters (q low, q high, tensor_id, stream) under an int64 seed; q is an int64 block."""
+    low = q.to(tl.uint32)
+    high = (q >> 32).to(tl.uint32)
+    # Blocks, since tl.philox bitcasts its counters: a constant would arrive as a signed scalar.
+    zero = low * 0
+    return tl.philox(seed, low, high, zero + tensor_id.to(tl.uint32), zero + stream.to(tl.uint32))
+
+
+@triton.jit
+def keep_tile(seed, rows, first_column, columns, C, threshold):
+    """Which elements of a tile dropout keeps.
+
+    Args:
+        seed: int64 scalar.
+        rows: row indices, ``[BLOCK_M, 1]`` (or ``[1, BLOCK_M]`` for a tile held transposed).
+        first_column: the tile's first column, a multiple of 8.
+        columns: tl.arange(0, BLOCK), expanded across rows. Kept apart from first_column so that the compiler sees a constant in
+            ``columns % 8`` and one value in ``columns // 8`` for every eight columns that a thread owns: the words of a counter are
+            then computed once and the selection below folds away, with no exchange between threads.
+        C: width of the whole matrix.
+        threshold: keep_threshold(p).
+    """
+    counters_per_row = (C + 7) // 8
+    q = (rows.to(tl.int64) * counters_per_row + first_column // 8) + columns // 8
+    word0, word1, word2, word3 = words_at(seed, q, tl.full((), 0, tl.int32), tl.full((), STREAM_DROPOUT, tl.int32))
+    draw = columns % 8
+    word = tl.where(draw < 4, tl.where(draw < 2, word0, word1), tl.where(draw < 6, word2, word3))
+    bits = tl.where(draw % 2 == 0, word & 0xFFFF, word >> 16)
+    return bits.to(tl.int32) < threshold
+
+
+# threshold is a run-time argument and not specialised: a schedule of p costs no compilation, and the comparison is one instruction
+# with a register either way.
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _dropout_mask_kernel(seed_ptr, mask_ptr, M, C, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column = tl.program_id(1) * BLOCK_C
+    columns = tl.arange(0, BLOCK_C)
+    offs_c = first_column + columns
+    keep = keep_tile(tl.load(seed_ptr), offs_m[:, None], first_column, columns[None, :], C, threshold)
+    mask = (offs_m[:, None] < M) & (offs_c[None, :] < C)
+    tl.store(mask_ptr + offs_m[:, None].to(tl.int64) * C + offs_c[None, :], keep.to(tl.uint8), mask=mask)
+
+
+# start, tensor_id and stream change from call to call: none may be specialised by value (their width, int32 or int64, still is).
+@triton.jit(do_not_specialize=["start", "count", "tensor_id", "stream"])
+def _philox_words_kernel(seed_ptr, words_ptr, start, count, tensor_id, stream, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    word0, word1, word2, word3 = words_at(tl.load(seed_ptr), start + offs, tensor_id, stream)
+    mask = offs < count
+    tl.store(words_ptr + 4 * offs, word0.to(tl.int64), mask=mask)
+    tl.store(words_ptr + 4 * offs + 1, word1.to(tl.int64), mask=mask)
+    tl.store(words_ptr + 4 * offs + 2, word2.to(tl.int64), mask=mask)
+    tl.store(words_ptr + 4 * offs + 3, word3.to(tl.int64), mask=mask)
+
+
+def dropout_mask(seed: torch.Tensor, rows: int, columns: int, p: float, config) -> torch.Tensor:
+    """The keep mask, bool ``[rows, columns]``, of a one-element int64 seed on the device."""
+    mask = torch.empty((rows, columns), dtype=torch.bool, device=seed.device)
+    if mask.numel():
+        grid = (triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_c))
+        _dropout_mask_kernel[grid](
+            seed,
+            mask.view(torch.uint8),
+            rows,
+            columns,
+            keep_threshold(p),
+            BLOCK_M=config.block_m,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+        )
+    return mask
+
+
+def philox_words(seed: torch.Tensor, start: int, count: int, tensor_id: int, stream: int, config) -> torch.Tensor:
+    """Words of the counters q = start .. start + count - 1: int64 ``[count, 4]`` with values in [0, 2**32)."""
+    words = torch.empty((count, 4), dtype=torch.int64, device=seed.device)
+    if count:
+        _philox_words_kernel[(triton.cdiv(count, config.block),)](
+            seed, words, start, count, tensor_id, stream, BLOCK=config.block, num_warps=config.num_warps
+        )
+    return words

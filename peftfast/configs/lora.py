@@ -1,0 +1,177 @@
+"""Launch configurations of kernels/lora.py.
+
+What is compiled depends on a :class:`Case` alone, which has few values, so that a training run compiles each of its kernels once;
+into how many parts a sum is cut follows from the sizes and is an ordinary argument of the kernel.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .device import Device, bucket, measured, require_powers_of_two
+
+OPS = ("lora_shrink", "lora_expand", "lora_weight_grad", "lora_dy_grads")
+RANK_BUCKETS = (16, 32, 64, 128)
+ROW_BUCKETS = (16, 64)  # 64 rows are what one Hopper tensor core instruction takes; 16 are a decoding step's
+# (wide, narrow, compute): QLoRA after prepare_model_for_kbit_training first, then PEFT's default of float32 adapters on a 16-bit base.
+DTYPES = (
+    ("float32", "float32", "bfloat16"),
+    ("bfloat16", "float32", "bfloat16"),
+    ("bfloat16", "bfloat16", "bfloat16"),
+    ("float32", "float32", "float32"),
+    ("float32", "float32", "float16"),
+    ("float16", "float32", "float16"),
+    ("float16", "float16", "float16"),
+)
+# dy_grads reads dy once up to this rank. Its partial sums of ds weigh 4 R / block_c bytes for every byte pair of dy: half of dy at
+# R = 64 and block_c = 256. Beyond, two readings move less.
+LARGEST_ONE_PASS_RANK = 64
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """One launch.
+
+    Attributes:
+        block_m: rows of a tile. block_c: its columns of the wide matrix (K of x, N of base and dy). block_r: ranks held at once.
+        splits: parts into which the long sum is cut: K of shrink, M of the gradients; unused by expand.
+    """
+
+    block_m: int
+    block_c: int
+    block_r: int
+    num_warps: int = 4
+    num_stages: int = 3
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "block_m", "block_c", "block_r", "num_warps")
+        for name, least in (("block_m", 16), ("block_c", 16), ("block_r", 16), ("num_stages", 1), ("splits", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class DyGradsConfig:
+    """Either one launch that reads dy once, or two."""
+
+    one_pass: LoraConfig | None
+    ds_pass: LoraConfig | None = None
+    db_pass: LoraConfig | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a configuration and a compiled variant depend on.
+
+    Attributes:
+        wide: dtype of x, base or dy. narrow: dtype of w (A or B). compute: dtype of the products.
+        rank, rows: of RANK_BUCKETS and ROW_BUCKETS.
+    """
+
+    op: str
+    wide: str
+    narrow: str
+    compute: str
+    rank: int
+    rows: int
+    dropout: bool
+
+    @property
+    def key(self) -> str:
+        """The case's name in a device's table."""
+        option = "dropout" if self.dropout else "plain"
+        return f"{self.wide} {self.narrow} {self.compute} r{self.rank} m{self.rows} {option}"
+
+
+def case(op: str, M: int, R: int, wide: str, narrow: str, compute: str, dropout: bool) -> Case:
+    return Case(op, wide, narrow, compute, bucket(R, RANK_BUCKETS), bucket(M, ROW_BUCKETS), dropout)
+
+
+def tile(case: Case, device: Device) -> LoraConfig:
+    """The blocks of one launch: the device's table if it has the case, else the heuristic."""
+    return measured(device, case.op, case.key, LoraConfig) or _HEURISTICS[case.op](case)
+
+
+def lora_shrink(
+    M: int, K: int, R: int, x: str, w: str, compute: str, dropout: bool, device: Device
+) -> LoraConfig:
+    config = tile(case("lora_shrink", M, R, x, w, compute, dropout), device)
+    programs = _blocks(M, config.block_m) * _blocks(R, config.block_r)
+    return replace(config, splits=_splits(programs, _blocks(K, config.block_c), device))
+
+
+def lora_expand(
+    M: int, N: int, R: int, base: str, w: str, compute: str, dropout: bool, device: Device
+) -> LoraConfig:
+    return tile(case("lora_expand", M, R, base, w, compute, dropout), device)
+
+
+def lora_weight_grad(
+    M: int, K: int, R: int, x: str, compute: str, dropout: bool, device: Device
+) -> LoraConfig:
+    config = tile(case("lora_weight_grad", M, R, x, compute, compute, dropout), device)
+    programs = _blocks(K, config.block_c) * _blocks(R, config.block_r)
+    return replace(config, splits=_splits(programs, _blocks(M, config.block_m), device))
+
+
+def lora_dy_grads(M: int, N: int, R: int, dy: str, b: str, device: Device) -> DyGradsConfig:
+    if R > LARGEST_ONE_PASS_RANK:
+        return DyGradsConfig(
+            None, lora_shrink(M, N, R, dy, b, dy, False, device), lora_weight_grad(M, N, R, dy, dy, False, device)
+        )
+    config = tile(case("lora_dy_grads", M, R, dy, b, dy, False), device)
+    programs = _blocks(N, config.block_c) * _blocks(R, config.block_r)
+    return DyGradsConfig(replace(config, splits=_splits(programs, _blocks(M, config.block_m), device)))
+
+
+def launch_matrix(device: Device) -> Iterator[tuple[Case, LoraConfig]]:
+    """Every case that the functions above can ask for, with its configuration."""
+    for op in OPS:
+        for wide, narrow, compute in DTYPES:
+            if op == "lora_dy_grads" and wide != compute:
+                continue
+            for rank in RANK_BUCKETS:
+                if op == "lora_dy_grads" and rank > LARGEST_ONE_PASS_RANK:
+                    continue
+                for rows in ROW_BUCKETS:
+                    for dropout in (False,) if op == "lora_dy_grads" else (False, True):
+                        one = Case(op, wide, narrow, compute, rank, rows, dropout)
+                        yield one, tile(one, device)
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _splits(programs: int, steps: int, device: Device) -> int:
+    """Parts of a sum of ``steps`` blocks that fill the GPU, each of at least two steps."""
+    wanted = _blocks(_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, max(1, programs))
+    return max(1, min(wanted, steps // 2))
+
+
+def _shrink(case: Case) -> LoraConfig:
+    if case.compute == "float32":
+        return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
+    return LoraConfig(case.rows, 64, case.rank)
+
+
+def _expand(case: Case) -> LoraConfig:
+    if case.compute == "float32":
+        return LoraConfig(16, 64, 16, num_stages=2)
+    return LoraConfig(case.rows, 128, min(case.rank, 64), num_stages=2)
+
+
+def _weight_grad(case: Case) -> LoraConfig:
+    if case.compute == "float32":
+        return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
+    return LoraConfig(case.rows, 64, case.rank)
+
+
+def _dy_grads(case: Case) -> LoraConfig:
+    if case.compute == "float32":
+        return LoraConfig(16, 64, min(case.rank, 32), num_stages=2)
+    return LoraConfig(case.rows, 256, case.rank, num_warps=8, num_stages=2)
+
+
+_HEURISTICS = dict(zip(OPS, (_shrink, _expand, _weight_grad, _dy_grads), strict=True))

@@ -1,0 +1,23 @@
+"""Which dtype a layer computes in, decided once for each call."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype_of(x: Tensor, asked: torch.dtype | None = None) -> torch.dtype:
+    """The dtype asked for (a quantised layer's own), else autocast's if it is on for x's device, else x's."""
+    if asked is not None:
+        return asked
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def autocast_off(device_type: str) -> Any:
+    """A context without autocast, free where there is none: the operators' dtypes are explicit and must not be cast again."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,71 @@
+"""Entry into other libraries' models. Importing this imports none of them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from torch import nn
+
+from .report import LayerReport, PatchReport
+
+__all__ = ["LayerReport", "PatchReport", "patch", "report", "unpatch"]
+
+
+def _peft_is_loaded() -> bool:
+    # A model can hold PEFT layers only if PEFT made them in this process.
+    return "peft.tuners.tuners_utils" in sys.modules
+
+
+def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+    """Run the adapter layers of a PEFT model on fused kernels: in place, reversible by :func:`unpatch`, idempotent.
+
+    Only the class of each layer object is exchanged: parameters, names, state_dict, isinstance, merging, saving stay PEFT's. A layer
+    that cannot be served keeps its stock forward, and the report says why.
+
+    Args:
+        model: any module that holds PEFT layers.
+        strict: raise instead of leaving a layer stock.
+
+    Returns:
+        The report, as :func:`report` gives it.
+
+    Raises:
+        TypeError: not a module. RuntimeError: ``strict``, and a layer stays stock; nothing is changed then.
+
+    Warns:
+        UserWarning: the model holds no adapter layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    before = report(model)
+    if not before.layers:
+        warnings.warn("peftfast.patch: no PEFT adapter layer found in this model", UserWarning, stacklevel=2)
+        return before
+    if strict and before.stock:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in before.stock.items())
+        raise RuntimeError(f"peftfast.patch(strict=True): these layers would stay stock:\n{lines}")
+    from . import peft
+
+    peft.patch(model)
+    return report(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every layer that :func:`patch` exchanged its stock class back, and undo what patch set beside it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if _peft_is_loaded():
+        from . import peft
+
+        peft.unpatch(model)
+
+
+def report(model: nn.Module) -> PatchReport:
+    """What each adapter layer of the model runs on now, or would after :func:`patch`, and why the others are stock. Recomputed at
+    every call, as the layers' own guards are: weights move after patching."""
+    if not _peft_is_loaded():
+        return PatchReport(())
+    from . import peft
+
+    return peft.report(model)

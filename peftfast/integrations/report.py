@@ -1,0 +1,78 @@
+"""What patch tells: one row a layer, and a table of them."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapter layer.
+
+    Attributes:
+        name: its path in the model.
+        layer: what it is, as in ``"lora.Linear4bit"``.
+        kernel: what serves it when fused, as in ``"nf4 + lora [cpu avx512]"``; empty when stock.
+        reason: why it is stock; empty when fused.
+        patched: whether its class is exchanged now.
+        note: what patch set beside the class, if anything.
+    """
+
+    name: str
+    layer: str
+    kernel: str
+    reason: str
+    patched: bool
+    note: str = ""
+
+    @property
+    def fused(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """The layers of a model, fused and stock. Printed, it is a table."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def fused(self) -> dict[str, str]:
+        """Path of each fused layer -> its kernel."""
+        return {row.name: row.kernel for row in self.layers if row.fused}
+
+    @property
+    def stock(self) -> dict[str, str]:
+        """Path of each stock layer -> the reason."""
+        return {row.name: row.reason for row in self.layers if not row.fused}
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Reason -> how many layers it keeps stock, the most frequent first."""
+        return dict(collections.Counter(self.stock.values()).most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "fused": len(self.fused),
+            "stock": len(self.stock),
+            "reasons": self.reasons,
+            "layers": [asdict(row) for row in self.layers],
+        }
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "peftfast: no PEFT adapter layer found"
+        unpatched = sum(row.fused and not row.patched for row in self.layers)
+        lines = [f"peftfast: {len(self.fused)} adapter layers fused, {len(self.stock)} stock"]
+        if unpatched:
+            lines[0] += f" ({unpatched} not patched yet: peftfast.patch(model))"
+        rows = [("layer", "type", "runs on")]
+        rows += [(row.name, row.layer, row.kernel or f"stock: {row.reason}") for row in self.layers]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        lines += [f"  {name:<{widths[0]}}  {kind:<{widths[1]}}  {kernel}" for name, kind, kernel in rows]
+        notes = collections.Counter(row.note for row in self.layers if row.note)
+        lines += [f"  {count} x {note}" for note, count in notes.items()]
+        return "\n".join(lines)

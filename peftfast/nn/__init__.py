@@ -1,0 +1,6 @@
+"""Modules that stand where an nn.Linear stood."""
+
+from .lora import LoRALinear, LoRANF4Linear
+from .nf4 import NF4Linear
+
+__all__ = ["LoRALinear", "LoRANF4Linear", "NF4Linear"]

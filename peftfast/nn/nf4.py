@@ -1,0 +1,176 @@
+"""A linear layer on a 4-bit weight, with the state_dict of bitsandbytes' Linear4bit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..reference import nf4 as definition
+
+# Attribute of the module -> key beneath "weight." in the state_dict.
+_STATE_KEYS = {
+    "absmax": "absmax",
+    "code": "quant_map",
+    "nested_absmax": "nested_absmax",
+    "nested_code": "nested_quant_map",
+}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class NF4Linear(nn.Linear):
+    """y = x Wᵀ + b with W in 4 bits and frozen. Made by :meth:`from_linear`.
+
+    ``weight`` is the packed uint8 parameter ``[ceil(N K / 2), 1]``; :attr:`nf4` is the whole :class:`NF4Weight`. ``to(dtype)`` and
+    ``half()`` convert the bias only: bytes and statistics keep their dtypes. ``compute_dtype`` is the dtype of the product;
+    None takes autocast's or x's.
+    """
+
+    def __init__(self, nf4: F.NF4Weight, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = nf4.shape
+        self.compute_dtype = compute_dtype
+        self.register_parameter("bias", bias)
+        self._hold(nf4)
+
+    def _hold(self, nf4: F.NF4Weight) -> None:
+        self.weight = nn.Parameter(nf4.packed, requires_grad=False)
+        self.block_size, self.quant_type, self.weight_dtype = nf4.block_size, nf4.quant_type, nf4.dtype
+        for name in (*_STATE_KEYS, "nested_offset"):
+            self.register_buffer(name, getattr(nf4, name), persistent=False)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, block_size: int = 64, double_quant: bool = True, quant_type: str = "nf4"
+    ) -> NF4Linear:
+        """Quantise a linear layer, or take over a bitsandbytes Linear4bit, whose storage is then shared and the options ignored.
+
+        Raises:
+            TypeError: not a linear layer with a floating or a 4-bit weight. ValueError: a 4-bit weight not quantised yet.
+        """
+        if isinstance(linear, NF4Linear):
+            return cls(linear.nf4, linear.bias, linear.compute_dtype)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        if is_bitsandbytes_4bit(linear):
+            nf4 = F.NF4Weight.from_bitsandbytes(linear.weight, getattr(linear, "quant_state", None))
+            return cls(nf4, linear.bias, linear.compute_dtype)
+        nf4 = F.nf4_quantize(
+            linear.weight.detach(), block_size=block_size, double_quant=double_quant, quant_type=quant_type
+        )
+        return cls(nf4, linear.bias)
+
+    @property
+    def nf4(self) -> F.NF4Weight:
+        return F.NF4Weight(
+            self.weight.detach(),
+            self.absmax,
+            self.code,
+            self.block_size,
+            torch.Size((self.out_features, self.in_features)),
+            self.weight_dtype,
+            self.quant_type,
+            self.nested_absmax,
+            self.nested_code,
+            self.nested_offset,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.nf4_linear(input, self.nf4, self.bias, compute_dtype=self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, quant_type={self.quant_type}, block_size={self.block_size}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
+        kept = {name: getattr(self, name) for name in (*_STATE_KEYS, "nested_offset")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        meta: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.block_size,
+            "dtype": _dtype_name(self.weight_dtype),
+            "shape": [self.out_features, self.in_features],
+        }
+        if self.nested_absmax is not None:
+            meta |= {
+                "nested_blocksize": definition.NESTED_BLOCK_SIZE,
+                "nested_dtype": "float32",
+                "nested_offset": self.nested_offset.item(),
+            }
+        for name, key in _STATE_KEYS.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                # The code tables are shared between layers, which safetensors refuses: each layer saves its own.
+                tensor = tensor.clone() if name in ("code", "nested_code") else tensor
+                destination[f"{prefix}weight.{key}"] = tensor if keep_vars else tensor.detach()
+        encoded = json.dumps(meta).encode()
+        destination[f"{prefix}weight.quant_state.bitsandbytes__{self.quant_type}"] = torch.tensor(
+            list(encoded), dtype=torch.uint8
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stem = f"{prefix}weight."
+        state = {key[len(stem) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(stem)}
+        if state:
+            try:
+                nf4 = unpack_state(state_dict[f"{prefix}weight"], state)
+                if tuple(nf4.shape) != (self.out_features, self.in_features):
+                    raise ValueError(
+                        f"expected a weight of shape {(self.out_features, self.in_features)}, got {tuple(nf4.shape)}"
+                    )
+                self._hold(nf4.to(self.weight.device))
+            except (KeyError, ValueError, TypeError) as error:
+                error_msgs.append(f"{prefix}weight: not the state of a 4-bit layer: {error}")
+        elif strict:
+            missing_keys.extend(stem + key for name, key in _STATE_KEYS.items() if getattr(self, name) is not None)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def unpack_state(packed: Tensor, state: dict[str, Tensor]) -> F.NF4Weight:
+    """An NF4Weight from the tensors that a 4-bit checkpoint keeps beneath ``weight.``; bitsandbytes need not be installed."""
+    blobs = [key for key in state if key.startswith("quant_state.bitsandbytes__")]
+    if len(blobs) != 1:
+        raise ValueError(f"expected one quant_state entry, got {blobs}")
+    meta = json.loads(bytes(state[blobs[0]].tolist()))
+    tensors = {name: state[key] for name, key in _STATE_KEYS.items() if key in state}
+    if "nested_offset" in meta:
+        tensors["nested_offset"] = torch.tensor([meta["nested_offset"]], dtype=torch.float32, device=packed.device)
+    return F.NF4Weight(
+        packed=packed.reshape(-1).view(torch.uint8)[:, None],
+        block_size=meta["blocksize"],
+        shape=torch.Size(meta["shape"]),
+        dtype=getattr(torch, meta["dtype"]),
+        quant_type=meta["quant_type"],
+        **tensors,
+    )
+
+
+def is_bitsandbytes_4bit(module: nn.Module) -> bool:
+    """Whether this is bitsandbytes' Linear4bit, told without importing bitsandbytes. It subclasses nn.Linear: ask this first."""
+    return any(
+        base.__name__ == "Linear4bit" and base.__module__.startswith("bitsandbytes.") for base in type(module).__mro__
+    )

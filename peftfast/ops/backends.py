@@ -1,0 +1,107 @@
+"""The two backends that are not the definition: the C++ library for CPU tensors and Triton.
+
+Each gives an ``available`` verdict for the process, which is all that an implementation's table row needs besides its own
+``accepts``. Triton is imported on first use: it costs 0.2 to 0.5 s.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..configs.device import Device
+from . import native
+from .dispatch import Verdict
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels(family: str) -> ModuleType:
+    """The Triton kernels of a family, imported when first asked for."""
+    return importlib.import_module(f"peftfast.kernels.{family}")
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Triton decides between interpreting and compiling when a kernel is decorated, by this variable."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def triton_available() -> Verdict:
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if not torch.cuda.is_available() and not _interpreted():
+        return False, "no CUDA device, and the interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    return True, ""
+
+
+def cpu_available() -> Verdict:
+    return native.cpu_available()
+
+
+def takes_cpu(*tensors: Tensor | None) -> Verdict:
+    """Whether the C++ library takes these floating tensors: CPU, float32, bfloat16 or float16."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return False, f"the C++ library serves CPU tensors, these are on {tensor.device.type}"
+        if tensor.is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
+            return False, f"the C++ library takes float32, bfloat16 and float16, got {tensor.dtype}"
+    return True, ""
+
+
+def takes_triton(*tensors: Tensor | None) -> Verdict:
+    """Whether the Triton kernels take these tensors: on a CUDA device, or on the CPU under the interpreter."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreted()):
+            return False, f"Triton serves CUDA tensors, these are on {tensor.device.type}"
+        if tensor.is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
+            return False, f"the Triton kernels take float32, bfloat16 and float16, got {tensor.dtype}"
+    return True, ""
+
+
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How the configurations, which import no torch, name a dtype."""
+    return _DTYPE_NAMES[dtype]
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+_INTERPRETED_DEVICE = Device(capability=(9, 0), multiprocessors=2)  # few: the interpreter runs every program of a grid
+
+
+def device_of(tensor: Tensor) -> Device:
+    """What the launch configurations ask of a tensor's device."""
+    return _cuda_device(tensor.get_device()) if tensor.is_cuda else _INTERPRETED_DEVICE
+
+
+def on_device(tensor: Tensor) -> Any:
+    """The context in which a launch for this tensor happens: Triton launches on the current device, not the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _NO_GUARD
+
+
+class _NoGuard:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+_NO_GUARD = _NoGuard()

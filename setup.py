@@ -1,0 +1,165 @@
+"""Build of peftfast: metadata is in pyproject.toml, the choice of compiled parts in the environment variable PEFTFAST_BUILD.
+
+``none`` (the default) makes a pure Python and Triton wheel and needs no compiler; ``cpu``, ``cuda`` and ``cpu,cuda`` add the
+libraries globbed from csrc/. They are on libtorch's stable ABI and hold no Python, so one build serves torch >= 2.11 and every
+Python; build with ``--no-build-isolation``, or the build environment fetches another torch.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+BACKENDS = ("cpu", "cuda")
+BUILD_VARIABLE = "PEFTFAST_BUILD"
+ARCHITECTURES_VARIABLE = "PEFTFAST_CUDA_ARCHITECTURES"
+# sm_90a is Hopper with its architecture-specific instructions; the PTX of the last serves what comes later.
+DEFAULT_ARCHITECTURES = "80;90a;100"
+STABLE_ABI_VERSION = "0x020b000000000000"  # torch 2.11
+
+# Folders at the top of the repository that a wheel holds inside the package.
+MOVED_FOLDERS = ("kernels", "benchmarks")
+MOVED_SUFFIXES = (".py", ".json", ".csv", ".md")
+
+CPU_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    # The definition states which multiply-adds are fused; no -march=native, since the instruction set is chosen at run time.
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-unused-function",
+    "-Wno-unused-parameter",  # torch's stable headers
+    "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 headers
+]
+
+
+def requested_backends() -> list[str]:
+    """The compiled parts asked for. Raises ValueError for an unknown name."""
+    text = os.environ.get(BUILD_VARIABLE, "none").strip() or "none"
+    if text == "none":
+        return []
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"{BUILD_VARIABLE}: expected none, cpu, cuda or cpu,cuda, got {text!r}")
+    return names
+
+
+def glob_sources(backend: str) -> list[str]:
+    suffix = "cpp" if backend == "cpu" else "cu"
+    sources = [*(ROOT / "csrc" / backend).glob(f"*.{suffix}"), *(ROOT / "csrc" / "bind").glob(f"*_{backend}.cpp")]
+    return sorted(str(source.relative_to(ROOT)) for source in sources)
+
+
+def extensions() -> list[Extension]:
+    depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    return [
+        Extension(f"peftfast._{backend}", glob_sources(backend), depends=depends, py_limited_api=True)
+        for backend in requested_backends()
+    ]
+
+
+def find_nvcc(cuda_home: str | None) -> str:
+    """Path of nvcc. Raises RuntimeError where torch or the machine has no CUDA."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise RuntimeError(f"{BUILD_VARIABLE}=cuda: torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
+    candidate = Path(cuda_home, "bin", "nvcc") if cuda_home else None
+    nvcc = str(candidate) if candidate and candidate.exists() else shutil.which("nvcc")
+    if nvcc is None:
+        raise RuntimeError(f"{BUILD_VARIABLE}=cuda: nvcc was found neither under CUDA_HOME nor on PATH")
+    return nvcc
+
+
+def architecture_flags() -> list[str]:
+    names = os.environ.get(ARCHITECTURES_VARIABLE, DEFAULT_ARCHITECTURES).split(";")
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+
+
+class BuildLibraries(build_ext):
+    """Compiles the libraries with the include paths of the torch that is installed."""
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # torch loads the libraries; there is no PyInit
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+        from torch.utils import cpp_extension
+
+        torch_library = str(Path(torch.__file__).parent / "lib")
+        ext.include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
+        ext.define_macros = [("TORCH_TARGET_VERSION", STABLE_ABI_VERSION)]
+        ext.library_dirs = [torch_library]
+        ext.extra_compile_args = list(CPU_FLAGS)
+        ext.language = "c++"
+        if ext.name.endswith("_cuda"):
+            self._add_cuda_objects(ext, cpp_extension.CUDA_HOME)
+        else:
+            ext.libraries = ["torch_cpu", "c10"]
+        super().build_extension(ext)
+
+    def _add_cuda_objects(self, ext: Extension, cuda_home: str | None) -> None:
+        nvcc = find_nvcc(cuda_home)
+        toolkit = Path(nvcc).resolve().parent.parent
+        ext.define_macros.append(("USE_CUDA", None))
+        ext.include_dirs.append(str(toolkit / "include"))
+        ext.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
+        ext.libraries = ["torch_cpu", "torch_cuda", "c10", "cudart"]
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in [source for source in ext.sources if source.endswith(".cu")]:
+            target = str(folder / f"{Path(source).stem}.cuda.o")
+            flags = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}"]
+            subprocess.run([nvcc, *flags, *architecture_flags(), "-c", source, "-o", target], check=True)
+            ext.extra_objects.append(target)
+        ext.sources = [source for source in ext.sources if not source.endswith(".cu")]
+
+
+class BuildPython(build_py):
+    """Copies the folders that lie beside the package in the repository into it."""
+
+    def _moved_files(self) -> list[tuple[Path, Path]]:
+        pairs = []
+        for folder in MOVED_FOLDERS:
+            for source in sorted((ROOT / folder).rglob("*")):
+                if source.suffix in MOVED_SUFFIXES and "__pycache__" not in source.parts:
+                    pairs.append((source, Path(self.build_lib, "peftfast", source.relative_to(ROOT))))
+        return pairs
+
+    def run(self) -> None:
+        super().run()
+        if getattr(self, "editable_mode", False):
+            return  # peftfast/kernels/__init__.py finds the folders in place
+        for source, target in self._moved_files():
+            self.mkpath(str(target.parent))
+            self.copy_file(str(source), str(target))
+
+    def get_outputs(self, *args: Any, **kwargs: Any) -> list[str]:
+        outputs = super().get_outputs(*args, **kwargs)
+        if getattr(self, "editable_mode", False):
+            return outputs
+        return [*outputs, *(str(target) for _, target in self._moved_files())]
+
+
+def wheel_options() -> dict[str, Any]:
+    """The libraries need no particular Python: tag their wheel cp311-abi3, the oldest Python that is supported."""
+    return {"bdist_wheel": {"py_limited_api": "cp311"}} if requested_backends() else {}
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython},
+    options=wheel_options(),
+)

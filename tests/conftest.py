@@ -1,0 +1,40 @@
+"""Where no GPU is there, Triton kernels run interpreted; that is decided before triton is imported, so first of all here."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+from tests.support.poison import poisoned_empty  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One core a worker: two workers with two threads each cost more in contention than they gain.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU the interpreter's tests would repeat what runs compiled; without one the GPU's tests cannot run."""
+    left_out = "interpreter" if torch.cuda.is_available() else "gpu"
+    deselected = [item for item in items if item.get_closest_marker(left_out)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not item.get_closest_marker(left_out)]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every torch.empty that peftfast asks for comes filled with NaN: an element that a kernel forgets to write fails its test."""
+    poisoned_empty(monkeypatch)
+
+
+@pytest.fixture(params=["cpu", "triton", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend in turn, asked for by name."""
+    monkeypatch.setenv("PEFTFAST_BACKEND", request.param)
+    return request.param

@@ -1,0 +1,207 @@
+"""Cubins without a GPU: what a launcher would launch, compiled for a given architecture, and what the binary shows.
+
+Run as a program it reads requests as JSON from standard input and writes one finding each to standard output. It is a program because
+kernels that were decorated under TRITON_INTERPRET cannot be compiled: :func:`run_gate` starts it with that variable removed, whatever
+the test process has set.
+
+The launchers themselves are called, on meta tensors, and the launch that they make is caught and specialised by triton's own code
+(pointers and integers divisible by 16, integers equal to 1, None). What is examined is therefore what a GPU would run.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+# Shared memory that one block can ask for: CUDA programming guide, table of compute capabilities.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+@dataclass
+class Finding:
+    """What one binary shows.
+
+    Attributes:
+        stack: bytes of local memory a thread; a spilled register is there.
+        shared: bytes of shared memory a block.
+        matrix: the tensor core instructions in it.
+        streams: kernel argument -> "load" or "store" -> bytes an access -> how many such instructions.
+    """
+
+    label: str
+    kernel: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    matrix: list[str]
+    streams: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+
+    def faults(self, wide: tuple[str, ...] = (), matrix: bool = False) -> list[str]:
+        """What is wrong with the binary; ``wide`` names the arguments whose every access must be of 16 bytes."""
+        found = []
+        if self.stack:
+            found.append(f"{self.stack} bytes of local memory a thread: registers are spilled")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {SHARED_LIMIT[self.arch]}")
+        if matrix and MATRIX_INSTRUCTION[self.arch] not in self.matrix:
+            found.append(f"no {MATRIX_INSTRUCTION[self.arch]}")
+        for argument in wide:
+            accesses = self.streams.get(argument)
+            if not accesses:
+                found.append(f"{argument}: never accessed")
+            for direction, widths in (accesses or {}).items():
+                if set(widths) != {"16"}:
+                    found.append(f"{argument}: {direction}s of {', '.join(sorted(widths))} bytes, expected 16")
+        return [f"{self.label} on sm_{self.arch}, {self.kernel}: {one}" for one in found]
+
+
+def run_gate(requests: list[dict[str, Any]]) -> list[Finding]:
+    """Findings for requests, in order; a request that launches several kernels gives several.
+
+    A request has "launcher" (a function of LAUNCHERS or PLANTED below), "arch" and the launcher's own arguments.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(requests), capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the compile gate failed:\n{done.stderr[-4000:]}")
+    return [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
+
+
+@contextmanager
+def caught_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Launches are recorded, as (kernel, arguments, keyword arguments), instead of made."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int, label: str) -> Finding:
+    """Compile one caught launch for sm_<arch> and read the binary."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    ptx = compiled.asm["ptx"]
+    registers, stack = _resource_usage(compiled.asm["cubin"])
+    arguments = [name for name, kind in signature.items() if kind != "constexpr"]
+    pointers = {index: name for index, name in enumerate(arguments) if signature[name].startswith("*")}
+    matrix = [name for name in MATRIX_INSTRUCTION.values() if name in ptx]
+    name = kernel.fn.__name__
+    return Finding(label, name, arch, registers, stack, compiled.metadata.shared, matrix, access_widths(ptx, pointers))
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack and local memory a thread, by cuobjdump."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+_REGISTER = re.compile(r"%[a-z]+\d+")
+_PARAMETER = re.compile(r"\[\w+_param_(\d+)\]")
+_GLOBAL = re.compile(r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bufs](\d+)\s+(.*)")
+_ASYNC = re.compile(r"cp\.async\.c[ag]\.shared\.global\S*\s+\[[^\]]*\]\s*,\s*\[([^\]]*)\]\s*,\s*(0x[0-9a-f]+|\d+)")
+
+
+def access_widths(ptx: str, pointers: dict[int, str]) -> dict[str, dict[str, dict[str, int]]]:
+    """Accesses to global memory by kernel argument, direction and bytes.
+
+    The address of each access is followed back to the pointer parameters that it was computed from. A value that was itself loaded
+    ends the search, so that an index read from one tensor does not tie it to the next.
+    """
+    origin: dict[str, set[str]] = defaultdict(set)
+    edges: dict[str, set[str]] = defaultdict(set)
+    accesses = []
+    for line in ptx.replace("\n\t ", " ").splitlines():
+        line = re.sub(r"^\s*(@!?%p\d+\s+)?", "", line.split("//")[0]).rstrip().rstrip(";")
+        if match := _ASYNC.search(line):
+            accesses.append(("load", int(match[2], 0), _REGISTER.findall(match[1])))
+        elif match := _GLOBAL.search(line):
+            address = re.search(r"\[([^\]]*)\]", match[4])
+            assert address is not None
+            width = int(match[2] or 1) * int(match[3]) // 8
+            accesses.append(("load" if match[1] == "ld" else "store", width, _REGISTER.findall(address[1])))
+        elif parameter := _PARAMETER.search(line):
+            if int(parameter[1]) in pointers:
+                origin[_REGISTER.findall(line)[0]].add(pointers[int(parameter[1])])
+        elif line.startswith(("ld.", "bar", "mbarrier")):
+            continue
+        elif len(registers := _REGISTER.findall(line)) > 1:
+            edges[registers[0]].update(registers[1:])
+
+    def sources(register: str) -> set[str]:
+        found, seen, open_ = set(), set(), [register]
+        while open_:
+            one = open_.pop()
+            if one not in seen:
+                seen.add(one)
+                found |= origin[one]
+                open_.extend(edges[one])
+        return found
+
+    widths: dict[str, dict[str, dict[str, int]]] = {}
+    for direction, width, registers in accesses:
+        for argument in set().union(*map(sources, registers)):
+            counts = widths.setdefault(argument, {}).setdefault(direction, {})
+            counts[str(width)] = counts.get(str(width), 0) + 1
+    return widths
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    from tests.support import launches, planted_kernels
+
+    return getattr(launches, name, None) or getattr(planted_kernels, name)
+
+
+def main() -> None:
+    findings = []
+    for request in json.load(sys.stdin):
+        launcher, arch = request.pop("launcher"), request.pop("arch")
+        label = f"{launcher} " + " ".join(f"{name}={value}" for name, value in request.items())
+        with caught_launches() as caught:
+            _launcher(launcher)(**request, arch=arch)
+        findings += [asdict(compile_launch(*launch, arch, label)) for launch in caught]
+    print(json.dumps(findings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Each launcher called as the operators call it, on meta tensors, for the compile gate."""
+
+import torch
+
+from peftfast.configs import lora as lora_configs
+from peftfast.configs import nf4 as nf4_configs
+from peftfast.configs import philox as philox_configs
+from peftfast.configs.device import Device
+from peftfast.kernels import lora, nf4, philox
+
+DEVICES = {
+    80: Device("", (8, 0), 108),
+    90: Device("", (9, 0), 132),
+    100: Device("", (10, 0), 148),
+}
+
+
+def _empty(*shape: int, dtype: str | torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, device="meta")
+
+
+def _seed(dropout: bool) -> torch.Tensor | None:
+    return _empty(1, dtype=torch.int64) if dropout else None
+
+
+def lora_shrink(
+    M: int, R: int, wide: str, narrow: str, compute: str, dropout: bool, arch: int, K: int = 4096, transposed: bool = False
+) -> None:
+    x = _empty(M, K, dtype=wide)
+    w = _empty(K, R, dtype=narrow).T if transposed else _empty(R, K, dtype=narrow)
+    config = lora_configs.lora_shrink(M, K, R, wide, narrow, compute, dropout, DEVICES[arch])
+    lora.lora_shrink(x, w, _seed(dropout), 0.1, 1.0, getattr(torch, compute), config)
+
+
+def lora_expand(
+    M: int,
+    R: int,
+    wide: str,
+    narrow: str,
+    compute: str,
+    dropout: bool,
+    arch: int,
+    N: int = 4096,
+    transposed: bool = False,
+    bias: bool = False,
+) -> None:
+    base = _empty(M, N, dtype=wide)
+    w = _empty(R, N, dtype=narrow).T if transposed else _empty(N, R, dtype=narrow)
+    config = lora_configs.lora_expand(M, N, R, wide, narrow, compute, dropout, DEVICES[arch])
+    offset = _empty(N, dtype=narrow) if bias else None
+    lora.lora_expand(base, _empty(M, R, dtype=compute), w, offset, _seed(dropout), 0.1, 1.0, base, config)
+
+
+def lora_weight_grad(
+    M: int, R: int, wide: str, narrow: str, compute: str, dropout: bool, arch: int, K: int = 4096
+) -> None:
+    config = lora_configs.lora_weight_grad(M, K, R, wide, compute, dropout, DEVICES[arch])
+    ds, x = _empty(M, R, dtype=compute), _empty(M, K, dtype=wide)
+    lora.lora_weight_grad(ds, x, _seed(dropout), 0.1, 1.0, getattr(torch, narrow), config)
+
+
+def lora_dy_grads(
+    M: int, R: int, wide: str, narrow: str, compute: str, arch: int, dropout: bool = False, N: int = 4096
+) -> None:
+    config = lora_configs.lora_dy_grads(M, N, R, wide, narrow, DEVICES[arch])
+    dy, s, b = _empty(M, N, dtype=wide), _empty(M, R, dtype=compute), _empty(N, R, dtype=narrow)
+    lora.lora_dy_grads(dy, s, b, 1.0, getattr(torch, narrow), config)
+
+
+def nf4_dequantize(dtype: str, block_size: int, nested: bool, arch: int, N: int = 4096, K: int = 4096) -> None:
+    config = nf4_configs.nf4_dequantize(nf4_configs.Case(dtype, block_size, nested), DEVICES[arch])
+    blocks = N * K // block_size
+    nesting = (None, None, None)
+    if nested:
+        nesting = tuple(_empty(size, dtype=torch.float32) for size in (blocks // 256, 256, 1))
+    nf4.nf4_dequantize(
+        _empty(N * K // 2, 1, dtype=torch.uint8),
+        _empty(blocks, dtype=torch.uint8 if nested else torch.float32),
+        _empty(16, dtype=torch.float32),
+        block_size,
+        _empty(N, K, dtype=dtype),
+        *nesting,
+        config,
+    )
+
+
+def dropout_mask(arch: int, rows: int = 4096, columns: int = 4096) -> None:
+    philox.dropout_mask(_empty(1, dtype=torch.int64), rows, columns, 0.1, philox_configs.dropout_mask(DEVICES[arch]))
+
+
+def philox_words(arch: int, count: int = 4096) -> None:
+    philox.philox_words(_empty(1, dtype=torch.int64), 0, count, 0, 0, philox_configs.philox_words(DEVICES[arch]))

@@ -1,0 +1,170 @@
+"""A wheel, an sdist, an editable install and a bare checkout each give the same package; none shadows Hugging Face's ``kernels``."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+MOVED_FOLDERS = ("kernels", "benchmarks")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
+
+# Runs in a fresh interpreter; arguments: the folder that the package must come from, then the modules it must hold.
+CHECK = """
+import importlib.util, sys
+from pathlib import Path
+import torch
+import peftfast
+from peftfast.reference import philox
+assert Path(peftfast.__file__).is_relative_to(sys.argv[1]), peftfast.__file__
+assert philox.dropout_mask(torch.tensor([1]), 2, 9, 0.5).shape == (2, 9)
+assert "triton" not in sys.modules, "importing peftfast imports triton"
+for name in sys.argv[2:]:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and Path(spec.origin).is_file(), name
+from peftfast.kernels import numerics
+assert numerics.__name__ == "peftfast.kernels.numerics"
+"""
+
+# A namespace spec has no origin: it is what a plain folder of that name gives, and `import kernels` of the real package wins.
+NOT_SHADOWED = """
+import importlib.util, sys
+from pathlib import Path
+import peftfast, peftfast.kernels, peftfast.benchmarks
+from transformers.utils.import_utils import is_kernels_available
+spec = importlib.util.find_spec("kernels")
+if spec is None or spec.origin is None:
+    assert not is_kernels_available()
+else:
+    assert not Path(spec.origin).is_relative_to(sys.argv[1]), spec.origin
+"""
+
+
+def moved_files() -> list[Path]:
+    return sorted(path.relative_to(ROOT) for folder in MOVED_FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_names() -> list[str]:
+    return ["peftfast." + ".".join(path.with_suffix("").parts) for path in moved_files()]
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PEFTFAST_BUILD")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env={**environment, **variables}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, so that building leaves nothing in it."""
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "peftfast-src", ignore=LEFT_OUT))
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path) -> Path:
+    folder = checkout.parent / "wheels"
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w")
+    run(*pip, folder, checkout, cwd=checkout.parent)
+    return next(folder.glob("*.whl"))
+
+
+def install(wheel: Path, target: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def check_package(python: str | Path, folder: Path, cwd: Path, **variables: str) -> None:
+    run(python, "-c", CHECK, folder, *module_names(), cwd=cwd, **variables)
+
+
+def test_kernels_is_no_package() -> None:
+    assert moved_files()
+    for folder in MOVED_FOLDERS:
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_checkout(tmp_path: Path) -> None:
+    check_package(sys.executable, ROOT, tmp_path, PYTHONPATH=str(ROOT))
+
+
+def test_wheel(wheel: Path, tmp_path: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert not [name for name in names if name.split("/")[0] in (*MOVED_FOLDERS, "tests", "csrc")]
+    assert not [name for name in names if name.endswith(".so")]
+    for path in moved_files():
+        assert f"peftfast/{path.as_posix()}" in names
+    target = install(wheel, tmp_path / "site")
+    check_package(sys.executable, target, tmp_path, PYTHONPATH=str(target))
+    run(sys.executable, "-c", NOT_SHADOWED, target, cwd=tmp_path, PYTHONPATH=str(target))
+
+
+def test_sdist_builds_the_same_wheel(checkout: Path, wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=checkout)
+    sdist = next(tmp_path.glob("*.tar.gz"))
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for path in (*moved_files(), *(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file())):
+        assert path.as_posix() in names
+    assert not [name for name in names if name.endswith((".so", ".o"))]
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w")
+    run(*pip, tmp_path, sdist, cwd=tmp_path)
+    built = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(built) as first, zipfile.ZipFile(wheel) as second:
+        assert sorted(first.namelist()) == sorted(second.namelist())
+    target = install(built, tmp_path / "site")
+    check_package(sys.executable, target, tmp_path, PYTHONPATH=str(target))
+
+
+def test_editable_install(checkout: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+    python = environment / "bin" / "python"
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
+    # A line that imports runs site's own handling of a folder, .pth files included, as an activated environment would.
+    outer = sysconfig.get_path("purelib")
+    (site / "outer.pth").write_text(f"{outer}\n")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-build-isolation", "--no-deps", "-q", "-e")
+    run(*pip, checkout, cwd=tmp_path)
+    check_package(python, checkout, tmp_path)
+    run(python, "-c", NOT_SHADOWED, checkout, cwd=checkout)
+
+
+def test_import_kernels_is_not_shadowed_from_the_root() -> None:
+    run(sys.executable, "-c", NOT_SHADOWED, ROOT, cwd=ROOT)
+
+
+def test_cpu_library_in_a_wheel(checkout: Path, tmp_path: Path) -> None:
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w")
+    run(*pip, tmp_path, checkout, cwd=tmp_path, PEFTFAST_BUILD="cpu")
+    built = next(tmp_path.glob("*.whl"))
+    assert "-cp311-abi3-" in built.name
+    target = install(built, tmp_path / "site")
+    assert (target / "peftfast" / "_cpu.abi3.so").is_file()
+    code = "from peftfast.ops import native; assert native.cpu_available() == (True, ''), native.cpu_available()"
+    run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+
+
+def test_build_variable_is_checked(checkout: Path) -> None:
+    def build(value: str) -> str:
+        environment = {**os.environ, "PEFTFAST_BUILD": value}
+        command = [sys.executable, "setup.py", "-q", "build_ext"]
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert done.returncode != 0
+        return done.stderr
+
+    assert "expected none, cpu, cuda or cpu,cuda, got 'gpu'" in build("gpu")
+    if torch.version.cuda is None:
+        assert "is built without CUDA" in build("cuda")
