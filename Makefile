@@ -1,4 +1,4 @@
-# demo · test · gpu · bench · lint: each makes .venv when it is missing. With NOVENV=1 PYTHON=python3 the machine's own
+# demo · test · lint: each makes .venv when it is missing. With NOVENV=1 PYTHON=python3 the machine's own
 # packages are used instead, without a network.
 PYTHON ?= python3
 ifeq ($(NOVENV),1)
@@ -8,11 +8,11 @@ else
 VENV_READY := .venv/ready
 RUN := .venv/bin/python
 endif
-# The CPU library always, the CUDA one where nvcc and a CUDA torch are there: setup.py's "auto" asks both.
-BUILD ?= auto
+# What of csrc is compiled: the CPU library always, the CUDA one where nvcc and a CUDA torch are.
+BUILD = $$($(RUN) -c "import shutil, torch; print('cpu,cuda' if torch.version.cuda and shutil.which('nvcc') else 'cpu')")
 WORKERS ?= 2
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint clean
 
 demo: $(VENV_READY)
 	$(RUN) -m peftfast demo $(ARGS)

@@ -1,8 +1,8 @@
-"""Build of peftfast: metadata is in pyproject.toml, the choice of compiled parts in the environment variable PEFTFAST_BUILD.
+"""Build of peftfast: metadata is in pyproject.toml, the choice of compiled parts in the variable PEFTFAST_BUILD.
 
-``none`` (the default) makes a pure Python and Triton wheel and needs no compiler; ``cpu``, ``cuda`` and ``cpu,cuda`` add the
-libraries globbed from csrc/. They are on libtorch's stable ABI and hold no Python, so one build serves torch >= 2.11 and every
-Python; build with ``--no-build-isolation``, or the build environment fetches another torch.
+``none`` (the default) makes a pure Python and Triton wheel and needs no compiler; ``cpu``, ``cuda`` and ``cpu,cuda``
+add the libraries globbed from csrc/. They are on libtorch's stable ABI and hold no Python, so one build serves torch
+>= 2.11 and every Python; build with ``--no-build-isolation``, or the build environment fetches another torch.
 """
 
 import os
@@ -30,7 +30,7 @@ MOVED_SUFFIXES = (".py", ".json", ".csv", ".md")
 CPU_FLAGS = [
     "-std=c++17",
     "-O3",
-    # The definition states which multiply-adds are fused; no -march=native, since the instruction set is chosen at run time.
+    # The code states which multiply-adds are fused. No -march=native: the instruction set is chosen at run time.
     "-ffp-contract=off",
     "-fvisibility=hidden",
     "-g0",
@@ -74,12 +74,23 @@ def find_nvcc(cuda_home: str | None) -> str:
     import torch
 
     if torch.version.cuda is None:
-        raise RuntimeError(f"{BUILD_VARIABLE}=cuda: torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
+        raise RuntimeError(
+            f"{BUILD_VARIABLE}=cuda: torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+        )
     candidate = Path(cuda_home, "bin", "nvcc") if cuda_home else None
     nvcc = str(candidate) if candidate and candidate.exists() else shutil.which("nvcc")
     if nvcc is None:
         raise RuntimeError(f"{BUILD_VARIABLE}=cuda: nvcc was found neither under CUDA_HOME nor on PATH")
     return nvcc
+
+
+def find_toolkit(nvcc: str) -> Path:
+    """The toolkit's folder as nvcc itself reports it: what is on PATH may be a script that runs another."""
+    done = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    for line in done.stderr.splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=")).resolve()
+    return Path(nvcc).resolve().parents[1]
 
 
 def architecture_flags() -> list[str]:
@@ -112,7 +123,7 @@ class BuildLibraries(build_ext):
 
     def _add_cuda_objects(self, ext: Extension, cuda_home: str | None) -> None:
         nvcc = find_nvcc(cuda_home)
-        toolkit = Path(nvcc).resolve().parent.parent
+        toolkit = find_toolkit(nvcc)
         ext.define_macros.append(("USE_CUDA", None))
         ext.include_dirs.append(str(toolkit / "include"))
         ext.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]

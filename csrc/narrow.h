@@ -53,10 +53,11 @@ PEFTFAST_HD uint16_t f16_from_float(float value) {
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
-    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds past 65504, the largest finite value
-    if (magnitude < 0x38800000u) {                                              // below 2^-14: a denormal result
-        if (magnitude < 0x33000000u) return static_cast<uint16_t>(sign);        // below 2^-25: half of the smallest one
-        const uint32_t shift = 126u - (magnitude >> 23);                        // 14 .. 24
+    if (magnitude >= 0x477ff000u)
+        return static_cast<uint16_t>(sign | 0x7c00u);                     // rounds past 65504, the largest finite value
+    if (magnitude < 0x38800000u) {                                        // below 2^-14: a denormal result
+        if (magnitude < 0x33000000u) return static_cast<uint16_t>(sign);  // below 2^-25: half of the smallest one
+        const uint32_t shift = 126u - (magnitude >> 23);                  // 14 .. 24
         const uint32_t mantissa = (magnitude & 0x7fffffu) | 0x800000u;
         const uint32_t kept = mantissa >> shift;
         const uint32_t rest = mantissa & ((1u << shift) - 1u);

@@ -45,7 +45,8 @@ PEFTFAST_HD Words words_at(uint64_t seed, uint64_t q, uint32_t tensor_id, uint32
     return Words{{c0, c1, c2, c3}};
 }
 
-// Bit i is set where the i-th 16-bit draw, the low half of a word before its high half, is below the threshold (0 .. 65536).
+// Bit i is set where the i-th 16-bit draw, the low half of a word before its high half, is below the threshold (0 ..
+// 65536).
 PEFTFAST_HD uint32_t keep_bits(const Words& words, uint32_t threshold) {
     uint32_t bits = 0;
 #if defined(__CUDACC__)

@@ -71,9 +71,7 @@ def _lora_shrink_kernel(
             x_tile = tl.where(keep, x_tile, 0.0)
         accumulator = multiply_add(convert(x_tile, COMPUTE), convert(w_tile, COMPUTE), accumulator)
     out_tile = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
-    tl.store(
-        out_tile, narrow(accumulator * scaling, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :]
-    )
+    tl.store(out_tile, narrow(accumulator * scaling, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -137,7 +135,8 @@ def _lora_expand_kernel(
         # Always true, and gone from the machine code; but it ties the mask to a loaded tile, so that the compiler leaves it in the
         # layout of the load, where a thread owns all columns of a counter. In the layout of the product it owns two, and every counter
         # is computed four times: 31 Philox calls a thread instead of 8, and spills (sm_80, sm_90, triton 3.7.1).
-        keep &= (widen(base).to(tl.int32, bitcast=True) | 1) != 0
+        BITS: tl.constexpr = tl.int16 if base.dtype.primitive_bitwidth == 16 else tl.int32
+        keep &= (base.to(BITS, bitcast=True) | 1) != 0
         delta = tl.where(keep, delta, 0.0)
     out_tile = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :].to(tl.int64) * stride_on
     tl.store(out_tile, narrow(widen(base) + delta, out_ptr.dtype.element_ty), mask=mask)
@@ -199,9 +198,7 @@ def _lora_weight_grad_kernel(
         + offs_r[None, :].to(tl.int64) * stride_or
         + offs_k[:, None].to(tl.int64) * stride_ok
     )
-    tl.store(
-        out_tile, narrow(accumulator * scaling, out_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_r[None, :]
-    )
+    tl.store(out_tile, narrow(accumulator * scaling, out_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_r[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "blocks_per_split"])

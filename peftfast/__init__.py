@@ -1,9 +1,28 @@
 """Fused kernels for parameter-efficient fine-tuning: ``report = peftfast.patch(model)`` on a PEFT model, modules and functions
-for everyone else."""
+for everyone else.
 
-from . import functional, nn
-from .integrations import PatchReport, patch, report, unpatch
+The names are resolved when first used: ``python -m peftfast doctor`` must run where ``import torch`` fails.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import functional, nn
+    from .integrations import PatchReport, patch, report, unpatch
 
 __version__ = "0.1.0"
 
 __all__ = ["PatchReport", "__version__", "functional", "nn", "patch", "report", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("functional", "nn"):
+        return importlib.import_module(f".{name}", __name__)
+    if name in __all__:
+        return getattr(importlib.import_module(".integrations", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -60,8 +60,8 @@ def poisoned(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 
 
 def randn(*shape: int, dtype: torch.dtype = F32, strides: str = "plain") -> Tensor:
-    """A matrix whose strides are those of a plain tensor, of a transposed one, of a slice of a wider one, or of every second
-    column of one."""
+    """A matrix whose strides are those of a plain tensor, of a transposed one, of a slice of a wider one, or of every
+    second column of one."""
     generator = torch.Generator().manual_seed(sum(shape) * 31 + len(strides))
     rows, columns = shape
     if strides == "transposed":
@@ -74,7 +74,7 @@ def randn(*shape: int, dtype: torch.dtype = F32, strides: str = "plain") -> Tens
 
 
 def assert_within_budget(actual: Tensor, composed: Tensor, exact: Tensor) -> None:
-    """Error against float64 at most twice that of the definition in the same dtype plus one rounding of the largest value."""
+    """Error against float64 <= 2 * (that of the definition in the same dtype + one rounding of the largest value)."""
     assert actual.shape == exact.shape
     if exact.numel() == 0:
         return
@@ -244,7 +244,7 @@ BITS_16 = torch.arange(65536, dtype=torch.int32)
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_widening_and_narrowing_are_torchs(isa: str, dtype: torch.dtype) -> None:
-    """Every 16-bit pattern to float32, and float32 patterns around every rounding boundary back, through a product with rank 0."""
+    """Every 16-bit pattern to float32, and float32 patterns around every rounding boundary back, by expanding rank 0."""
     every = BITS_16.to(torch.int16).view(dtype)[None]
     s, w = torch.empty(1, 0), torch.empty(65536, 0)
     out = poisoned(1, 65536)

@@ -1,4 +1,4 @@
-"""A wheel, an sdist, an editable install and a bare checkout each give the same package; none shadows Hugging Face's ``kernels``."""
+"""A wheel, an sdist, an editable install and a bare checkout give the same package; none shadows HF's ``kernels``."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ from peftfast.kernels import numerics
 assert numerics.__name__ == "peftfast.kernels.numerics"
 """
 
-# A namespace spec has no origin: it is what a plain folder of that name gives, and `import kernels` of the real package wins.
+# A namespace spec has no origin: it is what a plain folder of that name gives, and the real package wins over it.
 NOT_SHADOWED = """
 import importlib.util, sys
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_editable_install(checkout: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
     python = environment / "bin" / "python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
-    # A line that imports runs site's own handling of a folder, .pth files included, as an activated environment would.
+    # The packages of this environment, but not what its own .pth files add: a peftfast installed in it must not answer.
     outer = sysconfig.get_path("purelib")
     (site / "outer.pth").write_text(f"{outer}\n")
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-build-isolation", "--no-deps", "-q", "-e")

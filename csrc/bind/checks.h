@@ -1,5 +1,5 @@
-// Checks shared by the bindings: every size, dtype, device and stride that the kernels assume. A failed one raises before
-// anything is written.
+// Checks shared by the bindings: every size, dtype, device and stride that the kernels assume. A failed one raises
+// before anything is written.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -24,8 +24,8 @@ inline std::string shape_of(const Tensor& t) {
 }
 
 inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) {
-    STD_TORCH_CHECK(t.scalar_type() == expected, name, ": expected dtype ", torch::headeronly::toString(expected), ", got ",
-                    torch::headeronly::toString(t.scalar_type()));
+    STD_TORCH_CHECK(t.scalar_type() == expected, name, ": expected dtype ", torch::headeronly::toString(expected),
+                    ", got ", torch::headeronly::toString(t.scalar_type()));
 }
 
 inline void check_contiguous(const Tensor& t, const char* name) {

@@ -9,8 +9,7 @@
 namespace peftfast::bind {
 
 inline void check_cpu(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got device type ",
-                    static_cast<int>(t.device().type()));
+    STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got device type ", static_cast<int>(t.device().type()));
 }
 
 inline uint64_t seed_value(const Tensor& seed) {

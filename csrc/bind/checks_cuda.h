@@ -9,7 +9,8 @@
 namespace peftfast::bind {
 
 inline void check_cuda(const Tensor& t, const char* name, int32_t device) {
-    STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor, got device type ", static_cast<int>(t.device().type()));
+    STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor, got device type ",
+                    static_cast<int>(t.device().type()));
     STD_TORCH_CHECK(t.get_device_index() == device, name, ": expected CUDA device ", device, ", got ",
                     t.get_device_index());
 }

@@ -45,7 +45,11 @@ void lora_expand(const Tensor& base, const Tensor& s, const Tensor& w, const std
     if (bias.has_value() && bias->numel() > 0) {
         check_cpu(*bias, "bias");
         STD_TORCH_CHECK(bias->dim() == 1, "bias: expected one dimension, got shape ", shape_of(*bias));
-        bias_m = {const_cast<void*>(bias->const_data_ptr()), float_dtype(*bias, "bias"), 1, bias->size(0), 0,
+        bias_m = {const_cast<void*>(bias->const_data_ptr()),
+                  float_dtype(*bias, "bias"),
+                  1,
+                  bias->size(0),
+                  0,
                   bias->stride(0)};
     }
     if (bias.has_value()) check_numel(*bias, "bias", base_m.columns);

@@ -6,9 +6,9 @@
 
 namespace peftfast::bind {
 
-// Sizes first: the kernels read packed[(count - 1) / 2], absmax[(count - 1) / block_size] and nested_absmax[that / 256].
-// Indices into the two tables are a nibble and a byte, so their sizes are all that has to be checked. Returns whether absmax is
-// nested.
+// Sizes first: the kernels read packed[(count - 1) / 2], absmax[(count - 1) / block_size] and nested_absmax[that /
+// 256]. Indices into the two tables are a nibble and a byte, so their sizes are all that has to be checked. Returns
+// whether absmax is nested.
 inline bool check_nf4(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t block_size,
                       const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
                       const std::optional<Tensor>& nested_offset, const Tensor& out) {

@@ -46,4 +46,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftfast_cuda, m) {
         "Tensor? nested_code, Tensor? nested_offset, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peftfast_cuda, CUDA, m) { m.impl("nf4_dequantize", TORCH_BOX(&peftfast::bind::nf4_dequantize)); }
+STABLE_TORCH_LIBRARY_IMPL(peftfast_cuda, CUDA, m) {
+    m.impl("nf4_dequantize", TORCH_BOX(&peftfast::bind::nf4_dequantize));
+}

@@ -17,7 +17,8 @@ void dropout_mask(const Tensor& seed, double p, Tensor out) {
 
 void philox_words(const Tensor& seed, int64_t start, int64_t tensor_id, int64_t stream, Tensor out) {
     constexpr int64_t kWordLimit = int64_t{1} << 32;
-    STD_TORCH_CHECK(tensor_id >= 0 && tensor_id < kWordLimit, "tensor_id: expected a value in [0, 2**32), got ", tensor_id);
+    STD_TORCH_CHECK(tensor_id >= 0 && tensor_id < kWordLimit, "tensor_id: expected a value in [0, 2**32), got ",
+                    tensor_id);
     STD_TORCH_CHECK(stream >= 0 && stream < kWordLimit, "stream: expected a value in [0, 2**32), got ", stream);
     check_cpu(out, "out");
     check_dtype(out, "out", ScalarType::Long);

@@ -1,7 +1,8 @@
-// Includes the file named by PEFTFAST_KERNELS once for each instruction set, in a namespace of its own under that set's target.
-// No guard: a family's .cpp includes it once, after everything else. The kernels include nothing and call no inline function of
-// the standard library, whose one merged copy could end up with instructions that a smaller CPU lacks.
-// Lambdas are avoided in them too: inside a template they would be instantiated at the end of the file, under the default target.
+// Includes the file named by PEFTFAST_KERNELS once for each instruction set, in a namespace of its own under that set's
+// target. No guard: a family's .cpp includes it once, after everything else. The kernels include nothing and call no
+// inline function of the standard library, whose one merged copy could end up with instructions that a smaller CPU
+// lacks. Lambdas are avoided in them too: inside a template they would be instantiated at the end of the file, under
+// the default target.
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

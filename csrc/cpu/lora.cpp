@@ -43,8 +43,8 @@ void combine(const LoraKernels& kernels, const float* sums, int64_t parts, int64
     });
 }
 
-// Parts of a sweep: about 256 rows each, fewer where the column sums of all parts would pass 64 MiB, and columns cut as well where
-// that leaves fewer than eight tasks.
+// Parts of a sweep: about 256 rows each, fewer where the column sums of all parts would pass 64 MiB, and columns cut as
+// well where that leaves fewer than eight tasks.
 void partition(Sweep& sweep) {
     const int64_t column_bytes = at_least(1, sweep.ranks * sweep.padded_columns() * 4);
     int64_t most = 64;
@@ -67,7 +67,8 @@ void run_sweep(const LoraKernels& kernels, const Sweep& sweep, ParallelFor pool)
     });
 }
 
-// Either product may be left out by a null matrix: `panel_view` [R, C] makes row_out [M, R], `left` [M, R] column_out [R, C].
+// Either product may be left out by a null matrix: `panel_view` [R, C] makes row_out [M, R], `left` [M, R] column_out
+// [R, C].
 void sweep_products(const Matrix& x, const Dropout& dropout, int64_t ranks, const Matrix* panel_view,
                     const Matrix* left, double scaling, const Matrix* row_out, const Matrix* column_out,
                     ParallelFor pool) {
@@ -126,9 +127,14 @@ void lora_expand(const Matrix& base, const Matrix& s, const Matrix& w, const Mat
     pack_panel(kernels, w.transposed(), width, panel.get(), pool);
     pack_left(kernels, s, left.get(), pool);
     if (bias.data) pack_panel(kernels, bias, width, bias_row.get(), pool);
-    const Expansion expansion = {
-        base,        out, dropout, ranks, left.get(), panel.get(), bias.data ? bias_row.get() : nullptr,
-        static_cast<float>(scaling * dropout.scale())};
+    const Expansion expansion = {base,
+                                 out,
+                                 dropout,
+                                 ranks,
+                                 left.get(),
+                                 panel.get(),
+                                 bias.data ? bias_row.get() : nullptr,
+                                 static_cast<float>(scaling * dropout.scale())};
     const int64_t row_tasks = ceil_div(base.rows, kExpandRows), column_tasks = ceil_div(base.columns, kExpandColumns);
     const int64_t tasks = row_tasks * column_tasks;
     const double products =

@@ -1,8 +1,9 @@
 // Register-blocked products on float32 tiles. Included by lora_kernels.h inside an instruction set's namespace.
-// Each block keeps its accumulators in registers; the remainders of rows and ranks run through smaller blocks of the same
-// template, so an element's sum is formed in the same order wherever it lies in a tile.
+// Each block keeps its accumulators in registers; the remainders of rows and ranks run through smaller blocks of the
+// same template, so an element's sum is formed in the same order wherever it lies in a tile.
 
-// lanes[m][r] += x[m] * panel[r], lane by lane over the vectors of a tile: kRows * kRanks products for kRows + kRanks loads.
+// lanes[m][r] += x[m] * panel[r], lane by lane over the vectors of a tile: kRows * kRanks products for kRows + kRanks
+// loads.
 template <int kRows, int kRanks>
 static void dot_block(const float* x, int64_t ld, const float* panel, int64_t ranks, int64_t vectors, float* lanes) {
     Vec sum[kRows][kRanks];

@@ -84,8 +84,8 @@ static void pack(const Matrix& view, int64_t width, float* dst, int64_t begin, i
     }
 }
 
-// A tile of x as float32, masked, in rows of kTileColumns with zeros up to a whole vector. Returns where it is: x itself where
-// nothing has to be done to it.
+// A tile of x as float32, masked, in rows of kTileColumns with zeros up to a whole vector. Returns where it is: x
+// itself where nothing has to be done to it.
 static const float* stage(const Sweep& s, int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile,
                           int64_t* ld) {
     const Matrix& x = s.x;

@@ -5,8 +5,8 @@
 
 namespace peftfast::cpu {
 
-// A tile of the big matrix: 24 rows of 192 columns are 18 KiB as float32, so that it stays in a 32 or 48 KiB L1 cache beside
-// the panels it meets. 192 columns are 24 Philox counters and a multiple of every register block.
+// A tile of the big matrix: 24 rows of 192 columns are 18 KiB as float32, so that it stays in a 32 or 48 KiB L1 cache
+// beside the panels it meets. 192 columns are 24 Philox counters and a multiple of every register block.
 constexpr int64_t kTileRows = 24;
 constexpr int64_t kTileColumns = 192;
 
@@ -14,8 +14,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t at_least(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// One sweep over x [M, C], which is x or dy: row products (with `panel`) and column products (with `left`), either or both.
-// The sweep is cut into row_parts * column_parts tasks by the shape alone, never by the number of threads.
+// One sweep over x [M, C], which is x or dy: row products (with `panel`) and column products (with `left`), either or
+// both. The sweep is cut into row_parts * column_parts tasks by the shape alone, never by the number of threads.
 struct Sweep {
     Matrix x;
     Dropout dropout;
@@ -28,7 +28,9 @@ struct Sweep {
 
     int64_t padded_columns() const { return ceil_div(x.columns, kTileColumns) * kTileColumns; }
     int64_t rows_per_part() const { return ceil_div(x.rows, row_parts); }
-    int64_t columns_per_part() const { return ceil_div(ceil_div(x.columns, kTileColumns), column_parts) * kTileColumns; }
+    int64_t columns_per_part() const {
+        return ceil_div(ceil_div(x.columns, kTileColumns), column_parts) * kTileColumns;
+    }
 };
 
 struct Expansion {

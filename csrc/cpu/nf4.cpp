@@ -21,9 +21,8 @@ void nf4_dequantize(const Nf4Weight& weight, void* out, DType dtype, ParallelFor
     const Nf4Kernels& kernels = kernels_in_use();
     const int64_t blocks = weight.count / weight.block_size + (weight.count % weight.block_size != 0);
     // 2**16 elements take a thread about 10 us.
-    parallel_for(pool, blocks, 1 + 65536 / weight.block_size, [&](int64_t begin, int64_t end) {
-        kernels.dequantize(weight, out, dtype, begin, end);
-    });
+    parallel_for(pool, blocks, 1 + 65536 / weight.block_size,
+                 [&](int64_t begin, int64_t end) { kernels.dequantize(weight, out, dtype, begin, end); });
 }
 
 }  // namespace peftfast::cpu

@@ -1,5 +1,6 @@
-// Kernels of cpu/nf4.cpp, compiled once for each instruction set. A block has one maximum, so its sixteen possible values are
-// computed and rounded once and the elements look them up: the same bits as rounding each element, at a sixteenth of the work.
+// Kernels of cpu/nf4.cpp, compiled once for each instruction set. A block has one maximum, so its sixteen possible
+// values are computed and rounded once and the elements look them up: the same bits as rounding each element, at a
+// sixteenth of the work.
 
 template <class T>
 static void lookup_plain(const Nf4Weight& weight, const T* table, int64_t begin, int64_t end, T* out) {
@@ -36,8 +37,8 @@ static inline void lookup(const uint8_t* packed, const uint16_t* table, int64_t 
     const __m256i low_bytes = _mm256_permute4x64_epi64(both, 0x44), high_bytes = _mm256_permute4x64_epi64(both, 0xee);
     for (int64_t i = 0; i < count; i += 32) {
         const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(packed + i / 2)));
-        const __m256i index = _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(bytes, 4), _mm256_slli_epi16(bytes, 8)),
-                                               _mm256_set1_epi8(15));
+        const __m256i index = _mm256_and_si256(
+            _mm256_or_si256(_mm256_srli_epi16(bytes, 4), _mm256_slli_epi16(bytes, 8)), _mm256_set1_epi8(15));
         const __m256i low = _mm256_shuffle_epi8(low_bytes, index), high = _mm256_shuffle_epi8(high_bytes, index);
         const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
         _mm256_storeu_si256((__m256i*)(out + i), _mm256_permute2x128_si256(first, second, 0x20));
@@ -52,8 +53,8 @@ static inline void lookup(const uint8_t* packed, const float* table, int64_t cou
         const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
         const __m256i index = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32));
         const __m256 is_upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 of the nibble to the sign
-        const __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index),
-                                              _mm256_permutevar8x32_ps(upper, index), is_upper);
+        const __m256 value =
+            _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index), _mm256_permutevar8x32_ps(upper, index), is_upper);
         _mm256_storeu_ps(out + i, value);
     }
 }

@@ -23,9 +23,8 @@ namespace peftfast::cpu {
 void dropout_mask(uint64_t seed, int64_t rows, int64_t columns, uint32_t threshold, uint8_t* out, ParallelFor pool) {
     if (columns == 0) return;
     const PhiloxKernels& kernels = kernels_in_use();
-    parallel_for(pool, rows, 1 + 65536 / columns, [&](int64_t begin, int64_t end) {
-        kernels.mask_rows(seed, columns, threshold, out, begin, end);
-    });
+    parallel_for(pool, rows, 1 + 65536 / columns,
+                 [&](int64_t begin, int64_t end) { kernels.mask_rows(seed, columns, threshold, out, begin, end); });
 }
 
 void philox_words(uint64_t seed, uint64_t start, int64_t count, uint32_t tensor_id, uint32_t stream, int64_t* out,

@@ -1,4 +1,5 @@
-// Philox on kCounters counters at a time. Included by kernel files inside an instruction set's namespace, after its vectors.
+// Philox on kCounters counters at a time. Included by kernel files inside an instruction set's namespace, after its
+// vectors.
 
 static inline void philox_at(Counters word[4], uint64_t seed, uint64_t q, uint32_t tensor_id, uint32_t stream) {
     const Counters multiplier0 = counters_set(philox::kMultiplier0), multiplier1 = counters_set(philox::kMultiplier1);
@@ -17,7 +18,8 @@ static inline void philox_at(Counters word[4], uint64_t seed, uint64_t q, uint32
     word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
 }
 
-// Keep bits of `count` counters from q on, a byte each. Writes up to kCounters - 1 bytes past the end: the caller leaves room.
+// Keep bits of `count` counters from q on, a byte each. Writes up to kCounters - 1 bytes past the end: the caller
+// leaves room.
 static void keep_bytes(uint8_t* out, uint64_t seed, uint64_t q, int64_t count, uint32_t threshold) {
     if (threshold == 0) {
         __builtin_memset(out, 0, count);

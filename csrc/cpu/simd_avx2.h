@@ -26,7 +26,8 @@ static inline __m128i vec_to_bf16(Vec v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i high = _mm256_srli_epi32(bits, 16);
     const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
     const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i narrow = _mm256_blendv_epi8(rounded, quiet, nan);
@@ -36,7 +37,8 @@ static inline __m128i vec_to_f16(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_T
 static inline void vec_store_bf16(uint16_t* p, Vec v) { _mm_storeu_si128((__m128i*)p, vec_to_bf16(v)); }
 static inline void vec_store_f16(uint16_t* p, Vec v) { _mm_storeu_si128((__m128i*)p, vec_to_f16(v)); }
 
-// Lanes whose bit is clear become zero; `bits` is a row's mask and `column`, a multiple of kWidth, the vector's place in it.
+// Lanes whose bit is clear become zero; `bits` is a row's mask and `column`, a multiple of kWidth, the vector's place
+// in it.
 static inline Vec vec_keep(Vec v, const uint8_t* bits, int64_t column) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i mask = _mm256_and_si256(_mm256_set1_epi32(bits[column / 8]), lane);
@@ -50,7 +52,8 @@ static inline float vec_sum(Vec v) {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
 
-// Philox on four counters, one to a 64-bit lane; only a lane's low half is meaningful, which is all that mul_epu32 reads.
+// Philox on four counters, one to a 64-bit lane; only a lane's low half is meaningful, which is all that mul_epu32
+// reads.
 typedef __m256i Counters;
 constexpr int kCounters = 4;
 

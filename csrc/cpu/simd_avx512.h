@@ -27,7 +27,8 @@ static inline __m256i vec_to_bf16(Vec v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i high = _mm512_srli_epi32(bits, 16);
     const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
@@ -35,7 +36,8 @@ static inline __m256i vec_to_f16(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_T
 static inline void vec_store_bf16(uint16_t* p, Vec v) { _mm256_storeu_si256((__m256i*)p, vec_to_bf16(v)); }
 static inline void vec_store_f16(uint16_t* p, Vec v) { _mm256_storeu_si256((__m256i*)p, vec_to_f16(v)); }
 
-// Lanes whose bit is clear become zero; `bits` is a row's mask and `column`, a multiple of kWidth, the vector's place in it.
+// Lanes whose bit is clear become zero; `bits` is a row's mask and `column`, a multiple of kWidth, the vector's place
+// in it.
 static inline Vec vec_keep(Vec v, const uint8_t* bits, int64_t column) {
     uint16_t mask;
     __builtin_memcpy(&mask, bits + column / 8, sizeof mask);
@@ -50,7 +52,8 @@ static inline float vec_sum(Vec v) {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
 
-// Philox on eight counters, one to a 64-bit lane; only a lane's low half is meaningful, which is all that mul_epu32 reads.
+// Philox on eight counters, one to a 64-bit lane; only a lane's low half is meaningful, which is all that mul_epu32
+// reads.
 typedef __m512i Counters;
 constexpr int kCounters = 8;
 
@@ -60,7 +63,9 @@ static inline Counters counters_from(uint64_t q) {
 static inline Counters counters_set(uint32_t word) { return _mm512_set1_epi64(word); }
 static inline Counters counters_multiply(Counters a, Counters b) { return _mm512_mul_epu32(a, b); }
 static inline Counters counters_high(Counters a) { return _mm512_srli_epi64(a, 32); }
-static inline Counters counters_xor(Counters a, Counters b, Counters c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+static inline Counters counters_xor(Counters a, Counters b, Counters c) {
+    return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
 static inline void counters_store(uint64_t* p, Counters a) {
     _mm512_storeu_si512(p, _mm512_and_si512(a, _mm512_set1_epi64(0xffffffff)));
 }

@@ -1,5 +1,5 @@
-// Plain C++ for any architecture: groups of four floats in the compilers' own vector type, which they map to whatever the
-// baseline has (SSE2, NEON). No fused multiply-add. Included by each_isa.h inside a namespace.
+// Plain C++ for any architecture: groups of four floats in the compilers' own vector type, which they map to whatever
+// the baseline has (SSE2, NEON). No fused multiply-add. Included by each_isa.h inside a namespace.
 
 typedef float Vec __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
@@ -38,7 +38,8 @@ static inline void vec_store_f16(uint16_t* p, Vec v) {
     for (int i = 0; i < 4; ++i) p[i] = f16_from_float(v[i]);
 }
 
-// Lanes whose bit is clear become zero; `bits` is a row's mask and `column`, a multiple of kWidth, the vector's place in it.
+// Lanes whose bit is clear become zero; `bits` is a row's mask and `column`, a multiple of kWidth, the vector's place
+// in it.
 static inline Vec vec_keep(Vec v, const uint8_t* bits, int64_t column) {
     typedef int32_t Lanes __attribute__((vector_size(16)));
     const int32_t byte = bits[column / 8] >> (column % 8);

@@ -7,8 +7,9 @@
 namespace peftfast::cuda {
 namespace {
 
-// A warp's tile is 1024 elements: 512 packed bytes, one 16-byte load a lane. The words pass through shared memory, so that lane i
-// then holds words i, 32 + i, ... and the warp's 16-byte stores are consecutive; without that each would touch half a sector.
+// A warp's tile is 1024 elements: 512 packed bytes, one 16-byte load a lane. The words pass through shared memory, so
+// that lane i then holds words i, 32 + i, ... and the warp's 16-byte stores are consecutive; without that each would
+// touch half a sector.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 // 6 blocks an SM: at most 40 registers. Left alone, ptxas stops at 32 and one variant spills two words.

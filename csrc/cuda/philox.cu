@@ -19,8 +19,8 @@ __device__ __forceinline__ uint32_t spread(uint32_t bits, int i) {
 }
 
 // Two counters a thread, one 16-byte store. Needs columns % 16 == 0, so that counters are consecutive across rows.
-__global__ void __launch_bounds__(kThreads) mask_pairs(const int64_t* seed, int64_t pairs, uint32_t threshold,
-                                                        uint4* out) {
+__global__ void __launch_bounds__(kThreads)
+    mask_pairs(const int64_t* seed, int64_t pairs, uint32_t threshold, uint4* out) {
     const int64_t pair = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (pair >= pairs) return;
     const uint64_t key = static_cast<uint64_t>(__ldg(reinterpret_cast<const long long*>(seed)));
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) mask_pairs(const int64_t* seed, int6
 
 // One counter a thread, byte stores: any width.
 __global__ void __launch_bounds__(kThreads) mask_counters(const int64_t* seed, int64_t counters, int64_t per_row,
-                                                           int64_t columns, uint32_t threshold, uint8_t* out) {
+                                                          int64_t columns, uint32_t threshold, uint8_t* out) {
     const int64_t q = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (q >= counters) return;
     const uint64_t key = static_cast<uint64_t>(__ldg(reinterpret_cast<const long long*>(seed)));
@@ -52,10 +52,12 @@ const char* launch_dropout_mask(const int64_t* seed, int64_t rows, int64_t colum
     const int64_t per_row = (columns + philox::kDrawsPerCounter - 1) / philox::kDrawsPerCounter;
     if (columns % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
         const int64_t pairs = rows * per_row / 2;
-        mask_pairs<<<blocks_for(pairs), kThreads, 0, cuda_stream>>>(seed, pairs, threshold, reinterpret_cast<uint4*>(out));
+        mask_pairs<<<blocks_for(pairs), kThreads, 0, cuda_stream>>>(seed, pairs, threshold,
+                                                                    reinterpret_cast<uint4*>(out));
     } else {
         const int64_t counters = rows * per_row;
-        mask_counters<<<blocks_for(counters), kThreads, 0, cuda_stream>>>(seed, counters, per_row, columns, threshold, out);
+        mask_counters<<<blocks_for(counters), kThreads, 0, cuda_stream>>>(seed, counters, per_row, columns, threshold,
+                                                                          out);
     }
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -27,6 +27,12 @@ class Device:
     multiprocessors: int = 108
 
     @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that one block may ask for; for a capability not listed, what its generation has at least."""
+        known = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+        return 1024 * known.get(self.capability, 99 if self.capability >= (8, 0) else 64)
+
+    @property
     def slug(self) -> str:
         """The name of the device's table: lower case, everything else than letters and digits a hyphen."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
@@ -48,7 +54,9 @@ def measured(device: Device, op: str, key: str, kind: type[Config], folder: Path
         return None
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if not set(entry) <= known:
-        raise ValueError(f"{path}: {op} / {key}: unknown fields {sorted(set(entry) - known)}, expected some of {sorted(known)}")
+        raise ValueError(
+            f"{path}: {op} / {key}: unknown fields {sorted(set(entry) - known)}, expected some of {sorted(known)}"
+        )
     try:
         return kind(**entry)
     except (TypeError, ValueError) as error:

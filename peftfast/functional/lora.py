@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import operator
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.nn import functional
 
 from .. import ops
 from ..reference import lora as definition
-from .nf4 import NF4Weight, check_features, dequantized, nf4_dequantize
-from .precision import autocast_off, compute_dtype_of
+from .nf4 import NF4Weight, check_features, check_vector, dequantized, nf4_dequantize
+from .precision import autocast_off, cache_signature, compute_dtype_of
 
 logger = logging.getLogger("peftfast")
 
@@ -43,6 +44,7 @@ def _add_product(
     return base
 
 
+@cache_signature
 class LoRALinearFunction(torch.autograd.Function):
     """y = x Wᵀ + b + scaling (dropout(x) Aᵀ Bᵀ + lora_bias) on a matrix x; returns y and S, the latter without gradient.
 
@@ -110,7 +112,8 @@ class LoRALinearFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, s, seed, absmax, code, *nested = ctx.saved_tensors
         needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
         dtype, p = ctx.compute_dtype, ctx.p
-        dx = dweight = da = db = ds = dbias = dlora_bias = None
+        ds: Any = None
+        dx = dweight = da = db = dbias = dlora_bias = None
         with autocast_off(dy.device.type):
             dy = dy.to(dtype)
             if needs_b:
@@ -149,21 +152,10 @@ def _seed_tensor(seed: Tensor | int, x: Tensor) -> Tensor:
     return torch.full((1,), (value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=x.device)
 
 
-def _check_vector(name: str, value: Tensor | None, size: int, x: Tensor) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
-    if tuple(value.shape) != (size,):
-        raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
-    if value.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device} beside x, got on {value.device}")
-
-
 def _check_factor(name: str, value: Tensor, rows: int | None, columns: int | None, x: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
-    if value.dim() != 2 or (rows or value.shape[0], columns or value.shape[1]) != tuple(value.shape):
+    if value.dim() != 2 or rows not in (None, value.shape[0]) or columns not in (None, value.shape[1]):
         expected = f"({'R' if rows is None else rows}, {'R' if columns is None else columns})"
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
     if value.device != x.device:
@@ -179,6 +171,7 @@ def _check_arguments(
     lora_bias: Tensor | None,
     magnitude: Tensor | None,
     dropout_p: float,
+    scaling: float,
     dtype: torch.dtype,
     cast_weight: bool,
 ) -> None:
@@ -199,7 +192,10 @@ def _check_arguments(
     _check_factor("lora_a", lora_a, None, k, x)
     _check_factor("lora_b", lora_b, n, lora_a.shape[0], x)
     for name, vector in (("bias", bias), ("lora_bias", lora_bias), ("magnitude", magnitude)):
-        _check_vector(name, vector, n, x)
+        check_vector(name, vector, n, x)
+    for name, number in (("dropout_p", dropout_p), ("scaling", scaling)):
+        if not isinstance(number, numbers.Real):
+            raise TypeError(f"{name}: expected a Python number, got {type(number).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
@@ -220,7 +216,7 @@ def _composed(
         _reported.add("dora")
         logger.warning("lora_linear with magnitude (DoRA) runs on reference: no fused form yet")
     dense = nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
-    cast = [None if t is None else t.to(dtype) for t in (dense, lora_a, lora_b, bias, lora_bias, magnitude)]
+    cast: list[Any] = [None if t is None else t.to(dtype) for t in (dense, lora_a, lora_b, bias, lora_bias, magnitude)]
     return definition.lora_linear(
         x.to(dtype), cast[0], cast[1], cast[2], bias=cast[3], lora_bias=cast[4], magnitude=cast[5], **options
     )
@@ -267,7 +263,7 @@ def lora_linear(
     """
     dtype = compute_dtype_of(x, compute_dtype) if isinstance(x, Tensor) else torch.float32
     cast_weight = compute_dtype is not None or (isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type))
-    _check_arguments(x, weight, lora_a, lora_b, bias, lora_bias, magnitude, dropout_p, dtype, cast_weight)
+    _check_arguments(x, weight, lora_a, lora_b, bias, lora_bias, magnitude, dropout_p, scaling, dtype, cast_weight)
     p = float(dropout_p) if training else 0.0
     with autocast_off(x.device.type):
         seed_tensor = None if p == 0.0 else draw_seed(x) if seed is None else _seed_tensor(seed, x)

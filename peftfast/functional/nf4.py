@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .. import ops
 from ..reference import nf4 as definition
-from .precision import autocast_off, compute_dtype_of
+from .precision import autocast_off, cache_signature, compute_dtype_of
 
 if TYPE_CHECKING:
     import bitsandbytes
@@ -55,6 +55,8 @@ class NF4Weight:
                 raise TypeError(f"{name}: expected a tensor, got {type(getattr(self, name)).__name__}")
         if self.quant_type not in definition.QUANT_TYPES:
             raise ValueError(f"quant_type: expected one of {definition.QUANT_TYPES}, got {self.quant_type!r}")
+        if torch.compiler.is_compiling():
+            return  # the operator's fake checks the same, where symbolic sizes can be checked
         try:
             ops.nf4.check_weight(*self.storage())
         except RuntimeError as error:
@@ -88,7 +90,9 @@ class NF4Weight:
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """The same weight on another device; itself if it is there already."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return dataclasses.replace(self, **moved)
 
     @classmethod
@@ -116,7 +120,7 @@ class NF4Weight:
                 "bfloat16), which training cannot use; set support_avx512bf16_for_cpu = False on the layer before its first "
                 "evaluation forward"
             )
-        nested: dict[str, Tensor] = {}
+        nested: dict[str, Any] = {}
         if state.state2 is not None:
             if state.state2.blocksize != definition.NESTED_BLOCK_SIZE:
                 raise ValueError(
@@ -200,7 +204,7 @@ def nf4_quantize(
     code = definition.code_table(quant_type, weight.device)
     with torch.no_grad():
         packed, absmax = ops.nf4.nf4_quantize(weight.detach(), block_size, code)
-        nested: dict[str, Tensor] = {}
+        nested: dict[str, Any] = {}
         if double_quant:
             absmax, nested_absmax, nested_offset = definition.nest_absmax(absmax)
             nested_code = definition.nested_code_table(weight.device)
@@ -221,8 +225,12 @@ def nf4_dequantize(nf4: NF4Weight, dtype: torch.dtype | None = None, *, out: Ten
     """
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4: expected an NF4Weight, got {type(nf4).__name__}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
     if out is None:
         out = torch.empty(nf4.shape, dtype=dtype or nf4.dtype, device=nf4.device)
+    elif not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
     elif dtype is not None and dtype != out.dtype:
         raise ValueError(f"dtype: {dtype} was asked for beside out of {out.dtype}")
     elif tuple(out.shape) != tuple(nf4.shape) or not out.is_contiguous() or not out.is_floating_point():
@@ -242,6 +250,7 @@ def dequantized(packed: Tensor, quantisation: tuple[Any, ...], dtype: torch.dtyp
     return ops.nf4.nf4_dequantize(packed, absmax, code, block_size, shape, dtype, *nested)
 
 
+@cache_signature
 class NF4LinearFunction(torch.autograd.Function):
     """x Wᵀ + b on a 4-bit W: the dense weight lives during each product and no longer."""
 
@@ -281,7 +290,8 @@ class NF4LinearFunction(torch.autograd.Function):
                 quantisation = (absmax, code, ctx.block_size, ctx.shape, *nested)
                 dx = (dy @ dequantized(packed, quantisation, ctx.compute_dtype)).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
-                dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+                wide = torch.float64 if ctx.compute_dtype == torch.float64 else torch.float32
+                dbias = dy.sum(0, dtype=wide).to(ctx.bias_dtype)
         return dx, dbias, *(None,) * 9
 
 
@@ -296,10 +306,16 @@ def nf4_linear(
 
     Returns:
         ``[..., N]``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4: expected an NF4Weight, got {type(nf4).__name__}")
     check_features(x, tuple(nf4.shape))
+    check_vector("bias", bias, nf4.shape[0], x)
+    if nf4.device != x.device:
+        raise ValueError(f"nf4: expected on {x.device} beside x, got on {nf4.device}")
     dtype = compute_dtype_of(x, compute_dtype)
     with autocast_off(x.device.type):
         rows = x.reshape(-1, x.shape[-1])
@@ -315,3 +331,15 @@ def check_features(x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"weight: expected shape (N, K), got {shape}")
     if x.dim() == 0 or x.shape[-1] != shape[1]:
         raise ValueError(f"x: expected [..., {shape[1]}] for a weight of shape {shape}, got {tuple(x.shape)}")
+
+
+def check_vector(name: str, value: Tensor | None, size: int, x: Tensor) -> None:
+    """A bias-like ``[size]`` on x's device, or None."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if tuple(value.shape) != (size,):
+        raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device} beside x, got on {value.device}")

@@ -206,7 +206,10 @@ def _backends(device: torch.device, four_bit: bool) -> tuple[dict[str, None], st
         chosen = operator.select(*arguments).backend
         if chosen == "reference":
             reasons = [f"{row.backend}: {reason}" for row, ok, reason in operator.verdicts(*arguments) if not ok]
-            return used, f"no fused implementation of {operator.name} ({'; '.join(reasons) or 'reference was asked for'})"
+            return (
+                used,
+                f"no fused implementation of {operator.name} ({'; '.join(reasons) or 'reference was asked for'})",
+            )
         used[chosen] = None
     return used, ""
 
@@ -246,17 +249,18 @@ def _fused_forward(layer: Any, x: Tensor) -> Tensor:
     )
 
 
-def _adapter_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
+def _adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _fused_class(module: nn.Module) -> type | None:
+    """The fused class a layer has now. Not its type alone: fully_shard derives a class of its own from it."""
+    return next((kind for kind in type(module).__mro__ if kind in _UNSWAPS), None)
 
 
 def _why_not_swapped(module: nn.Module) -> str:
     """Why a layer's class is not one that can be exchanged, or an empty string."""
-    if type(module) in _UNSWAPS or type(module) in _SWAPS:
+    if _fused_class(module) is not None or type(module) in _SWAPS:
         return "forward is overridden on the layer itself" if "forward" in module.__dict__ else ""
     if isinstance(module, _FSDP):
         return "wrapped by fully_shard before patching: patch first"
@@ -279,20 +283,23 @@ def patch(model: nn.Module) -> None:
 
 def unpatch(model: nn.Module) -> None:
     for _, module in _adapter_layers(model):
-        stock = _UNSWAPS.get(type(module))
-        if stock is None:
+        fused = _fused_class(module)
+        if fused is None:
+            continue
+        if fused is not type(module):
+            logger.warning("unpatch: a layer that fully_shard has wrapped keeps its fused class")
             continue
         for name, value in module.__dict__.pop(_RESTORE, {}).items():
             setattr(module.base_layer, name, value)
-        module.__class__ = stock
+        module.__class__ = _UNSWAPS[fused]
 
 
 def report(model: nn.Module) -> PatchReport:
     _cached_backend_reason.cache_clear()
     rows = []
     for name, module in _adapter_layers(model):
-        swapped = type(module) in _UNSWAPS
-        stock = _UNSWAPS.get(type(module), type(module))
+        fused = _fused_class(module)
+        stock = type(module) if fused is None else _UNSWAPS[fused]
         family = stock.__module__.removeprefix("peft.tuners.").split(".")[0]
         reason = _why_not_swapped(module) or _why_stock(module)
         rows.append(
@@ -301,7 +308,7 @@ def report(model: nn.Module) -> PatchReport:
                 layer=f"{family}.{stock.__name__}",
                 kernel="" if reason else _kernel_name(module),
                 reason=reason,
-                patched=swapped,
+                patched=fused is not None,
                 note=bnb.REPACK_NOTE if _RESTORE in module.__dict__ else "",
             )
         )

@@ -110,7 +110,7 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         wide = self.weight.dtype in (torch.float32, torch.float64)
-        factory = {"device": self.weight.device, "dtype": self.weight.dtype if wide else torch.float32}
+        factory: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype if wide else torch.float32}
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
         self.lora_bias = nn.Parameter(torch.zeros(self.out_features, **factory)) if lora_bias else None
@@ -225,7 +225,7 @@ class LoRALinear(nn.Linear):
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
 
 
-class LoRANF4Linear(LoRALinear, NF4Linear):
+class LoRANF4Linear(LoRALinear, NF4Linear):  # type: ignore[misc]  # from_linear is LoRALinear's
     """A :class:`LoRALinear` on a 4-bit weight (QLoRA, arXiv 2305.14314), made by :meth:`LoRALinear.from_linear`."""
 
     def __init__(self, *_: Any, **__: Any) -> None:

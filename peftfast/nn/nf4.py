@@ -20,10 +20,6 @@ _STATE_KEYS = {
 }
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 class NF4Linear(nn.Linear):
     """y = x Wᵀ + b with W in 4 bits and frozen. Made by :meth:`from_linear`.
 
@@ -31,6 +27,16 @@ class NF4Linear(nn.Linear):
     ``half()`` convert the bias only: bytes and statistics keep their dtypes. ``compute_dtype`` is the dtype of the product;
     None takes autocast's or x's.
     """
+
+    block_size: int
+    quant_type: str
+    weight_dtype: torch.dtype
+    compute_dtype: torch.dtype | None
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    nested_offset: Tensor | None
 
     def __init__(self, nf4: F.NF4Weight, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None):
         nn.Module.__init__(self)
@@ -59,8 +65,9 @@ class NF4Linear(nn.Linear):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         if is_bitsandbytes_4bit(linear):
-            nf4 = F.NF4Weight.from_bitsandbytes(linear.weight, getattr(linear, "quant_state", None))
-            return cls(nf4, linear.bias, linear.compute_dtype)
+            quantised: Any = linear
+            nf4 = F.NF4Weight.from_bitsandbytes(quantised.weight, getattr(quantised, "quant_state", None))
+            return cls(nf4, quantised.bias, quantised.compute_dtype)
         nf4 = F.nf4_quantize(
             linear.weight.detach(), block_size=block_size, double_quant=double_quant, quant_type=quant_type
         )
@@ -101,10 +108,10 @@ class NF4Linear(nn.Linear):
         meta: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.block_size,
-            "dtype": _dtype_name(self.weight_dtype),
+            "dtype": str(self.weight_dtype).removeprefix("torch."),
             "shape": [self.out_features, self.in_features],
         }
-        if self.nested_absmax is not None:
+        if self.nested_offset is not None:
             meta |= {
                 "nested_blocksize": definition.NESTED_BLOCK_SIZE,
                 "nested_dtype": "float32",

@@ -69,12 +69,9 @@ def takes_triton(*tensors: Tensor | None) -> Verdict:
     return True, ""
 
 
-_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """How the configurations, which import no torch, name a dtype."""
-    return _DTYPE_NAMES[dtype]
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache(maxsize=64)

@@ -127,6 +127,13 @@ class Operator:
         return self.select(*args).run(*args)
 
 
+def require(condition: Any, message: Callable[[], str]) -> None:
+    """torch._check, entered only where the condition is not plainly true: at 4 us a call, a layer's forty checks would cost more
+    than its launches. A symbolic condition becomes a guard, as torch._check makes it."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
 def always() -> Verdict:
     return True, ""
 

@@ -19,38 +19,34 @@ from .backends import (
     takes_triton,
     triton_available,
 )
-from .dispatch import Implementation, Operator, Verdict, reference
+from .dispatch import Implementation, Operator, Verdict, reference, require
 from .philox import check_probability, check_seed
 
 
 def _check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | None, like: Tensor) -> None:
-    torch._check(
+    require(
         tensor.dim() == 2 and tensor.is_floating_point(),
         lambda: f"{name}: expected a floating matrix, got {tensor.dtype} of shape {tuple(tensor.shape)}",
     )
-    torch._check(
+    require(
         (rows is None or tensor.shape[0] == rows) and (columns is None or tensor.shape[1] == columns),
         lambda: f"{name}: expected shape {(rows, columns)}, got {tuple(tensor.shape)}",
     )
-    torch._check(
-        tensor.device == like.device, lambda: f"{name}: expected on {like.device}, got on {tensor.device}"
-    )
+    require(tensor.device == like.device, lambda: f"{name}: expected on {like.device}, got on {tensor.device}")
 
 
 def _check_dropout(seed: Tensor | None, p: float, like: Tensor) -> None:
     check_probability(p)
     if seed is not None:
         check_seed(seed)
-        torch._check(seed.device == like.device, lambda: f"seed: expected on {like.device}, got on {seed.device}")
+        require(seed.device == like.device, lambda: f"seed: expected on {like.device}, got on {seed.device}")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
-    torch._check(dtype.is_floating_point, lambda: f"dtype: expected a floating dtype, got {dtype}")
+    require(dtype.is_floating_point, lambda: f"dtype: expected a floating dtype, got {dtype}")
 
 
-def _check_shrink(
-    x: Tensor, w: Tensor, seed: Tensor | None, p: float, scaling: float, dtype: torch.dtype
-) -> None:
+def _check_shrink(x: Tensor, w: Tensor, seed: Tensor | None, p: float, scaling: float, dtype: torch.dtype) -> None:
     _check_matrix("x", x, None, None, x)
     _check_matrix("w", w, None, x.shape[1], x)
     _check_dropout(seed, p, x)
@@ -91,11 +87,11 @@ def _check_expand_(
     _check_matrix("s", s, base.shape[0], None, base)
     _check_matrix("w", w, base.shape[1], s.shape[1], base)
     if bias is not None:
-        torch._check(
+        require(
             bias.is_floating_point() and bias.dim() == 1 and bias.shape[0] == base.shape[1],
             lambda: f"bias: expected floating [{base.shape[1]}], got {bias.dtype} {tuple(bias.shape)}",
         )
-        torch._check(bias.device == base.device, lambda: f"bias: expected on {base.device}, got on {bias.device}")
+        require(bias.device == base.device, lambda: f"bias: expected on {base.device}, got on {bias.device}")
     _check_dropout(seed, p, base)
 
 
@@ -281,9 +277,7 @@ lora_expand = Operator(
     "(Tensor base, Tensor s, Tensor w, Tensor? bias, Tensor? seed, float p, float scaling, ScalarType dtype) -> Tensor",
     check=_check_expand,
     fake=lambda base, s, w, bias, seed, p, scaling, dtype: base.new_empty(base.shape, dtype=dtype),
-    implementations=_table(
-        _expand_new(_cpu_expand_into), _expand_new(_triton_expand_into), definition.lora_expand
-    ),
+    implementations=_table(_expand_new(_cpu_expand_into), _expand_new(_triton_expand_into), definition.lora_expand),
 )
 
 lora_expand_ = Operator(

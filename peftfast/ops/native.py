@@ -1,7 +1,8 @@
 """The two compiled libraries: where they are, whether they load, and why not.
 
-Each is loaded at the first question about it, once; after that an answer is a dictionary look-up. Their operators live in the
-namespaces ``torch.ops.peftfast_cpu`` and ``torch.ops.peftfast_cuda`` and write into tensors that the caller allocates.
+Each is loaded at the first question about it, once; after that an answer is a dictionary look-up. Their operators live
+in the namespaces ``torch.ops.peftfast_cpu`` and ``torch.ops.peftfast_cuda`` and write into tensors that the caller
+allocates.
 """
 
 import logging
@@ -31,8 +32,8 @@ def cpu_available() -> Verdict:
 
 
 def cuda_available() -> Verdict:
-    """Whether ``torch.ops.peftfast_cuda`` can be used, and why not. The library is not touched under a torch without CUDA, where
-    it cannot load."""
+    """Whether ``torch.ops.peftfast_cuda`` can be used, and why not. The library is not touched under a torch without
+    CUDA, where it cannot load."""
     return _verdicts.get("cuda") or _ask("cuda")
 
 

@@ -8,8 +8,17 @@ from torch import Tensor
 
 from ..configs import nf4 as configs
 from ..reference import nf4 as definition
-from .backends import cpu_available, device_of, dtype_name, kernels, on_device, takes_cpu, takes_triton, triton_available
-from .dispatch import Implementation, Operator, Verdict, reference
+from .backends import (
+    cpu_available,
+    device_of,
+    dtype_name,
+    kernels,
+    on_device,
+    takes_cpu,
+    takes_triton,
+    triton_available,
+)
+from .dispatch import Implementation, Operator, Verdict, reference, require
 
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor code, int block_size, SymInt[] shape, "
@@ -30,28 +39,28 @@ def check_weight(
     """The storage contract of a 4-bit weight. No index a kernel computes leaves tensors that pass this."""
     count = math.prod(shape)
     blocks = -(-count // block_size) if block_size > 0 else 0
-    torch._check(
+    require(
         block_size in definition.BLOCK_SIZES,
         lambda: f"block_size: expected one of {definition.BLOCK_SIZES}, got {block_size}",
     )
-    torch._check(
+    require(
         packed.dtype == torch.uint8 and packed.numel() == (count + 1) // 2 and packed.is_contiguous(),
         lambda: (
             f"packed: expected {(count + 1) // 2} contiguous uint8 for a weight of shape {tuple(shape)}, "
             f"got {packed.numel()} {packed.dtype}"
         ),
     )
-    torch._check(
+    require(
         code.dtype == torch.float32 and code.numel() == 16 and code.is_contiguous(),
         lambda: f"code: expected 16 float32, got {code.numel()} {code.dtype}",
     )
     nested = nested_absmax is not None
-    torch._check(
+    require(
         (nested_code is not None) == nested and (nested_offset is not None) == nested,
         lambda: "nested_absmax, nested_code, nested_offset: expected all three or none",
     )
     expected_dtype = torch.uint8 if nested else torch.float32
-    torch._check(
+    require(
         absmax.dtype == expected_dtype and absmax.numel() == blocks and absmax.is_contiguous(),
         lambda: f"absmax: expected {blocks} contiguous {expected_dtype}, got {absmax.numel()} {absmax.dtype}",
     )
@@ -62,15 +71,15 @@ def check_weight(
             ("nested_code", nested_code, 256),
             ("nested_offset", nested_offset, 1),
         ):
-            torch._check(
+            require(
                 tensor.dtype == torch.float32 and tensor.numel() == size and tensor.is_contiguous(),
                 lambda name=name, tensor=tensor, size=size: (  # type: ignore[misc]
                     f"{name}: expected {size} contiguous float32, got {tensor.numel()} {tensor.dtype}"
                 ),
             )
-    for tensor in (absmax, code, nested_absmax, nested_code, nested_offset):
-        torch._check(
-            tensor is None or tensor.device == packed.device,
+    for other in (absmax, code, nested_absmax, nested_code, nested_offset):
+        require(
+            other is None or other.device == packed.device,
             lambda: f"a 4-bit weight's tensors: expected all on {packed.device}",
         )
 
@@ -87,11 +96,11 @@ def _check_out(
     out: Tensor,
 ) -> None:
     check_weight(packed, absmax, code, block_size, shape, nested_absmax, nested_code, nested_offset)
-    torch._check(
+    require(
         out.is_floating_point() and tuple(out.shape) == tuple(shape) and out.is_contiguous(),
         lambda: f"out: expected contiguous floating {tuple(shape)}, got {out.dtype} {tuple(out.shape)}",
     )
-    torch._check(out.device == packed.device, lambda: f"out: expected on {packed.device}, got {out.device}")
+    require(out.device == packed.device, lambda: f"out: expected on {packed.device}, got {out.device}")
 
 
 def _cpu_out(
@@ -158,15 +167,15 @@ def _triton_accepts(packed: Tensor, *arguments: object) -> Verdict:
 
 
 def _check_quantize(weight: Tensor, block_size: int, code: Tensor) -> None:
-    torch._check(
+    require(
         weight.is_floating_point() and weight.numel() > 0,
         lambda: f"weight: expected a floating tensor with elements, got {weight.dtype} {tuple(weight.shape)}",
     )
-    torch._check(
+    require(
         block_size in definition.BLOCK_SIZES,
         lambda: f"block_size: expected one of {definition.BLOCK_SIZES}, got {block_size}",
     )
-    torch._check(
+    require(
         code.dtype == torch.float32 and code.numel() == 16 and code.device == weight.device,
         lambda: f"code: expected 16 float32 on {weight.device}, got {code.numel()} {code.dtype} on {code.device}",
     )

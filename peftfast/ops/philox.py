@@ -9,24 +9,24 @@ from torch import Tensor
 from ..configs import philox as configs
 from ..reference import philox as definition
 from .backends import cpu_available, device_of, kernels, on_device, takes_cpu, takes_triton, triton_available
-from .dispatch import Implementation, Operator, Verdict, reference
+from .dispatch import Implementation, Operator, Verdict, reference, require
 
 
 def check_seed(seed: Tensor) -> None:
-    torch._check(
+    require(
         seed.dtype == torch.int64 and seed.numel() == 1,
         lambda: f"seed: expected one int64 element, got {seed.dtype} of shape {tuple(seed.shape)}",
     )
 
 
 def check_probability(p: float) -> None:
-    torch._check(0.0 <= p <= 1.0, lambda: f"p: expected a probability in [0, 1], got {p}")
+    require(0.0 <= p <= 1.0, lambda: f"p: expected a probability in [0, 1], got {p}")
 
 
 def _check_mask(seed: Tensor, rows: int, columns: int, p: float) -> None:
     check_seed(seed)
     check_probability(p)
-    torch._check(rows >= 0 and columns >= 0, lambda: f"rows, columns: expected sizes, got {rows}, {columns}")
+    require(rows >= 0 and columns >= 0, lambda: f"rows, columns: expected sizes, got {rows}, {columns}")
 
 
 def _fake_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
@@ -46,8 +46,8 @@ def _triton_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
 
 def _check_words(seed: Tensor, start: int, count: int, tensor_id: int, stream: int) -> None:
     check_seed(seed)
-    torch._check(start >= 0 and count >= 0, lambda: f"start, count: expected a range, got {start}, {count}")
-    torch._check(
+    require(start >= 0 and count >= 0, lambda: f"start, count: expected a range, got {start}, {count}")
+    require(
         0 <= tensor_id < 1 << 32 and 0 <= stream < 1 << 32,
         lambda: f"tensor_id, stream: expected 32-bit words, got {tensor_id}, {stream}",
     )
@@ -65,7 +65,9 @@ def _cpu_words(seed: Tensor, start: int, count: int, tensor_id: int, stream: int
 
 def _triton_words(seed: Tensor, start: int, count: int, tensor_id: int, stream: int) -> Tensor:
     with on_device(seed):
-        return kernels("philox").philox_words(seed, start, count, tensor_id, stream, configs.philox_words(device_of(seed)))
+        return kernels("philox").philox_words(
+            seed, start, count, tensor_id, stream, configs.philox_words(device_of(seed))
+        )
 
 
 def _cpu_accepts(seed: Tensor, *_: object) -> Verdict:

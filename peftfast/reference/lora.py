@@ -34,13 +34,16 @@ def lora_expand(
     return base.to(dtype) + dropout(delta * scaling, seed, p).to(dtype)
 
 
-def lora_weight_grad(ds: Tensor, x: Tensor, seed: Tensor | None, p: float, scaling: float, dtype: torch.dtype) -> Tensor:
+def lora_weight_grad(
+    ds: Tensor, x: Tensor, seed: Tensor | None, p: float, scaling: float, dtype: torch.dtype
+) -> Tensor:
     """scaling * dsᵀ dropout(x) with ds ``[M, R]`` and x ``[M, K]`` -> ``[R, K]`` of ``dtype``; the product in ds's dtype."""
     return ((ds.T @ dropout(x.to(ds.dtype), seed, p)) * scaling).to(dtype)
 
 
 def lora_dy_grads(dy: Tensor, s: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What the backward needs of dy ``[M, N]``: ds = scaling * dy b ``[M, R]`` in dy's dtype, db = scaling * dyᵀ s ``[N, R]`` of ``dtype``."""
+    """What the backward needs of dy ``[M, N]``: ds = scaling * dy b ``[M, R]`` in dy's dtype and db = scaling * dyᵀ s ``[N, R]`` of
+    ``dtype``."""
     return (dy @ b.to(dy.dtype)) * scaling, ((dy.T @ s.to(dy.dtype)) * scaling).to(dtype)
 
 

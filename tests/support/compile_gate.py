@@ -23,8 +23,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # Shared memory that one block can ask for: CUDA programming guide, table of compute capabilities.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 @dataclass
@@ -74,7 +74,12 @@ def run_gate(requests: list[dict[str, Any]]) -> list[Finding]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(requests), capture_output=True, text=True, env=environment, check=False
+        [sys.executable, __file__],
+        input=json.dumps(requests),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"the compile gate failed:\n{done.stderr[-4000:]}")
@@ -117,7 +122,7 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], a
     registers, stack = _resource_usage(compiled.asm["cubin"])
     arguments = [name for name, kind in signature.items() if kind != "constexpr"]
     pointers = {index: name for index, name in enumerate(arguments) if signature[name].startswith("*")}
-    matrix = [name for name in MATRIX_INSTRUCTION.values() if name in ptx]
+    matrix = [name for name in sorted(set(MATRIX_INSTRUCTION.values())) if name in ptx]
     name = kernel.fn.__name__
     return Finding(label, name, arch, registers, stack, compiled.metadata.shared, matrix, access_widths(ptx, pointers))
 
@@ -130,7 +135,10 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]

@@ -10,6 +10,7 @@ from peftfast.kernels import lora, nf4, philox
 
 DEVICES = {
     80: Device("", (8, 0), 108),
+    89: Device("", (8, 9), 128),
     90: Device("", (9, 0), 132),
     100: Device("", (10, 0), 148),
 }
@@ -24,7 +25,15 @@ def _seed(dropout: bool) -> torch.Tensor | None:
 
 
 def lora_shrink(
-    M: int, R: int, wide: str, narrow: str, compute: str, dropout: bool, arch: int, K: int = 4096, transposed: bool = False
+    M: int,
+    R: int,
+    wide: str,
+    narrow: str,
+    compute: str,
+    dropout: bool,
+    arch: int,
+    K: int = 4096,
+    transposed: bool = False,
 ) -> None:
     x = _empty(M, K, dtype=wide)
     w = _empty(K, R, dtype=narrow).T if transposed else _empty(R, K, dtype=narrow)

@@ -1,0 +1,47 @@
+"""``python -m peftfast``: demo, finetune, doctor. Standard library only until a command runs."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .cli import UserError
+from .cli.arguments import Parser
+
+COMMANDS = {
+    "demo": "fine-tune a real 4-bit model, stock and patched side by side; no network, minutes on two CPU cores",
+    "finetune": "LoRA or QLoRA on your model and your JSON lines through transformers' Trainer; writes a PEFT adapter",
+    "doctor": "what is installed, which kernel serves each operator here, and whether each is right",
+}
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    parse = Parser(
+        prog="python -m peftfast",
+        description="Fused kernels for parameter-efficient fine-tuning.",
+        epilog="\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parse.add_argument("command", choices=tuple(COMMANDS), help="its own options: COMMAND --help")
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status, 2 with one line on stderr for bad input, 130 with one line when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        # Only the first word: what follows is the command's own.
+        command = parser().parse_args(arguments[:1]).command
+        return importlib.import_module(f".cli.{command}", __package__).main(arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""What the commands share in reading their arguments: one-line errors, checked numbers, packages and devices."""
+
+import argparse
+import importlib.util
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are a UserError: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def integer(lowest: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least ``lowest``."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = lowest - 1
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
+        return value
+
+    return read
+
+
+def number(lowest: float, below: float = math.inf, *, above_lowest: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number in [lowest, below), or in (lowest, below)."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (lowest <= value < below) or (above_lowest and value == lowest):
+            span = f"{'above' if above_lowest else 'of at least'} {lowest:g}"
+            span += "" if math.isinf(below) else f" and below {below:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {span}, got {text!r}")
+        return value
+
+    return read
+
+
+def require(command: str, packages: Mapping[str, str]) -> None:
+    """Every importable name in ``packages`` (name -> what to ask pip for) is installed, or a UserError names all that are not."""
+    missing = [distribution for name, distribution in packages.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{command} needs {', '.join(missing)}, which {verb} not installed: pip install {names}")
+
+
+def writable_directory(option: str, path: Path) -> Path:
+    """``path``, made if need be and tried by writing into it; a UserError says why it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{option}: cannot write into {path}: {error.strerror or error}") from None
+    return path
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message as one line, for messages of other libraries that run over several."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def device_name(requested: str) -> str:
+    """A torch device that exists here: "auto" is cuda where there is one, else cpu. Imports torch."""
+    import torch
+
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = requested.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {requested!r}")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise UserError(
+                f"--device: {requested!r} asked for, but torch {torch.__version__} finds {count} CUDA devices"
+            )
+    return requested
+
+
+def quiet_libraries() -> None:
+    """No network and no notices from the Hugging Face libraries; called before they are imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes asks for a kernel from the hub when it is imported on a CPU with AVX512-BF16, and warns that it has none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

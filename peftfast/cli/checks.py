@@ -1,0 +1,169 @@
+"""One small awkward call of every operator, what the definition gives for it, and how far an implementation may be from that.
+
+``doctor`` imports this once torch is known to work.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.dispatch import Implementation
+from ..reference import lora, nf4, philox
+
+# Awkward on purpose: no side is a multiple of 8 or of a block, and 131 * 127 elements in blocks of 64 are an odd count in
+# 260 blocks, the last one short, so that double quantisation has a second group of maxima.
+M, N, K, R = 5, 43, 67, 3
+NF4_SHAPE = (131, 127)
+NF4_BLOCK_SIZE = 64
+DROPOUT_P = 0.3
+SCALING = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an operator: its arguments on the CPU, what the definition gives, and the budget.
+
+    ``expected``, ``dtypes`` and ``allowed`` have one entry for each result; allowed 0 means equal, bit for bit. An operator that
+    writes has its result in argument number ``written``.
+    """
+
+    name: str
+    arguments: tuple[Any, ...]
+    expected: tuple[Tensor, ...]
+    dtypes: tuple[torch.dtype, ...]
+    allowed: tuple[float, ...]
+    written: int | None = None
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """Fresh arguments on the device: an operator that writes must not write into the case."""
+    return tuple(value.to(device, copy=True) if isinstance(value, Tensor) else value for value in arguments)
+
+
+def _exact(name: str, arguments: tuple[Any, ...], expected: Any, written: int | None = None) -> Case:
+    results = _as_tuple(expected)
+    return Case(name, arguments, results, tuple(r.dtype for r in results), (0.0,) * len(results), written)
+
+
+def _philox_cases() -> dict[str, list[Case]]:
+    seed = torch.tensor([-(2**61) + 12345], dtype=torch.int64)
+    words = (seed, 2**32 - 3, 9, 5, philox.STREAM_DROPOUT)  # counters that carry into the high word
+    return {
+        "dropout_mask": [_exact("mask", (seed, M, K, DROPOUT_P), philox.dropout_mask(seed, M, K, DROPOUT_P))],
+        "philox_words": [_exact("words", words, philox.philox_words(*words))],
+    }
+
+
+def _nf4_cases(random: torch.Generator) -> dict[str, list[Case]]:
+    cpu = torch.device("cpu")
+    code = nf4.code_table("nf4", cpu)
+    quantise = (torch.randn(NF4_SHAPE, generator=random), NF4_BLOCK_SIZE, code)
+    packed, absmax = nf4.nf4_quantize(*quantise)
+    nested_absmax_codes, nested_absmax, offset = nf4.nest_absmax(absmax)
+    levels: tuple[tuple[str, Tensor, tuple[Tensor | None, ...]], ...] = (
+        ("one level", absmax, (None, None, None)),
+        ("double", nested_absmax_codes, (nested_absmax, nf4.nested_code_table(cpu), offset)),
+    )
+    cases = []
+    for level, maxima, nested in levels:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            storage = (packed, maxima, code, NF4_BLOCK_SIZE, NF4_SHAPE)
+            arguments = (*storage, *nested, torch.full(NF4_SHAPE, math.nan, dtype=dtype))
+            expected = nf4.nf4_dequantize(*storage, dtype, *nested)
+            cases.append(_exact(f"{level}, {_short(dtype)}", arguments, expected, written=len(arguments) - 1))
+    return {"nf4_quantize": [_exact("float32", quantise, (packed, absmax))], "nf4_dequantize_out": cases}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return torch.float64 if isinstance(value, torch.dtype) else value
+
+
+def _budgeted(
+    name: str, definition: Callable[..., Any], arguments: tuple[Any, ...], device: str, written: int | None = None
+) -> Case:
+    """The numerics contract: twice (the error of the same formula composed of torch ops in that dtype on that device + one
+    rounding of the largest value), against float64."""
+    asked = arguments if written is None else (*arguments, arguments[written].dtype)
+    composed = [r.cpu() for r in _as_tuple(definition(*_moved(asked, device)))]
+    exact = _as_tuple(definition(*map(_widened, asked)))
+    allowed = tuple(
+        2 * (float((c.double() - e).abs().max()) + torch.finfo(c.dtype).eps / 2 * float(e.abs().max()))
+        for c, e in zip(composed, exact, strict=True)
+    )
+    return Case(name, arguments, exact, tuple(c.dtype for c in composed), allowed, written)
+
+
+def _lora_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    def normal(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    seed = torch.tensor([987654321], dtype=torch.int64)
+    cases: dict[str, list[Case]] = {}
+    # The second is QLoRA after prepare_model_for_kbit_training: float32 x and adapters, products in bfloat16.
+    for outer, compute in (
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ):
+        name = _short(compute) if outer == compute else f"{_short(outer)} in {_short(compute)}"
+        x, a, b, bias = normal(outer, M, K), normal(outer, R, K), normal(outer, N, R), normal(outer, N)
+        s, ds, dy, base = (normal(compute, M, columns) for columns in (R, R, N, N))
+        expand = (base, s, b, bias, seed, DROPOUT_P, SCALING)
+        rows: tuple[tuple[str, Callable[..., Any], tuple[Any, ...], int | None], ...] = (
+            ("lora_shrink", lora.lora_shrink, (x, a, seed, DROPOUT_P, SCALING, compute), None),
+            ("lora_expand", lora.lora_expand, (*expand, outer), None),
+            ("lora_expand_", lora.lora_expand, expand, 0),
+            ("lora_weight_grad", lora.lora_weight_grad, (ds, x, seed, DROPOUT_P, SCALING, outer), None),
+            ("lora_dy_grads", lora.lora_dy_grads, (dy, s, b, SCALING, outer), None),
+        )
+        for operator, definition, arguments, written in rows:
+            case = _budgeted(name, definition, arguments, device, written)
+            cases.setdefault(operator, []).append(case)
+    return cases
+
+
+def cases(device: str) -> dict[str, list[Case]]:
+    """The calls of every operator, by its name, with the budgets of this device."""
+    random = torch.Generator().manual_seed(0)
+    return {**_philox_cases(), **_nf4_cases(random), **_lora_cases(random, device)}
+
+
+def arguments_on(case: Case, device: str) -> tuple[Any, ...]:
+    """A fresh copy of the case's arguments on the device."""
+    return _moved(case.arguments, device)
+
+
+def _largest_error(result: Any, expected: Tensor, dtype: torch.dtype) -> float:
+    """Infinite for another shape or dtype than the definition's, and where exactly one of the two is not finite."""
+    if not isinstance(result, Tensor) or result.shape != expected.shape or result.dtype != dtype:
+        return math.inf
+    wide, expected_wide = result.detach().cpu().double(), expected.double()
+    if torch.equal(wide, expected_wide):
+        return 0.0
+    return float(torch.nan_to_num((wide - expected_wide).abs(), nan=math.inf, posinf=math.inf).max())
+
+
+def run_case(implementation: Implementation, case: Case, device: str) -> tuple[float, float, bool]:
+    """Run one implementation, past the dispatcher, and compare: the largest error and what is allowed, of the result that is
+    nearest to its budget, and whether all results are within theirs. Raises what the implementation raises."""
+    arguments = arguments_on(case, device)
+    returned = implementation.run(*arguments)
+    results = _as_tuple(returned if case.written is None else arguments[case.written])
+    errors = [_largest_error(*row) for row in zip(results, case.expected, case.dtypes, strict=True)]
+    rows = list(zip(errors, case.allowed, strict=True))
+    error, allowed = max(rows, key=lambda row: row[0] / row[1] if row[1] else row[0])
+    return error, allowed, all(e <= a for e, a in rows)
