@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from .numerics import convert, multiply_add, narrow, widen
+from .partials import divide, partials_of, reduce_partials
 from .philox import keep_scale, keep_threshold, keep_tile
 
 COMPUTE_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_REDUCE_BLOCK = 1024
 
 
 # M changes with every batch: not specialised, so that one variant serves all. K, N, R and the strides belong to the layer; Triton
@@ -261,42 +261,11 @@ def _lora_dy_grads_kernel(
     tl.store(db_tile, narrow(db * db_scaling, db_ptr.dtype.element_ty), mask=mask_nr)
 
 
-@triton.jit(do_not_specialize=["partials"])
-def _reduce_partials_kernel(partial_ptr, out_ptr, count, partials, scaling, BLOCK: tl.constexpr):
-    """out = scaling * the sum of ``partials`` contiguous float32 arrays of ``count`` elements, added first to last."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < count
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(partials):
-        total += tl.load(partial_ptr + offs, mask=mask, other=0.0)
-        partial_ptr += count
-    tl.store(out_ptr + offs, narrow(total * scaling, out_ptr.dtype.element_ty), mask=mask)
-
-
 def _dropout_arguments(seed: torch.Tensor | None, p: float) -> tuple[torch.Tensor | None, int, float]:
     """What a kernel needs of (seed, p): the seed or None, the threshold, and the factor that joins scaling."""
     if seed is None or p == 0.0:
         return None, 0, 1.0
     return seed, keep_threshold(p), keep_scale(p)
-
-
-def _divide(blocks: int, splits: int) -> tuple[int, int]:
-    """Blocks a split and splits, none of them empty."""
-    per_split = triton.cdiv(blocks, max(1, min(splits, blocks)))
-    return per_split, triton.cdiv(blocks, per_split)
-
-
-def _partials(splits: int, out: torch.Tensor) -> torch.Tensor:
-    """Where a kernel writes its sums: out itself when there is one, else a float32 workspace ``[splits, *out.shape]``."""
-    return out if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
-
-
-def _reduce(partials: torch.Tensor, out: torch.Tensor, scaling: float) -> None:
-    if partials is not out:
-        grid = (triton.cdiv(out.numel(), _REDUCE_BLOCK),)
-        _reduce_partials_kernel[grid](
-            partials, out, out.numel(), partials.shape[0], scaling, BLOCK=_REDUCE_BLOCK, num_warps=4
-        )
 
 
 def lora_shrink(
@@ -316,8 +285,8 @@ def lora_shrink(
         return torch.zeros((M, R), dtype=dtype, device=x.device)
     out = torch.empty((M, R), dtype=dtype, device=x.device)
     seed, threshold, keep = _dropout_arguments(seed, p)
-    blocks_per_split, splits = _divide(triton.cdiv(K, config.block_c), config.splits)
-    partials = _partials(splits, out)
+    blocks_per_split, splits = divide(triton.cdiv(K, config.block_c), config.splits)
+    partials = partials_of(splits, out)
     _lora_shrink_kernel[(triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r), splits)](
         x,
         w,
@@ -336,7 +305,7 @@ def lora_shrink(
         COMPUTE=COMPUTE_DTYPES[dtype],
         **_blocks(config),
     )
-    _reduce(partials, out, scaling * keep)
+    reduce_partials(partials, out, scaling * keep)
     return out
 
 
@@ -412,8 +381,8 @@ def _weight_grad(
     if not (M and K and R):
         return out.zero_()
     seed, threshold, keep = _dropout_arguments(seed, p)
-    blocks_per_split, splits = _divide(triton.cdiv(M, config.block_m), config.splits)
-    partials = _partials(splits, out)
+    blocks_per_split, splits = divide(triton.cdiv(M, config.block_m), config.splits)
+    partials = partials_of(splits, out)
     _lora_weight_grad_kernel[(triton.cdiv(K, config.block_c), triton.cdiv(R, config.block_r), splits)](
         ds,
         x,
@@ -435,7 +404,7 @@ def _weight_grad(
         COMPUTE=COMPUTE_DTYPES[ds.dtype],
         **_blocks(config),
     )
-    _reduce(partials, out, scaling * keep)
+    reduce_partials(partials, out, scaling * keep)
     return out
 
 
@@ -460,8 +429,8 @@ def lora_dy_grads(
     if not (M and N and R):
         return ds.zero_(), db.zero_()
     blocks_n = triton.cdiv(N, config.block_c)
-    blocks_per_split, splits = _divide(triton.cdiv(M, config.block_m), config.splits)
-    ds_partials, db_partials = _partials(blocks_n, ds), _partials(splits, db)
+    blocks_per_split, splits = divide(triton.cdiv(M, config.block_m), config.splits)
+    ds_partials, db_partials = partials_of(blocks_n, ds), partials_of(splits, db)
     _lora_dy_grads_kernel[(blocks_n, triton.cdiv(R, config.block_r), splits)](
         dy,
         s,
@@ -482,8 +451,8 @@ def lora_dy_grads(
         b.stride(1),
         **_blocks(config),
     )
-    _reduce(ds_partials, ds, scaling)
-    _reduce(db_partials, db, scaling)
+    reduce_partials(ds_partials, ds, scaling)
+    reduce_partials(db_partials, db, scaling)
     return ds, db
 
 

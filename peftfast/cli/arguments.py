@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -100,6 +101,8 @@ def quiet_libraries() -> None:
     """No network and no notices from the Hugging Face libraries; called before they are imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT 0.21 asks transformers 5 by a name that it is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # bitsandbytes asks for a kernel from the hub when it is imported on a CPU with AVX512-BF16, and warns that it has none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging

@@ -31,7 +31,6 @@ LORA_DROPOUT = 0.05
 ADAPTER_LEARNING_RATE = 2e-3
 HEAD_LEARNING_RATE = 1e-2
 WARMUP_PART = 0.1
-PROBE_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -152,21 +151,19 @@ def build_model(recipe: Recipe, directory: str, labels: int, device: str, seed: 
 
 
 def build(
-    recipe: Recipe, directory: str, labels: int, device: str, seed: int, steps: int, largest: Batch | None = None
+    recipe: Recipe, directory: str, labels: int, device: str, seed: int, steps: int, probe: tuple[Batch, int] | None = None
 ) -> Arm:
-    """An arm ready for its first step; with ``largest``, the memory of a step on that batch has been measured."""
+    """An arm ready for its first step; with ``probe`` (a batch, steps), the memory of a step on that batch has been measured."""
     model, report = build_model(recipe, directory, labels, device, seed)
-    peak, saved = (None, 0) if largest is None else _probe(model, device, seed, steps, largest)
+    peak, saved = (None, 0) if probe is None else _probe(model, device, seed, *probe)
     optimiser, schedule = _optimiser(model, steps)
     torch.manual_seed(seed)
     return Arm(recipe, model, device, optimiser, schedule, _random_state(device), report, peak, saved)
 
 
 def rehearse(recipe: Recipe, directory: str, labels: int, device: str, seed: int, batch: Batch) -> None:
-    """Two steps of a copy that is thrown away: one-time allocations and first-call costs of the libraries happen here."""
-    arm = build(recipe, directory, labels, device, seed, steps=2)
-    arm.step(batch)
-    arm.step(batch)
+    """A step of a copy that is thrown away: one-time allocations and first-call costs of the libraries happen here."""
+    build(recipe, directory, labels, device, seed, steps=1).step(batch)
 
 
 def _optimiser(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -184,7 +181,7 @@ def _optimiser(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, tor
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
 
 
-def _probe(model: nn.Module, device: str, seed: int, steps: int, batch: Batch) -> tuple[int | None, int]:
+def _probe(model: nn.Module, device: str, seed: int, batch: Batch, steps: int) -> tuple[int | None, int]:
     """(peak of a step above the loaded model, bytes saved for backward); the model's trained weights are as before."""
     mark = measure.memory_in_use(device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -195,7 +192,7 @@ def _probe(model: nn.Module, device: str, seed: int, steps: int, batch: Batch) -
     arm = Arm(Recipe("probe", adapters=False), model, device, optimiser, schedule, _random_state(device))
 
     def run() -> None:
-        for _ in range(PROBE_STEPS):
+        for _ in range(steps):
             arm.step(batch)
 
     peak = measure.peak_above(mark, device, run)

@@ -19,6 +19,7 @@ def draw(training: Mapping[str, Sequence[float]], overlap: Mapping[str, Sequence
     """A PNG of two panels: the losses of the arms, and those of the runs without dropout one upon the other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,6 +35,7 @@ def draw(training: Mapping[str, Sequence[float]], overlap: Mapping[str, Sequence
     right.set_title(f"Without dropout: apart by {difference:.1e} at most")
     for axes in (left, right):
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("cross-entropy")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

@@ -144,35 +144,40 @@ def _splits(programs: int, steps: int, device: Device) -> int:
     return max(1, min(wanted, steps // 2))
 
 
-# What the compiler shows for these blocks, registers and shared memory, is in tests/test_compile_gate.py; no GPU has timed them yet.
+# Chosen by what the compiler shows on sm_80, sm_89, sm_90 and sm_100 with triton 3.7.1 (2026-11-20): no spills, at most 190 registers,
+# 16-byte loads. ptxas spills 8 bytes to stay at 64, 96 or 128 registers a thread, so that neighbours of these blocks often fail. No
+# GPU has timed them yet.
 def _shrink(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
-    if case.rank == 128:  # four warps spill at 16 rows and stand at 255 registers at 64
-        return LoraConfig(case.rows, 64, 128, num_warps=8, num_stages=2)
-    return LoraConfig(case.rows, 64, case.rank)
+    if case.rows == 16:  # x is small here: reading it once for every 64 ranks costs less than registers for 128
+        return LoraConfig(16, 64, min(case.rank, 64))
+    if case.rank == 128:
+        return LoraConfig(64, 32, 128, num_warps=8 if device.capability < (9, 0) else 4)
+    return LoraConfig(64, 64, case.rank, num_warps=8 if case.rank == 64 else 4)
 
 
 def _expand(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 64, 16, num_stages=2)
     # Eight warps: the tile of float32 sums, the base and the mask words take 180 registers a thread of four.
-    return LoraConfig(case.rows, 128, min(case.rank, 64), num_warps=8 if case.rows == 64 else 4, num_stages=2)
+    return LoraConfig(case.rows, 128, min(case.rank, 32), num_warps=8 if case.rows == 64 else 4, num_stages=2)
 
 
 def _weight_grad(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
-    return LoraConfig(case.rows, 64, case.rank)
+    return LoraConfig(case.rows, 64, case.rank, num_warps=8 if case.rows == 64 and case.rank >= 64 else 4)
 
 
 def _dy_grads(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 64, min(case.rank, 32), num_stages=2)
     if case.rows == 16:
-        return LoraConfig(16, 128, case.rank, num_stages=2)
-    # The wider the strip, the fewer partial sums of ds; 256 columns of rank 64 take 128 KiB.
-    narrow = case.rank == 64 and device.shared_memory < 131072
+        return LoraConfig(16, 64, case.rank, num_stages=2)
+    # The wider the strip, the fewer partial sums of ds; 256 columns of rank 64 take 128 KiB, and registers where sums are not in
+    # a warp group's.
+    narrow = case.rank == 64 and device.capability < (9, 0) or device.shared_memory < 131072
     return LoraConfig(64, 128 if narrow else 256, case.rank, num_warps=8, num_stages=2)
 
 

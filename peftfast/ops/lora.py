@@ -174,6 +174,20 @@ def _expand_in_place(into):  # type: ignore[no-untyped-def]
     return run
 
 
+def _reference_expand(
+    base: Tensor,
+    s: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    # A sum of torch's has the strides of its arguments; the operator promises a contiguous result, as its fake says.
+    return definition.lora_expand(base, s, w, bias, seed, p, scaling, dtype).contiguous()
+
+
 def _reference_expand_(
     base: Tensor, s: Tensor, w: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, scaling: float
 ) -> None:
@@ -277,7 +291,7 @@ lora_expand = Operator(
     "(Tensor base, Tensor s, Tensor w, Tensor? bias, Tensor? seed, float p, float scaling, ScalarType dtype) -> Tensor",
     check=_check_expand,
     fake=lambda base, s, w, bias, seed, p, scaling, dtype: base.new_empty(base.shape, dtype=dtype),
-    implementations=_table(_expand_new(_cpu_expand_into), _expand_new(_triton_expand_into), definition.lora_expand),
+    implementations=_table(_expand_new(_cpu_expand_into), _expand_new(_triton_expand_into), _reference_expand),
 )
 
 lora_expand_ = Operator(

@@ -35,6 +35,7 @@ class Finding:
         stack: bytes of local memory a thread; a spilled register is there.
         shared: bytes of shared memory a block.
         matrix: the tensor core instructions in it.
+        philox_calls: Philox4x32-10 calls that a thread makes in straight-line code, by their twenty 32 x 32 -> 64 bit products.
         streams: kernel argument -> "load" or "store" -> bytes an access -> how many such instructions.
     """
 
@@ -45,6 +46,7 @@ class Finding:
     stack: int
     shared: int
     matrix: list[str]
+    philox_calls: int
     streams: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
 
     def faults(self, wide: tuple[str, ...] = (), matrix: bool = False) -> list[str]:
@@ -124,7 +126,9 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], a
     pointers = {index: name for index, name in enumerate(arguments) if signature[name].startswith("*")}
     matrix = [name for name in sorted(set(MATRIX_INSTRUCTION.values())) if name in ptx]
     name = kernel.fn.__name__
-    return Finding(label, name, arch, registers, stack, compiled.metadata.shared, matrix, access_widths(ptx, pointers))
+    calls = len(re.findall(r"mul\.(?:hi|wide)\.u32", ptx)) // 20
+    streams = access_widths(ptx, pointers)
+    return Finding(label, name, arch, registers, stack, compiled.metadata.shared, matrix, calls, streams)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

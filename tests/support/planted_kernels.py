@@ -1,0 +1,56 @@
+"""Kernels with one fault each, which the compile gate must report. Launchers take the architecture and nothing else."""
+
+import torch
+import triton
+import triton.language as tl
+
+from peftfast.configs.lora import LoraConfig
+from peftfast.kernels import lora
+
+
+@triton.jit
+def _copy_kernel(source_ptr, target_ptr, count, stride, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target_ptr + offs, tl.load(source_ptr + offs * stride, mask=offs < count), mask=offs < count)
+
+
+def _copy(stride: int, count: int) -> None:
+    source, target = (torch.empty(4096, dtype=torch.float32, device="meta") for _ in range(2))
+    _copy_kernel[(1,)](source, target, count, stride, BLOCK=1024)
+
+
+def wide_copy(arch: int) -> None:
+    """Nothing is wrong with this one."""
+    _copy(1, 4096)
+
+
+def strided_copy(arch: int) -> None:
+    """Its loads are scalar, its stores are not: one narrow stream beside a wide one must not pass."""
+    _copy(3, 4096)
+
+
+def ragged_copy(arch: int) -> None:
+    """A mask that ends anywhere makes every access scalar."""
+    _copy(1, 4095)
+
+
+def _shrink(config: LoraConfig) -> None:
+    x = torch.empty((8192, 4096), dtype=torch.bfloat16, device="meta")
+    w = torch.empty((256, 4096), dtype=torch.bfloat16, device="meta")
+    lora.lora_shrink(x, w, None, 0.0, 1.0, torch.bfloat16, config)
+
+
+def spilled(arch: int) -> None:
+    """256 x 256 float32 sums in four warps are 512 registers a thread."""
+    _shrink(LoraConfig(256, 64, 256, num_warps=4))
+
+
+def too_much_shared_memory(arch: int) -> None:
+    """Eight stages of two 128 x 128 tiles of two bytes are 512 KiB."""
+    _shrink(LoraConfig(128, 128, 128, num_warps=8, num_stages=9))
+
+
+def without_tensor_cores(arch: int) -> None:
+    """float32 products are plain multiply-adds."""
+    x, w = (torch.empty((64, 4096), dtype=torch.float32, device="meta") for _ in range(2))
+    lora.lora_shrink(x, w, None, 0.0, 1.0, torch.float32, LoraConfig(16, 32, 16))

@@ -21,14 +21,19 @@ def _fill(tensor: Tensor) -> Tensor:
 
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace torch.empty and torch.empty_like for callers inside peftfast, kernels included; everyone else gets the real one."""
-    for name in ("empty", "empty_like"):
+    for name, traced in (
+        ("empty", torch.ops.aten.empty.memory_format),
+        ("empty_like", torch.ops.aten.empty_like.default),
+    ):
         real = getattr(torch, name)
 
-        def poisoned(*args, _real=real, **kwargs):  # type: ignore[no-untyped-def]
+        def poisoned(*args, _real=real, _traced=traced, **kwargs):  # type: ignore[no-untyped-def]
+            if (
+                torch.compiler.is_compiling()
+            ):  # dynamo, which looks functions up by identity, no longer knows the real one
+                return _traced(args if isinstance(args[0], int) else args[0], **kwargs)
             tensor = _real(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if torch.compiler.is_compiling() or not caller.startswith(_CALLERS):
-                return tensor
-            return _fill(tensor)
+            return _fill(tensor) if caller.startswith(_CALLERS) else tensor
 
         monkeypatch.setattr(torch, name, poisoned)

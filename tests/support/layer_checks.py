@@ -1,0 +1,151 @@
+"""The LoRA layer, forward and every gradient, against float64 autograd of its definition."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import peftfast.functional as F
+from peftfast.reference import lora as definition
+from peftfast.reference import nf4 as nf4_definition
+from tests.support.budget import assert_within_budget
+from tests.support.lora_checks import BF16, DEVICE, F16, F32, F64, matrix
+
+LEAVES = ("x", "lora_a", "lora_b", "bias", "lora_bias")
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """``weight`` is "dense", "nf4" or "nested"; ``needs`` the tensors that want a gradient; ``data`` seeds values and mask."""
+
+    shape: tuple[int, ...] = (3, 11, 67)
+    N: int = 45
+    R: int = 5
+    x: torch.dtype = F32
+    adapter: torch.dtype = F32
+    compute: torch.dtype | None = None
+    weight: str = "dense"
+    p: float = 0.1
+    scaling: float = 1.5
+    bias: bool = True
+    lora_bias: bool = True
+    layout: str = "plain"
+    needs: tuple[str, ...] = (*LEAVES, "weight")
+    data: int = 0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.compute or self.x
+
+    @property
+    def seed(self) -> Tensor:
+        return torch.tensor([0x5EED << 40 | self.data], device=DEVICE)
+
+
+# The first is QLoRA's: 4-bit double-quantised base, float32 x and adapters, bfloat16 products.
+QLORA = LayerCase(weight="nested", compute=BF16, needs=LEAVES)
+TELLING = (QLORA, LayerCase(p=0.5, data=1), LayerCase(p=0.0, x=BF16, data=2))
+
+
+def tensors_of(case: LayerCase) -> dict[str, Any]:
+    """x, weight, lora_a, lora_b, bias, lora_bias: leaves, of a size at which the adapter's term is as large as the base's."""
+    generator = torch.Generator().manual_seed(2000 + case.data)
+    K, N, R = case.shape[-1], case.N, case.R
+    rows = torch.Size(case.shape[:-1]).numel()
+    narrow, compute = case.adapter, case.compute_dtype
+    x = matrix(rows, K, case.x, case.layout, generator)
+    x = x.view(case.shape) if case.layout in ("plain", "wide", "spaced") else x.reshape(case.shape)
+    dense = matrix(N, K, F32, "plain", generator) / K**0.5
+    weight: Any = dense.to(compute)
+    if case.weight != "dense":
+        weight = F.nf4_quantize(dense.to(compute), double_quant=case.weight == "nested")
+    tensors = {
+        "x": x,
+        "weight": weight,
+        "lora_a": matrix(R, K, narrow, case.layout, generator) / K**0.5,
+        "lora_b": matrix(N, R, narrow, case.layout, generator) / (R**0.5 * case.scaling),
+        "bias": matrix(1, N, compute, "plain", generator)[0] if case.bias else None,
+        "lora_bias": matrix(1, N, narrow, "plain", generator)[0] if case.lora_bias else None,
+    }
+    for name in case.needs:
+        if isinstance(tensors[name], Tensor):
+            tensors[name].requires_grad_()
+    return tensors
+
+
+def dense_weight(weight: Tensor | F.NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The definition's weight in ``dtype``; that of a 4-bit weight in float64 is the float32 product unrounded."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    *first, nested_absmax, nested_code, nested_offset = weight.storage()
+    return nf4_definition.nf4_dequantize(*first, dtype, nested_absmax, nested_code, nested_offset)
+
+
+def run(case: LayerCase, tensors: dict[str, Any], **options: Any) -> Tensor:
+    """The layer under test."""
+    settings = {"scaling": case.scaling, "dropout_p": case.p, "seed": case.seed, "compute_dtype": case.compute}
+    return F.lora_linear(**tensors, **(settings | options))
+
+
+def define(case: LayerCase, tensors: dict[str, Any], dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
+    """The definition, every tensor cast to ``dtype``."""
+    cast = {
+        name: dense_weight(t, dtype) if name == "weight" else t if t is None else t.to(dtype)
+        for name, t in tensors.items()
+    }
+    return definition.lora_linear(**cast, scaling=case.scaling, dropout_p=case.p, seed=case.seed).to(out_dtype)
+
+
+def gradients(y: Tensor, tensors: dict[str, Any], dy: Tensor) -> dict[str, Tensor]:
+    leaves = {name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.requires_grad}
+    if not leaves:
+        return {}
+    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+
+
+def check_layer(case: LayerCase, **options: Any) -> None:
+    """y and each gradient within the budget, in the right dtype and shape."""
+    tensors = tensors_of(case)
+    compare_with_definition(case, tensors, lambda: run(case, tensors, **options))
+
+
+def compare_with_definition(case: LayerCase, tensors: dict[str, Any], layer: Any) -> None:
+    y = layer()
+    out_dtype = case.x if case.compute is not None else y.dtype
+    assert y.dtype == out_dtype and y.shape == (*case.shape[:-1], case.N), f"{case}: {y.dtype} {tuple(y.shape)}"
+    generator = torch.Generator().manual_seed(3000 + case.data)
+    dy = torch.randn(y.shape, generator=generator).to(DEVICE, y.dtype)
+    actual = {"y": y.detach(), **gradients(y, tensors, dy)}
+    compute = case.compute or y.dtype
+    composed_y = define(case, tensors, compute, y.dtype)
+    composed = {"y": composed_y.detach(), **gradients(composed_y, tensors, dy)}
+    wide = {
+        name: t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+        for name, t in tensors.items()
+    }
+    exact_y = define(case, wide, F64, F64)
+    exact = {"y": exact_y.detach(), **gradients(exact_y, wide, dy.double())}
+    assert actual.keys() == exact.keys()
+    for name, value in actual.items():
+        expected = y.dtype if name == "y" else tensors[name].dtype
+        assert value.dtype == expected, f"gradient of {name}: {value.dtype}, expected {expected}; {case}"
+        try:
+            assert_within_budget(name, value, composed[name], exact[name])
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {case}") from None
+
+
+# dtype of x, adapters, compute_dtype; weight.
+KINDS = (
+    (F32, F32, BF16, "nested"),
+    (F32, F32, BF16, "nf4"),
+    (F32, F32, None, "dense"),
+    (F32, F32, None, "nested"),
+    (BF16, BF16, None, "dense"),
+    (BF16, F32, None, "dense"),
+    (BF16, F32, BF16, "nested"),
+    (F16, F16, None, "dense"),
+    (F16, F32, None, "nf4"),
+    (F32, F16, F16, "nested"),
+)

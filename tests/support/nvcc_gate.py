@@ -1,0 +1,68 @@
+"""CUDA sources compiled by nvcc for every architecture that we serve, and what ptxas says of each kernel; no GPU is needed."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "90a", "100")
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel on one architecture, as ptxas -v reports it."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+    def faults(self) -> list[str]:
+        """What is wrong with it."""
+        if self.spill_stores or self.spill_loads or self.stack:
+            return [
+                f"{self.name} on {self.arch}: {self.spill_stores} bytes of spill stores, {self.spill_loads} of spill loads, "
+                f"{self.stack} of stack"
+            ]
+        return []
+
+
+def nvcc_path() -> str | None:
+    return shutil.which("nvcc")
+
+
+_FUNCTION = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
+_PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+def compile_report(source: Path, object_file: Path) -> list[KernelReport]:
+    """Compile with the flags of setup.py; a RuntimeError carries nvcc's message."""
+    nvcc = nvcc_path()
+    assert nvcc is not None
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    flags = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    done = subprocess.run(
+        [nvcc, *flags, *gencode, "-c", str(source), "-o", str(object_file)], capture_output=True, text=True
+    )
+    output = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(f"{source.name} does not compile:\n{output[-4000:]}")
+    return parse(output)
+
+
+def parse(output: str) -> list[KernelReport]:
+    """Reports in ptxas' output: the entry function, its properties and its registers, one after the other."""
+    reports = []
+    pieces = _FUNCTION.split(output)[1:]
+    for name, arch, text in zip(pieces[0::3], pieces[1::3], pieces[2::3], strict=True):
+        properties, registers = _PROPERTIES.search(text), _REGISTERS.search(text)
+        if properties is None or registers is None:
+            raise RuntimeError(f"ptxas said nothing of {name} on {arch}: {text[:500]}")
+        reports.append(KernelReport(name, arch, int(registers[1]), *map(int, properties.groups())))
+    return reports
