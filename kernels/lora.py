@@ -1,12 +1,13 @@
 """The LoRA side passes in Triton (definitions: peftfast.reference.lora).
 
-All four are bound by one pass over a wide matrix (x, base or dy) and multiply it with a narrow one of rank R, so each program holds
-all of R up to BLOCK_R = 128 and meets the wide matrix once; larger ranks are cut into blocks on a grid axis of their own and meet
-it once a block. Products accumulate in float32 and are rounded once. Sums that are cut among programs go to a float32 workspace and
-are added in a fixed order by _reduce_partials_kernel: no atomics, the same bits every run.
+All four are bound by one pass over a wide matrix (x, base or dy) and multiply it with a narrow one of rank R, so each
+program holds all of R up to BLOCK_R = 128 and meets the wide matrix once; larger ranks are cut into blocks on a grid
+axis of their own and meet it once a block. Products accumulate in float32 and are rounded once. Sums that are cut
+among programs go to a float32 workspace and are added in a fixed order by _reduce_partials_kernel: no atomics, the
+same bits every run.
 
-Dropout is regenerated from (seed, row, column) and never read from memory. Kernels only select; the factor keep_scale(p) is part of
-``scaling``, which commutes with every sum here and so costs no rounding.
+Dropout is regenerated from (seed, row, column) and never read from memory. Kernels only select; the factor
+keep_scale(p) is part of ``scaling``, which commutes with every sum here and so costs no rounding.
 """
 
 import torch
@@ -20,8 +21,8 @@ from .philox import keep_scale, keep_threshold, keep_tile
 COMPUTE_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-# M changes with every batch: not specialised, so that one variant serves all. K, N, R and the strides belong to the layer; Triton
-# specialises them on 1 and on multiples of 16, which is what makes 16-byte loads.
+# M changes with every batch: not specialised, so that one variant serves all. K, N, R and the strides belong to the
+# layer; Triton specialises them on 1 and on multiples of 16, which is what makes 16-byte loads.
 @triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split"])
 def _lora_shrink_kernel(
     x_ptr,
@@ -43,7 +44,8 @@ def _lora_shrink_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[split, m, r] = scaling * sum over the split's k of dropout(x)[m, k] w[r, k]; grid (M blocks, R blocks, splits of K)."""
+    """out[split, m, r] = scaling * sum over the split's k of dropout(x)[m, k] w[r, k]; grid (M blocks, R blocks,
+    splits of K)."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
@@ -99,8 +101,8 @@ def _lora_expand_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = base + dropout(scaling * (s wᵀ + bias)); one tile a program, N fastest. A tile reads its base before it writes, so out may
-    be base."""
+    """out = base + dropout(scaling * (s wᵀ + bias)); one tile a program, N fastest. A tile reads its base before it
+    writes, so out may be base."""
     blocks_n = tl.cdiv(N, BLOCK_C)
     pid_m = tl.program_id(0) // blocks_n
     pid_n = tl.program_id(0) % blocks_n
@@ -132,9 +134,10 @@ def _lora_expand_kernel(
     delta = accumulator * scaling
     if seed_ptr is not None:
         keep = keep_tile(tl.load(seed_ptr), offs_m[:, None], pid_n * BLOCK_C, columns[None, :], N, threshold)
-        # Always true, and gone from the machine code; but it ties the mask to a loaded tile, so that the compiler leaves it in the
-        # layout of the load, where a thread owns all columns of a counter. In the layout of the product it owns two, and every counter
-        # is computed four times: 31 Philox calls a thread instead of 8, and spills (sm_80, sm_90, triton 3.7.1).
+        # Always true, and gone from the machine code; but it ties the mask to a loaded tile, so that the compiler
+        # leaves it in the layout of the load, where a thread owns all columns of a counter. In the layout of the
+        # product it owns two, and every counter is computed four times: 31 Philox calls a thread instead of 8, and
+        # spills (sm_80, sm_90, triton 3.7.1).
         BITS: tl.constexpr = tl.int16 if base.dtype.primitive_bitwidth == 16 else tl.int32
         keep &= (base.to(BITS, bitcast=True) | 1) != 0
         delta = tl.where(keep, delta, 0.0)
@@ -166,9 +169,11 @@ def _lora_weight_grad_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[split, r, k] = scaling * sum over the split's m of ds[m, r] dropout(x)[m, k]; grid (K blocks, R blocks, splits of M).
+    """out[split, r, k] = scaling * sum over the split's m of ds[m, r] dropout(x)[m, k]; grid (K blocks, R blocks,
+    splits of M).
 
-    The product is formed transposed, [BLOCK_C, BLOCK_R]: K fills the 64 rows of a tensor core instruction, R = 16 would not.
+    The product is formed transposed, [BLOCK_C, BLOCK_R]: K fills the 64 rows of a tensor core instruction, R = 16
+    would not.
     """
     columns = tl.arange(0, BLOCK_C)
     offs_k = tl.program_id(0) * BLOCK_C + columns
@@ -226,8 +231,8 @@ def _lora_dy_grads_kernel(
 ):
     """Both products of dy from one reading of it; grid (N blocks, R blocks, splits of M).
 
-    A program owns a strip of BLOCK_C columns and walks down its rows: ds[n block, m, r] = ds_scaling * dy b over the strip leaves as a
-    partial sum at every step, db[split, n, r] = db_scaling * dyᵀ s stays in registers to the end.
+    A program owns a strip of BLOCK_C columns and walks down its rows: ds[n block, m, r] = ds_scaling * dy b over the
+    strip leaves as a partial sum at every step, db[split, n, r] = db_scaling * dyᵀ s stays in registers to the end.
     """
     pid_n = tl.program_id(0)
     offs_n = pid_n * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -277,8 +282,8 @@ def lora_shrink(
     dtype: torch.dtype,
     config,
 ) -> torch.Tensor:
-    """scaling * dropout(x) wᵀ: x ``[M, K]`` and w ``[R, K]`` of any strides and any of the three dtypes -> ``[M, R]`` of ``dtype``, in
-    which the products are formed."""
+    """scaling * dropout(x) wᵀ: x ``[M, K]`` and w ``[R, K]`` of any strides and any of the three dtypes -> ``[M, R]``
+    of ``dtype``, in which the products are formed."""
     M, K = x.shape
     R = w.shape[0]
     if not (M and K and R):
@@ -320,8 +325,9 @@ def lora_expand(
     out: torch.Tensor,
     config,
 ) -> torch.Tensor:
-    """out = base + dropout(scaling * (s wᵀ + bias)), rounded once, for base and out ``[M, N]``, s ``[M, R]`` and w ``[N, R]`` of any
-    strides and bias ``[N]``, contiguous. out may be base itself, but not another view of its memory. Returns out."""
+    """out = base + dropout(scaling * (s wᵀ + bias)), rounded once, for base and out ``[M, N]``, s ``[M, R]`` and w
+    ``[N, R]`` of any strides and bias ``[N]``, contiguous. out may be base itself, but not another view of its memory.
+    Returns out."""
     M, N = base.shape
     if not (M and N):
         return out
@@ -360,7 +366,8 @@ def lora_weight_grad(
     dtype: torch.dtype,
     config,
 ) -> torch.Tensor:
-    """scaling * dsᵀ dropout(x): ds ``[M, R]`` and x ``[M, K]`` of any strides -> ``[R, K]`` of ``dtype``; products in ds's dtype."""
+    """scaling * dsᵀ dropout(x): ds ``[M, R]`` and x ``[M, K]`` of any strides -> ``[R, K]`` of ``dtype``; products in
+    ds's dtype."""
     R, K = ds.shape[1], x.shape[1]
     return _weight_grad(ds, x, seed, p, scaling, torch.empty((R, K), dtype=dtype, device=x.device), False, config)
 
@@ -411,11 +418,11 @@ def _weight_grad(
 def lora_dy_grads(
     dy: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype, config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """ds = scaling * dy b ``[M, R]`` in dy's dtype and db = scaling * dyᵀ s ``[N, R]`` of ``dtype``, for dy ``[M, N]``, s ``[M, R]`` and
-    b ``[N, R]`` of any strides.
+    """ds = scaling * dy b ``[M, R]`` in dy's dtype and db = scaling * dyᵀ s ``[N, R]`` of ``dtype``, for dy ``[M,
+    N]``, s ``[M, R]`` and b ``[N, R]`` of any strides.
 
-    One reading of dy with ``config.one_pass``; without it two, by the kernels of shrink and weight_grad, which have no partial sums of
-    ds to write.
+    One reading of dy with ``config.one_pass``; without it two, by the kernels of shrink and weight_grad, which have no
+    partial sums of ds to write.
     """
     M, N = dy.shape
     R = b.shape[1]

@@ -1,4 +1,5 @@
-"""Dequantisation of 4-bit blocks in Triton, nested scales included: one launch (the definition is peftfast.reference.nf4)."""
+"""Dequantisation of 4-bit blocks in Triton, nested scales included: one launch (the definition is
+peftfast.reference.nf4)."""
 
 import torch
 import triton
@@ -23,10 +24,11 @@ def _nf4_dequantize_kernel(
     HALF: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """out[i] = code[nibble i] * absmax[i // block_size] for BLOCKS blocks of block_size = 2 HALF elements, HALF bytes each.
+    """out[i] = code[nibble i] * absmax[i // block_size] for BLOCKS blocks of block_size = 2 HALF elements, HALF bytes
+    each.
 
-    A row of the tile is a block, so a thread reads one maximum for all of its bytes. The nested scale is a product and a sum that are
-    rounded apart: the kernel must be compiled with enable_fp_fusion=False.
+    A row of the tile is a block, so a thread reads one maximum for all of its bytes. The nested scale is a product and
+    a sum that are rounded apart: the kernel must be compiled with enable_fp_fusion=False.
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     columns = tl.arange(0, HALF)
@@ -55,9 +57,11 @@ def nf4_dequantize(
     nested_offset: torch.Tensor | None,
     config,
 ) -> torch.Tensor:
-    """Decode into ``out``, contiguous float32, bfloat16 or float16 of any shape; returns it. Everything else is contiguous too.
+    """Decode into ``out``, contiguous float32, bfloat16 or float16 of any shape; returns it. Everything else is
+    contiguous too.
 
-    packed: uint8 ``[ceil(numel / 2), 1]``. absmax: float32 ``[blocks]``, or uint8 with the three nested tensors. code: float32 ``[16]``.
+    packed: uint8 ``[ceil(numel / 2), 1]``. absmax: float32 ``[blocks]``, or uint8 with the three nested tensors. code:
+        float32 ``[16]``.
     block_size: a power of two. Bit for bit the definition.
     """
     if out.numel():

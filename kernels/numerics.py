@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-# Fixed when this module is imported, as triton decides at decoration: kernels of one process are all interpreted or all compiled.
+# Fixed when this module is imported, as triton decides at decoration: kernels of one process are all interpreted or
+# all compiled.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -12,8 +13,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def narrow(x, dtype: tl.constexpr):
     """float32 x in ``dtype``, rounded to nearest even.
 
-    The interpreter's own float32 -> bfloat16 truncates, so there the rounding is done on the bits; a NaN keeps its sign and payload's
-    upper half and stays a NaN.
+    The interpreter's own float32 -> bfloat16 truncates, so there the rounding is done on the bits; a NaN keeps its
+    sign and payload's upper half and stays a NaN.
     """
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -44,10 +45,11 @@ def convert(x, dtype: tl.constexpr):
 
 @triton.jit
 def multiply_add(a, b, accumulator):
-    """accumulator + a b, in float32. float32 operands are multiplied in float32, never in tf32, which is tl.dot's default.
+    """accumulator + a b, in float32. float32 operands are multiplied in float32, never in tf32, which is tl.dot's
+    default.
 
-    The interpreter's tl.dot of bfloat16 is silently wrong (relative error 1e10, triton 3.6 to 3.9): there the operands are widened,
-    which changes no product.
+    The interpreter's tl.dot of bfloat16 is silently wrong (relative error 1e10, triton 3.6 to 3.9): there the operands
+    are widened, which changes no product.
     """
     if _INTERPRETED:
         a = widen(a)

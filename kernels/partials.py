@@ -1,4 +1,5 @@
-"""Sums cut among programs: partial sums in a workspace, added in a fixed order, so that every run gives the same bits."""
+"""Sums cut among programs: partial sums in a workspace, added in a fixed order, so that every run gives the same
+bits."""
 
 import torch
 import triton
@@ -28,7 +29,8 @@ def divide(blocks: int, splits: int) -> tuple[int, int]:
 
 
 def partials_of(splits: int, out: torch.Tensor) -> torch.Tensor:
-    """Where a kernel writes its sums: out itself when there is one, else a float32 workspace ``[splits, *out.shape]``."""
+    """Where a kernel writes its sums: out itself when there is one, else a float32 workspace ``[splits,
+    *out.shape]``."""
     return out if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
 
 
@@ -36,6 +38,4 @@ def reduce_partials(partials: torch.Tensor, out: torch.Tensor, scaling: float) -
     """out = scaling * the sum of its partials; nothing to do where out holds the one sum already, scaled."""
     if partials is not out:
         grid = (triton.cdiv(out.numel(), _BLOCK),)
-        _reduce_partials_kernel[grid](
-            partials, out, out.numel(), partials.shape[0], scaling, BLOCK=_BLOCK, num_warps=4
-        )
+        _reduce_partials_kernel[grid](partials, out, out.numel(), partials.shape[0], scaling, BLOCK=_BLOCK, num_warps=4)

@@ -21,7 +21,8 @@ def keep_scale(p: float) -> float:
 
 @triton.jit
 def words_at(seed, q, tensor_id, stream):
-    """The four uint32 words of the counters (q low, q high, tensor_id, stream) under an int64 seed; q is an int64 block."""
+    """The four uint32 words of the counters (q low, q high, tensor_id, stream) under an int64 seed; q is an int64
+    block."""
     low = q.to(tl.uint32)
     high = (q >> 32).to(tl.uint32)
     # Blocks, since tl.philox bitcasts its counters: a constant would arrive as a signed scalar.
@@ -37,9 +38,10 @@ def keep_tile(seed, rows, first_column, columns, C, threshold):
         seed: int64 scalar.
         rows: row indices, ``[BLOCK_M, 1]`` (or ``[1, BLOCK_M]`` for a tile held transposed).
         first_column: the tile's first column, a multiple of 8.
-        columns: tl.arange(0, BLOCK), expanded across rows. Kept apart from first_column so that the compiler sees a constant in
-            ``columns % 8`` and one value in ``columns // 8`` for every eight columns that a thread owns: the words of a counter are
-            then computed once and the selection below folds away, with no exchange between threads.
+        columns: tl.arange(0, BLOCK), expanded across rows. Kept apart from first_column so that the compiler sees a
+            constant in ``columns % 8`` and one value in ``columns // 8`` for every eight columns that a thread owns:
+            the words of a counter are then computed once and the selection below folds away, with no exchange between
+            threads.
         C: width of the whole matrix.
         threshold: keep_threshold(p).
     """
@@ -52,8 +54,8 @@ def keep_tile(seed, rows, first_column, columns, C, threshold):
     return bits.to(tl.int32) < threshold
 
 
-# threshold is a run-time argument and not specialised: a schedule of p costs no compilation, and the comparison is one instruction
-# with a register either way.
+# threshold is a run-time argument and not specialised: a schedule of p costs no compilation, and the comparison is one
+# instruction with a register either way.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _dropout_mask_kernel(seed_ptr, mask_ptr, M, C, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -65,7 +67,8 @@ def _dropout_mask_kernel(seed_ptr, mask_ptr, M, C, threshold, BLOCK_M: tl.conste
     tl.store(mask_ptr + offs_m[:, None].to(tl.int64) * C + offs_c[None, :], keep.to(tl.uint8), mask=mask)
 
 
-# start, tensor_id and stream change from call to call: none may be specialised by value (their width, int32 or int64, still is).
+# start, tensor_id and stream change from call to call: none may be specialised by value (their width, int32 or int64,
+# still is).
 @triton.jit(do_not_specialize=["start", "count", "tensor_id", "stream"])
 def _philox_words_kernel(seed_ptr, words_ptr, start, count, tensor_id, stream, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -1,5 +1,7 @@
 """The public LoRA layer: values, gradients, what it saves, what it calls, and the company it keeps in torch."""
 
+import dataclasses
+import gc
 from typing import Any
 
 import pytest
@@ -50,7 +52,8 @@ def test_shapes_of_x(index: int, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("index", [0, 2, 5])
 @pytest.mark.parametrize(("N", "R"), [(1, 1), (2, 3), (127, 8), (96, 64), (31, 129)])
 def test_shapes_of_the_layer(index: int, N: int, R: int) -> None:
-    check_layer(kind(index, N=N, R=R, shape=(41, 96)))
+    case = kind(index, N=N, R=R, shape=(41, 96))
+    check_layer(*(dataclasses.replace(case, data=data) for data in range(16 if N < 8 else 1)))
 
 
 @pytest.mark.parametrize("index", [0, 2, 4])
@@ -91,7 +94,7 @@ def test_magnitude_is_the_definition() -> None:
     """DoRA runs composed: within the budget of itself, values and gradients, and the log says so."""
     case = LayerCase(bias=True, lora_bias=False)
     tensors = tensors_of(case) | {"magnitude": torch.rand(case.N, device=DEVICE).add_(0.5).requires_grad_()}
-    compare_with_definition(case, tensors, lambda: run(case, tensors))
+    compare_with_definition(case, tensors, run(case, tensors))
 
 
 def saved_by(case: LayerCase) -> tuple[dict[str, Any], list[Tensor]]:
@@ -164,8 +167,9 @@ def check_counts(index: int) -> None:
     case = kind(index, needs=("x", "lora_a", "lora_b"), lora_bias=False)
     tensors = tensors_of(case)
     dy = torch.ones(*case.shape[:-1], case.N, dtype=case.x, device=DEVICE)
+    seed = case.seed
     with Calls() as forward:
-        y = run(case, tensors)
+        y = run(case, tensors, seed=seed)
     with Calls() as backward:
         gradients(y, tensors, dy)
     assert (forward.compute, backward.compute) == FUSED[index]
@@ -180,8 +184,9 @@ def test_counts_with_everything_frozen_but_b() -> None:
     case = kind(2, needs=("lora_b",))
     tensors = tensors_of(case)
     y = run(case, tensors)
+    dy = torch.ones_like(y)
     with Calls() as backward:
-        gradients(y, tensors, torch.ones_like(y))
+        gradients(y, tensors, dy)
     assert backward.compute == {"lora_dy_grads": 1}
 
 
@@ -195,17 +200,15 @@ def test_drawing_a_seed_is_one_call() -> None:
 
 def test_no_dense_copy_survives_the_forward() -> None:
     """Neither saved nor alive: every tensor of the weight's size that the forward makes is gone when it returns."""
-    import gc
-
     case = LayerCase(weight="nested", compute=BF16, shape=(4, 640), N=512, needs=LEAVES)
     tensors = tensors_of(case)
     gc.collect()
-    before = {id(t) for t in gc.get_objects() if isinstance(t, Tensor)}
+    before = {id(t) for t in gc.get_objects() if type(t) is Tensor}
     with saved_tensors() as saved:
         y = run(case, tensors)
     largest = max(storages(saved).values())
     assert largest <= tensors["weight"].packed.nbytes
-    made = [t for t in gc.get_objects() if isinstance(t, Tensor) and id(t) not in before]
+    made = [t for t in gc.get_objects() if type(t) is Tensor and id(t) not in before]
     assert y.requires_grad and all(t.numel() < 512 * 640 for t in made if t.is_floating_point())
 
 
@@ -342,10 +345,10 @@ def test_autocast_on_a_dense_base(x: torch.dtype) -> None:
     """Autocast's dtype computes and comes out; gradients have their tensors' own; the cast weight is not kept."""
     case = LayerCase(x=x)
     tensors = tensors_of(case) | {"weight": tensors_of(LayerCase())["weight"]}
-    with torch.autocast(DEVICE.type, BF16):
-        compare_with_definition(case, tensors, lambda: run(case, tensors))
-        with saved_tensors() as saved:
-            assert run(case, tensors).dtype == BF16
+    with torch.autocast(DEVICE.type, BF16), saved_tensors() as saved:
+        y = run(case, tensors)
+    assert y.dtype == BF16
+    compare_with_definition(case, tensors, y)
     kept = storages(saved)
     assert tensors["weight"].untyped_storage().data_ptr() in kept
     assert case.N * 67 * 2 not in kept.values() and 33 * 67 * 2 not in set(kept.values()) - {tensors["x"].nbytes}
@@ -353,12 +356,17 @@ def test_autocast_on_a_dense_base(x: torch.dtype) -> None:
 
 def test_autocast_on_a_4_bit_base() -> None:
     """A quantised layer's own compute dtype beats autocast's, and x's dtype comes out."""
-    with torch.autocast(DEVICE.type, F16 if DEVICE.type == "cuda" else BF16):
-        check_layer(QLORA)
-        check_layer(kind(9))
-        case = kind(3)
+    for case in (QLORA, kind(9)):
         tensors = tensors_of(case)
-        assert run(case, tensors).dtype == torch.get_autocast_dtype(DEVICE.type)
+        with torch.autocast(DEVICE.type, BF16):
+            y = run(case, tensors)
+        compare_with_definition(case, tensors, y)
+    case = kind(3)
+    tensors = tensors_of(case)
+    with torch.autocast(DEVICE.type, BF16):
+        y = run(case, tensors)
+    assert y.dtype == BF16
+    compare_with_definition(case, tensors, y)
 
 
 @pytest.mark.parametrize("index", [0, 2])

@@ -204,7 +204,8 @@ def test_linear(dtype: torch.dtype, compute: torch.dtype | None, shape: tuple[in
 
 def test_linear_in_float64() -> None:
     nf4 = weight_of(NF4Case((5, 9)))
-    x, bias = torch.randn(4, 9, dtype=F64, requires_grad=True), torch.randn(5, dtype=F64, requires_grad=True)
+    x = torch.randn(4, 9, dtype=F64, device=DEVICE, requires_grad=True)
+    bias = torch.randn(5, dtype=F64, device=DEVICE, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, bias: F.nf4_linear(x, nf4, bias), (x, bias))
 
 

@@ -1,5 +1,5 @@
-"""What a kernel may not write, because the interpreter or tl.dot's defaults would make it silently wrong (DESIGN.md, measured facts):
-narrowing outside numerics.narrow, and products without a stated precision."""
+"""What a kernel may not write, because the interpreter or tl.dot's defaults would make it silently wrong (DESIGN.md,
+measured facts): narrowing outside numerics.narrow, and products without a stated precision."""
 
 import ast
 from pathlib import Path
@@ -28,7 +28,9 @@ def _complaint(call: ast.Call) -> str | None:
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     if name in ("tl.dot", "tl.dot_scaled") and "input_precision" not in keywords:
         return "a product whose input_precision is not stated is formed in tf32"
-    if name == "tl.store" and not _has_settled_dtype(keywords.get("value", call.args[1] if len(call.args) > 1 else None)):
+    if name == "tl.store" and not _has_settled_dtype(
+        keywords.get("value", call.args[1] if len(call.args) > 1 else None)
+    ):
         return "a stored value must come from narrow, convert or a cast to an integer: the store itself would narrow it"
     if (name.endswith(".to") or name == "tl.cast") and not _is_bitcast(keywords):
         target = keywords.get("dtype", call.args[-1] if call.args else None)

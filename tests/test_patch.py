@@ -272,7 +272,9 @@ def fused_count(model: nn.Module) -> int:
     return len(peftfast.report(model).fused)
 
 
-def expect_stock(model: nn.Module, pattern: str, caplog: pytest.LogCaptureFixture, x: torch.Tensor | None = None) -> None:
+def expect_stock(
+    model: nn.Module, pattern: str, caplog: pytest.LogCaptureFixture, x: torch.Tensor | None = None
+) -> None:
     """The report gives the reason, strict raises, the output is stock's bit for bit, and the log says it once."""
     peftfast.patch(model)
     report = peftfast.report(model)

@@ -25,7 +25,7 @@ from .docstrings import Example
 
 Batch = dict[str, Tensor]
 
-LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
 LORA_DROPOUT = 0.05
 # Found by 100-step runs at batch 32, held-out accuracy: adapters 5e-4 59 %, 1e-3 60 %, 2e-3 63 %.
 ADAPTER_LEARNING_RATE = 2e-3
@@ -54,7 +54,7 @@ class Arm:
     """A recipe made flesh, and what its steps have shown so far. Memory is in bytes; None where the system does not tell."""
 
     recipe: Recipe
-    model: nn.Module
+    model: Any
     device: str
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -151,7 +151,13 @@ def build_model(recipe: Recipe, directory: str, labels: int, device: str, seed: 
 
 
 def build(
-    recipe: Recipe, directory: str, labels: int, device: str, seed: int, steps: int, probe: tuple[Batch, int] | None = None
+    recipe: Recipe,
+    directory: str,
+    labels: int,
+    device: str,
+    seed: int,
+    steps: int,
+    probe: tuple[Batch, int] | None = None,
 ) -> Arm:
     """An arm ready for its first step; with ``probe`` (a batch, steps), the memory of a step on that batch has been measured."""
     model, report = build_model(recipe, directory, labels, device, seed)

@@ -48,7 +48,9 @@ def load(
     if not dropout:
         arguments.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     if not quantised:
-        return MeanPooledClassifier.from_pretrained(directory, **arguments).to(device)
+        model = MeanPooledClassifier.from_pretrained(directory, **arguments)
+        nn.Module.to(model, device)
+        return model
 
     import bitsandbytes
     from transformers import BitsAndBytesConfig

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 _COLOURS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#4d9221")
 # Single losses of a batch of 32 jump by 0.3; the mean over ten steps shows the course.
@@ -29,7 +30,7 @@ def draw(training: Mapping[str, Sequence[float]], overlap: Mapping[str, Sequence
         left.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         left.plot(steps, _running_mean(losses), color=colour, linewidth=1.8, label=name)
     left.set_title(f"Training loss, mean over {_WINDOW} steps")
-    styles = ({"linewidth": 4.0, "alpha": 0.45}, {"linewidth": 1.2, "linestyle": "--"})
+    styles: tuple[dict[str, Any], ...] = ({"linewidth": 4.0, "alpha": 0.45}, {"linewidth": 1.2, "linestyle": "--"})
     for colour, style, (name, losses) in zip(_COLOURS[1:], styles, overlap.items(), strict=False):
         right.plot(range(1, len(losses) + 1), losses, color=colour, label=name, **style)
     right.set_title(f"Without dropout: apart by {difference:.1e} at most")

@@ -266,7 +266,10 @@ def collect() -> list[Example]:
             if module is None:
                 continue
             for name, value in _members(module):
-                docstring = getattr(value, "__doc__", None)
+                with warnings.catch_warnings():
+                    # typing.io and typing.re of Python 3.11 warn when they are looked at.
+                    warnings.simplefilter("ignore")
+                    docstring = getattr(value, "__doc__", None)
                 if id(value) in seen or not isinstance(docstring, str):
                     continue
                 seen.add(id(value))

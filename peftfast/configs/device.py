@@ -14,7 +14,8 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Device:
-    """What the heuristics ask of a GPU. The defaults suit one that nobody has named: nothing here ever raises for a new model.
+    """What the heuristics ask of a GPU. The defaults suit one that nobody has named: nothing here ever raises for a
+    new model.
 
     Attributes:
         name: as the driver gives it, "NVIDIA H200".
@@ -28,7 +29,8 @@ class Device:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of shared memory that one block may ask for; for a capability not listed, what its generation has at least."""
+        """Bytes of shared memory that one block may ask for; for a capability not listed, what its generation has at
+        least."""
         known = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
         return 1024 * known.get(self.capability, 99 if self.capability >= (8, 0) else 64)
 

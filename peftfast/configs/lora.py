@@ -1,7 +1,7 @@
 """Launch configurations of kernels/lora.py.
 
-What is compiled depends on a :class:`Case` alone, which has few values, so that a training run compiles each of its kernels once;
-into how many parts a sum is cut follows from the sizes and is an ordinary argument of the kernel.
+What is compiled depends on a :class:`Case` alone, which has few values, so that a training run compiles each of its
+kernels once; into how many parts a sum is cut follows from the sizes and is an ordinary argument of the kernel.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from .device import Device, bucket, measured, require_powers_of_two
 OPS = ("lora_shrink", "lora_expand", "lora_weight_grad", "lora_dy_grads")
 RANK_BUCKETS = (16, 32, 64, 128)
 ROW_BUCKETS = (16, 64)  # 64 rows are what one Hopper tensor core instruction takes; 16 are a decoding step's
-# (wide, narrow, compute): QLoRA after prepare_model_for_kbit_training first, then PEFT's default of float32 adapters on a 16-bit base.
+# (wide, narrow, compute): QLoRA after prepare_model_for_kbit_training first, then PEFT's default of float32 adapters
+# on a 16-bit base.
 DTYPES = (
     ("float32", "float32", "bfloat16"),
     ("bfloat16", "float32", "bfloat16"),
@@ -22,8 +23,8 @@ DTYPES = (
     ("float16", "float32", "float16"),
     ("float16", "float16", "float16"),
 )
-# dy_grads reads dy once up to this rank. Its partial sums of ds weigh 4 R / block_c bytes for every byte pair of dy: half of dy at
-# R = 64 and block_c = 256. Beyond, two readings move less.
+# dy_grads reads dy once up to this rank. Its partial sums of ds weigh 4 R / block_c bytes for every byte pair of dy:
+# half of dy at R = 64 and block_c = 256. Beyond, two readings move less.
 LARGEST_ONE_PASS_RANK = 64
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -33,7 +34,8 @@ class LoraConfig:
     """One launch.
 
     Attributes:
-        block_m: rows of a tile. block_c: its columns of the wide matrix (K of x, N of base and dy). block_r: ranks held at once.
+        block_m: rows of a tile. block_c: its columns of the wide matrix (K of x, N of base and dy). block_r: ranks
+            held at once.
         splits: parts into which the long sum is cut: K of shrink, M of the gradients; unused by expand.
     """
 
@@ -67,6 +69,7 @@ class Case:
     Attributes:
         wide: dtype of x, base or dy. narrow: dtype of w (A or B). compute: dtype of the products.
         rank, rows: of RANK_BUCKETS and ROW_BUCKETS.
+        ragged: 16 does not divide the rank or the width of the wide matrix: elements are addressed one by one, in more registers.
     """
 
     op: str
@@ -76,16 +79,19 @@ class Case:
     rank: int
     rows: int
     dropout: bool
+    ragged: bool = False
 
     @property
     def key(self) -> str:
         """The case's name in a device's table."""
-        option = "dropout" if self.dropout else "plain"
-        return f"{self.wide} {self.narrow} {self.compute} r{self.rank} m{self.rows} {option}"
+        options = ("dropout" if self.dropout else "plain") + (" ragged" if self.ragged else "")
+        return f"{self.wide} {self.narrow} {self.compute} r{self.rank} m{self.rows} {options}"
 
 
-def case(op: str, M: int, R: int, wide: str, narrow: str, compute: str, dropout: bool) -> Case:
-    return Case(op, wide, narrow, compute, bucket(R, RANK_BUCKETS), bucket(M, ROW_BUCKETS), dropout)
+def case(op: str, M: int, width: int, R: int, wide: str, narrow: str, compute: str, dropout: bool) -> Case:
+    """The case of a call; ``width`` is K of x or N of base and dy."""
+    ragged = bool(width % 16 or R % 16)
+    return Case(op, wide, narrow, compute, bucket(R, RANK_BUCKETS), bucket(M, ROW_BUCKETS), dropout, ragged)
 
 
 def tile(case: Case, device: Device) -> LoraConfig:
@@ -94,17 +100,17 @@ def tile(case: Case, device: Device) -> LoraConfig:
 
 
 def lora_shrink(M: int, K: int, R: int, x: str, w: str, compute: str, dropout: bool, device: Device) -> LoraConfig:
-    config = tile(case("lora_shrink", M, R, x, w, compute, dropout), device)
+    config = tile(case("lora_shrink", M, K, R, x, w, compute, dropout), device)
     programs = _blocks(M, config.block_m) * _blocks(R, config.block_r)
     return replace(config, splits=_splits(programs, _blocks(K, config.block_c), device))
 
 
 def lora_expand(M: int, N: int, R: int, base: str, w: str, compute: str, dropout: bool, device: Device) -> LoraConfig:
-    return tile(case("lora_expand", M, R, base, w, compute, dropout), device)
+    return tile(case("lora_expand", M, N, R, base, w, compute, dropout), device)
 
 
 def lora_weight_grad(M: int, K: int, R: int, x: str, compute: str, dropout: bool, device: Device) -> LoraConfig:
-    config = tile(case("lora_weight_grad", M, R, x, compute, compute, dropout), device)
+    config = tile(case("lora_weight_grad", M, K, R, x, compute, compute, dropout), device)
     programs = _blocks(K, config.block_c) * _blocks(R, config.block_r)
     return replace(config, splits=_splits(programs, _blocks(M, config.block_m), device))
 
@@ -114,7 +120,7 @@ def lora_dy_grads(M: int, N: int, R: int, dy: str, b: str, device: Device) -> Dy
         return DyGradsConfig(
             None, lora_shrink(M, N, R, dy, b, dy, False, device), lora_weight_grad(M, N, R, dy, dy, False, device)
         )
-    config = tile(case("lora_dy_grads", M, R, dy, b, dy, False), device)
+    config = tile(case("lora_dy_grads", M, N, R, dy, b, dy, False), device)
     programs = _blocks(N, config.block_c) * _blocks(R, config.block_r)
     return DyGradsConfig(replace(config, splits=_splits(programs, _blocks(M, config.block_m), device)))
 
@@ -130,8 +136,9 @@ def launch_matrix(device: Device) -> Iterator[tuple[Case, LoraConfig]]:
                     continue
                 for rows in ROW_BUCKETS:
                     for dropout in (False,) if op == "lora_dy_grads" else (False, True):
-                        one = Case(op, wide, narrow, compute, rank, rows, dropout)
-                        yield one, tile(one, device)
+                        for ragged in (False, True):
+                            one = Case(op, wide, narrow, compute, rank, rows, dropout, ragged)
+                            yield one, tile(one, device)
 
 
 def _blocks(length: int, block: int) -> int:
@@ -144,14 +151,16 @@ def _splits(programs: int, steps: int, device: Device) -> int:
     return max(1, min(wanted, steps // 2))
 
 
-# Chosen by what the compiler shows on sm_80, sm_89, sm_90 and sm_100 with triton 3.7.1 (2026-11-20): no spills, at most 190 registers,
-# 16-byte loads. ptxas spills 8 bytes to stay at 64, 96 or 128 registers a thread, so that neighbours of these blocks often fail. No
-# GPU has timed them yet.
+# Chosen by what the compiler shows on sm_80, sm_89, sm_90 and sm_100 with triton 3.7.1 (2026-11-20): no spills, at
+# most 190 registers, 16-byte loads. ptxas spills 8 bytes to stay at 64, 96 or 128 registers a thread, so that
+# neighbours of these blocks often fail. No GPU has timed them yet.
 def _shrink(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
     if case.rows == 16:  # x is small here: reading it once for every 64 ranks costs less than registers for 128
         return LoraConfig(16, 64, min(case.rank, 64))
+    if case.ragged:
+        return LoraConfig(64, 32, min(case.rank, 64), num_warps=8, num_stages=2)
     if case.rank == 128:
         return LoraConfig(64, 32, 128, num_warps=8 if device.capability < (9, 0) else 4)
     return LoraConfig(64, 64, case.rank, num_warps=8 if case.rank == 64 else 4)
@@ -167,6 +176,8 @@ def _expand(case: Case, device: Device) -> LoraConfig:
 def _weight_grad(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
+    if case.ragged:
+        return LoraConfig(case.rows, 64, min(case.rank, 64), num_warps=8 if case.rows == 64 else 4, num_stages=2)
     return LoraConfig(case.rows, 64, case.rank, num_warps=8 if case.rows == 64 and case.rank >= 64 else 4)
 
 
@@ -175,8 +186,10 @@ def _dy_grads(case: Case, device: Device) -> LoraConfig:
         return LoraConfig(16, 64, min(case.rank, 32), num_stages=2)
     if case.rows == 16:
         return LoraConfig(16, 64, case.rank, num_stages=2)
-    # The wider the strip, the fewer partial sums of ds; 256 columns of rank 64 take 128 KiB, and registers where sums are not in
-    # a warp group's.
+    if case.ragged:
+        return LoraConfig(64, 128, min(case.rank, 32), num_warps=8, num_stages=2)
+    # The wider the strip, the fewer partial sums of ds; 256 columns of rank 64 take 128 KiB, and registers where sums
+    # are not in a warp group's.
     narrow = case.rank == 64 and device.capability < (9, 0) or device.shared_memory < 131072
     return LoraConfig(64, 128 if narrow else 256, case.rank, num_warps=8, num_stages=2)
 

@@ -7,7 +7,7 @@ import warnings
 
 from torch import nn
 
-from .report import LayerReport, PatchReport
+from .patch_report import LayerReport, PatchReport
 
 __all__ = ["LayerReport", "PatchReport", "patch", "report", "unpatch"]
 

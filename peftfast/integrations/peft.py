@@ -24,7 +24,7 @@ from ..ops import native
 from ..ops import nf4 as nf4_ops
 from ..ops.backends import FLOAT_DTYPES
 from . import bitsandbytes as bnb
-from .report import LayerReport, PatchReport
+from .patch_report import LayerReport, PatchReport
 
 logger = logging.getLogger("peftfast")
 
@@ -283,14 +283,14 @@ def patch(model: nn.Module) -> None:
 
 def unpatch(model: nn.Module) -> None:
     for _, module in _adapter_layers(model):
-        fused = _fused_class(module)
+        fused, base = _fused_class(module), getattr(module, "base_layer", None)
         if fused is None:
             continue
         if fused is not type(module):
             logger.warning("unpatch: a layer that fully_shard has wrapped keeps its fused class")
             continue
         for name, value in module.__dict__.pop(_RESTORE, {}).items():
-            setattr(module.base_layer, name, value)
+            setattr(base, name, value)
         module.__class__ = _UNSWAPS[fused]
 
 

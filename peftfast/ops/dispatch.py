@@ -23,6 +23,8 @@ Verdict = tuple[bool, str]
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _reported: set[tuple[str, str, str]] = set()
+# Backend -> whether this process has it, from the tables of all operators: one may be asked of an operator that has no row for it.
+_available: dict[str, Callable[[], Verdict]] = {}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Operator:
     ) -> None:
         self.name = name
         self.implementations = tuple(implementations)
+        for implementation in self.implementations:
+            _available.setdefault(implementation.backend, implementation.available)
         self._check = check
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, self._run, "CompositeExplicitAutograd")
@@ -97,12 +101,13 @@ class Operator:
                     return implementation
             raise RuntimeError(f"peftfast::{self.name}: no implementation accepts these arguments")
         passed_over = f"{requested} does not implement this operator"
+        own = {implementation.backend: implementation.available for implementation in self.implementations}
+        ok, reason = own.get(requested, _available.get(requested, _unimplemented))()
+        if not ok:
+            raise RuntimeError(f"{BACKEND_VARIABLE}={requested} was asked for but is missing: {reason}")
         for implementation in self.implementations:
             if implementation.backend != requested:
                 continue
-            ok, reason = implementation.available()
-            if not ok:
-                raise RuntimeError(f"{BACKEND_VARIABLE}={requested} was asked for but is missing: {reason}")
             ok, passed_over = implementation.accepts(*args)
             if ok:
                 return implementation
@@ -132,6 +137,10 @@ def require(condition: Any, message: Callable[[], str]) -> None:
     than its launches. A symbolic condition becomes a guard, as torch._check makes it."""
     if condition is not True:
         torch._check(condition, message)
+
+
+def _unimplemented() -> Verdict:
+    return False, "no operator has an implementation for it"
 
 
 def always() -> Verdict:

@@ -1,11 +1,12 @@
 """Cubins without a GPU: what a launcher would launch, compiled for a given architecture, and what the binary shows.
 
-Run as a program it reads requests as JSON from standard input and writes one finding each to standard output. It is a program because
-kernels that were decorated under TRITON_INTERPRET cannot be compiled: :func:`run_gate` starts it with that variable removed, whatever
-the test process has set.
+Run as a program it reads requests as JSON from standard input and writes one finding each to standard output. It is a
+program because kernels that were decorated under TRITON_INTERPRET cannot be compiled: :func:`run_gate` starts it with
+that variable removed, whatever the test process has set.
 
-The launchers themselves are called, on meta tensors, and the launch that they make is caught and specialised by triton's own code
-(pointers and integers divisible by 16, integers equal to 1, None). What is examined is therefore what a GPU would run.
+The launchers themselves are called, on meta tensors, and the launch that they make is caught and specialised by
+triton's own code (pointers and integers divisible by 16, integers equal to 1, None). What is examined is therefore
+what a GPU would run.
 """
 
 import json
@@ -35,7 +36,8 @@ class Finding:
         stack: bytes of local memory a thread; a spilled register is there.
         shared: bytes of shared memory a block.
         matrix: the tensor core instructions in it.
-        philox_calls: Philox4x32-10 calls that a thread makes in straight-line code, by their twenty 32 x 32 -> 64 bit products.
+        philox_calls: Philox4x32-10 calls that a thread makes in straight-line code, by their twenty 32 x 32 -> 64 bit
+            products.
         streams: kernel argument -> "load" or "store" -> bytes an access -> how many such instructions.
     """
 
@@ -157,8 +159,8 @@ _ASYNC = re.compile(r"cp\.async\.c[ag]\.shared\.global\S*\s+\[[^\]]*\]\s*,\s*\[(
 def access_widths(ptx: str, pointers: dict[int, str]) -> dict[str, dict[str, dict[str, int]]]:
     """Accesses to global memory by kernel argument, direction and bytes.
 
-    The address of each access is followed back to the pointer parameters that it was computed from. A value that was itself loaded
-    ends the search, so that an index read from one tensor does not tie it to the next.
+    The address of each access is followed back to the pointer parameters that it was computed from. A value that was
+    itself loaded ends the search, so that an index read from one tensor does not tie it to the next.
     """
     origin: dict[str, set[str]] = defaultdict(set)
     edges: dict[str, set[str]] = defaultdict(set)

@@ -1,7 +1,7 @@
 """Where the tests of Triton kernels run: compiled on the GPU if there is one, else interpreted on the CPU.
 
-triton decides that when it is first imported, by TRITON_INTERPRET; tests/conftest.py sets it before anything else. Work that needs the
-compiler whatever the session does (tests/support/compile_gate.py) is a process of its own.
+triton decides that when it is first imported, by TRITON_INTERPRET; tests/conftest.py sets it before anything else.
+Work that needs the compiler whatever the session does (tests/support/compile_gate.py) is a process of its own.
 """
 
 import torch

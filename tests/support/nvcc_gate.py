@@ -1,4 +1,5 @@
-"""CUDA sources compiled by nvcc for every architecture that we serve, and what ptxas says of each kernel; no GPU is needed."""
+"""CUDA sources compiled by nvcc for every architecture that we serve, and what ptxas says of each kernel; no GPU is
+needed."""
 
 import re
 import shutil
@@ -25,10 +26,8 @@ class KernelReport:
     def faults(self) -> list[str]:
         """What is wrong with it."""
         if self.spill_stores or self.spill_loads or self.stack:
-            return [
-                f"{self.name} on {self.arch}: {self.spill_stores} bytes of spill stores, {self.spill_loads} of spill loads, "
-                f"{self.stack} of stack"
-            ]
+            spills = f"{self.spill_stores} bytes of spill stores, {self.spill_loads} of spill loads"
+            return [f"{self.name} on {self.arch}: {spills}, {self.stack} of stack"]
         return []
 
 

@@ -1,0 +1,103 @@
+"""peftfast/configs: a choice for every size and device, and tables that are used or refused with their file's name."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftfast.configs import device as devices
+from peftfast.configs import lora, nf4, philox
+from peftfast.configs.device import Device, measured
+
+H200 = Device("NVIDIA H200", (9, 0), 132)
+UNKNOWN = (Device(), Device("Some GPU of 2031", (13, 7), 500), Device("", (7, 5), 40), Device("x", (12, 0), 1))
+
+
+def test_slug() -> None:
+    assert H200.slug == "nvidia-h200"
+    assert Device("NVIDIA GeForce RTX 5090 (Laptop)").slug == "nvidia-geforce-rtx-5090-laptop"
+    assert Device().slug == ""
+
+
+@pytest.mark.parametrize("device", (H200, *UNKNOWN), ids=lambda device: str(device.capability))
+@pytest.mark.parametrize("M", [0, 1, 17, 8192, 2**33])
+@pytest.mark.parametrize("R", [0, 1, 16, 100, 513])
+def test_there_is_always_a_choice(device: Device, M: int, R: int) -> None:
+    for wide, narrow, compute in (*lora.DTYPES, ("float16", "bfloat16", "bfloat16")):
+        for size in (0, 1, 53, 4096):
+            shrink = lora.lora_shrink(M, size, R, wide, narrow, compute, True, device)
+            grad = lora.lora_weight_grad(M, size, R, wide, compute, False, device)
+            assert 1 <= shrink.splits <= max(1, size // shrink.block_c)
+            assert 1 <= grad.splits <= max(1, M // grad.block_m)
+            lora.lora_expand(M, size, R, wide, narrow, compute, True, device)
+            pair = lora.lora_dy_grads(M, size, R, compute, narrow, device)
+            assert (pair.one_pass is None) == (R > lora.LARGEST_ONE_PASS_RANK)
+            assert (pair.ds_pass is None) == (pair.db_pass is None) == (pair.one_pass is not None)
+
+
+def test_a_sum_is_cut_until_the_gpu_is_full() -> None:
+    one_block = lora.lora_shrink(16, 4096, 16, "bfloat16", "bfloat16", "bfloat16", False, H200)
+    assert one_block.splits == 32  # 64 steps of 64 columns, at least two for each
+    many = lora.lora_shrink(2**20, 4096, 16, "bfloat16", "bfloat16", "bfloat16", False, H200)
+    assert many.splits == 1
+
+
+def test_the_matrix_holds_every_choice() -> None:
+    """What the functions choose for some size is compiled by the gate."""
+    matrix = {(case, config) for case, config in lora.launch_matrix(H200)}
+    for wide, narrow, compute in lora.DTYPES:
+        for M, R in ((1, 1), (100, 33), (5000, 500)):
+            case = lora.case("lora_shrink", M, 4099, R, wide, narrow, compute, True)
+            assert (case, lora.tile(case, H200)) in matrix
+    assert len(list(nf4.launch_matrix(H200))) == 3 * len(nf4.BLOCK_SIZES) * 2
+    assert [op for op, _ in philox.launch_matrix(H200)] == ["dropout_mask", "philox_words"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(devices, "_FOLDER", tmp_path)
+    monkeypatch.setattr(measured, "__defaults__", (tmp_path,))
+    return tmp_path
+
+
+CASE = lora.Case("lora_shrink", "float32", "float32", "bfloat16", 16, 64, True)
+
+
+def test_a_table_wins_over_the_heuristic(folder: Path) -> None:
+    entry = {"block_m": 128, "block_c": 32, "block_r": 16, "num_warps": 8}
+    (folder / "nvidia-h200.json").write_text(json.dumps({"lora_shrink": {CASE.key: entry}}))
+    assert lora.tile(CASE, H200) == lora.LoraConfig(128, 32, 16, num_warps=8)
+    assert lora.tile(CASE, Device("NVIDIA H100", (9, 0), 132)) != lora.tile(CASE, H200)
+    assert lora.lora_shrink(8192, 4096, 16, "float32", "float32", "bfloat16", True, H200).block_m == 128
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected an object of operators"),
+        ('{"lora_shrink": []}', "lora_shrink: expected an object"),
+        ('{"lora_shrink": {"%s": {"block_q": 1}}}', "unknown fields"),
+        ('{"lora_shrink": {"%s": {"block_m": 16}}}', "missing"),
+        ('{"lora_shrink": {"%s": {"block_m": 48, "block_c": 32, "block_r": 16}}}', "block_m: expected a power of two"),
+        ('{"lora_shrink": {"%s": {"block_m": 16, "block_c": 8, "block_r": 16}}}', "block_c: expected an integer of at"),
+    ],
+)
+def test_a_malformed_table_is_named(folder: Path, text: str, message: str) -> None:
+    (folder / "nvidia-h200.json").write_text(text.replace("%s", CASE.key))
+    with pytest.raises(ValueError, match="nvidia-h200.json") as error:
+        lora.tile(CASE, H200)
+    assert message in str(error.value)
+
+
+def test_configurations_need_neither_torch_nor_triton() -> None:
+    """Loaded as files, since importing the package itself may bring torch."""
+    program = (
+        "import sys, types; package = types.ModuleType('peftfast'); package.__path__ = ['peftfast'];"
+        "sys.modules['peftfast'] = package;"
+        "from peftfast.configs import lora, nf4, philox;"
+        "assert not {'torch', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[1])

@@ -1,0 +1,111 @@
+"""kernels/nf4.py against the definition, bit for bit: interpreted without a GPU, compiled with one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftfast.configs import nf4 as configs
+from peftfast.configs.device import Device
+from peftfast.kernels import nf4
+from peftfast.reference import nf4 as definition
+
+from .support.interpreter import DEVICE, require_runnable_kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = configs.Nf4Config(tile_bytes=128)  # several programs, and several blocks in each
+
+
+@pytest.fixture(autouse=True)
+def runnable() -> None:
+    require_runnable_kernels()
+
+
+def _quantized(
+    shape: tuple[int, ...], block_size: int, nested: bool, quant_type: str = "nf4"
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    generator = torch.Generator().manual_seed(len(shape) + block_size)
+    weight = torch.randn(shape, generator=generator).to(DEVICE)
+    code = definition.code_table(quant_type, DEVICE)
+    packed, absmax = definition.nf4_quantize(weight, block_size, code)
+    if not nested:
+        return packed, absmax, code, (None, None, None)
+    absmax, nested_absmax, offset = definition.nest_absmax(absmax)
+    return packed, absmax, code, (nested_absmax, definition.nested_code_table(DEVICE), offset)
+
+
+def _check(
+    shape: tuple[int, ...],
+    block_size: int,
+    dtype: torch.dtype,
+    nested: bool,
+    config: configs.Nf4Config,
+    quant_type: str = "nf4",
+) -> None:
+    packed, absmax, code, nesting = _quantized(shape, block_size, nested, quant_type)
+    out = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+    assert nf4.nf4_dequantize(packed, absmax, code, block_size, out, *nesting, config) is out
+    assert torch.equal(out, definition.nf4_dequantize(packed, absmax, code, block_size, shape, dtype, *nesting))
+
+
+# One element, fewer than a block, odd counts whose last byte holds one element, blocks that straddle rows, whole
+# blocks, 3-D.
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 65), (33, 64), (130, 96), (5, 3, 43), (127,)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_bits(shape: tuple[int, ...], dtype: torch.dtype, nested: bool) -> None:
+    _check(shape, 64, dtype, nested, SMALL)
+
+
+@pytest.mark.parametrize("block_size", [size for size in configs.BLOCK_SIZES if size != 64])
+def test_every_block_size(block_size: int) -> None:
+    case = configs.Case("bfloat16", block_size, True)
+    _check((67, 131), block_size, torch.bfloat16, True, configs.nf4_dequantize(case, Device()))
+
+
+def test_more_than_one_block_of_nested_maxima() -> None:
+    """Blocks of 256 maxima: 300 of them need two nested maxima."""
+    _check((300, 64), 64, torch.bfloat16, True, configs.Nf4Config())
+
+
+@pytest.mark.parametrize("quant_type", definition.QUANT_TYPES)
+def test_both_codes(quant_type: str) -> None:
+    _check((33, 65), 64, torch.float16, True, SMALL, quant_type)
+
+
+def test_no_elements() -> None:
+    packed, absmax, code, nesting = _quantized((2, 64), 64, False)
+    out = torch.empty((0, 64), device=DEVICE)
+    assert nf4.nf4_dequantize(packed[:0], absmax[:0], code, 64, out, *nesting, SMALL) is out
+
+
+def test_product_and_sum_of_the_nested_scale_are_rounded_apart() -> None:
+    """A fused multiply-add differs for this scale. On a GPU the test shows that the compiler fused nothing; the
+    interpreter never does."""
+    maximum = torch.tensor([1.1], device=DEVICE)
+    offset = torch.tensor([0.037], device=DEVICE)
+    nested_code = definition.nested_code_table(DEVICE)
+    exact = nested_code.double() * maximum.double() + offset.double()
+    index = torch.nonzero(exact.float() != nested_code * maximum + offset).flatten()
+    assert index.numel() > 10  # entries for which the two roundings differ from one
+    absmax = index.to(torch.uint8)
+    packed = torch.full(
+        (absmax.numel() * 32, 1), 0xFF, dtype=torch.uint8, device=DEVICE
+    )  # code 15 is 1.0: out is the scale
+    out = torch.empty(absmax.numel() * 64, device=DEVICE)
+    code = definition.code_table("nf4", DEVICE)
+    nf4.nf4_dequantize(packed, absmax, code, 64, out, maximum, nested_code, offset, SMALL)
+    assert torch.equal(out[::64], nested_code[index] * maximum + offset)
+
+
+def test_a_wrong_nibble_order_or_scale_is_seen() -> None:
+    packed, absmax, code, nesting = _quantized((33, 64), 64, True)
+    right = definition.nf4_dequantize(packed, absmax, code, 64, (33, 64), torch.bfloat16, *nesting)
+    swapped = (packed >> 4) | (packed << 4)
+    for faulty in (
+        (swapped, absmax, code, *nesting),
+        (packed, absmax.roll(1), code, *nesting),
+        (packed, absmax, code.flip(0), *nesting),
+    ):
+        out = torch.empty((33, 64), dtype=torch.bfloat16, device=DEVICE)
+        nf4.nf4_dequantize(faulty[0], faulty[1], faulty[2], 64, out, *faulty[3:], SMALL)
+        assert not torch.equal(out, right)
