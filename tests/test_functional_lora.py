@@ -1,6 +1,5 @@
 """The public LoRA layer: values, gradients, what it saves, what it calls, and the company it keeps in torch."""
 
-import dataclasses
 import gc
 from typing import Any
 
@@ -52,8 +51,7 @@ def test_shapes_of_x(index: int, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("index", [0, 2, 5])
 @pytest.mark.parametrize(("N", "R"), [(1, 1), (2, 3), (127, 8), (96, 64), (31, 129)])
 def test_shapes_of_the_layer(index: int, N: int, R: int) -> None:
-    case = kind(index, N=N, R=R, shape=(41, 96))
-    check_layer(*(dataclasses.replace(case, data=data) for data in range(16 if N < 8 else 1)))
+    check_layer(kind(index, N=N, R=R, shape=(41, 96)))
 
 
 @pytest.mark.parametrize("index", [0, 2, 4])

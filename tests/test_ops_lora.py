@@ -1,5 +1,6 @@
 """The LoRA operators: registration, contracts, and each backend within the error budget."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.support.lora_checks import (
     DTYPES,
     F16,
     F32,
+    LARGE_RANKS,
+    NARROW,
     TELLING,
     Case,
     check_rounding,
@@ -77,6 +80,25 @@ def test_within_budget(name: str, first: int) -> None:
     """240 random sets of options an operator on the backend that serves this machine."""
     for case in random_cases(240, seed=sum(map(ord, name)), largest=320)[first : first + 24]:
         CHECKS[name](case)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("case", LARGE_RANKS)
+def test_large_ranks(name: str, case: Case) -> None:
+    CHECKS[name](case)
+
+
+@pytest.mark.parametrize(("name", "case"), NARROW)
+def test_narrow(name: str, case: Case) -> None:
+    for data in range(10):
+        CHECKS[name](dataclasses.replace(case, data=data))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_narrow_at_a_usual_rank(name: str, width: int) -> None:
+    for case in random_cases(16, seed=width, largest=64):
+        CHECKS[name](dataclasses.replace(case, M=min(case.M, 31), K=width, N=width, R=min(case.R, 16)))
 
 
 @pytest.mark.parametrize("name", CHECKS)

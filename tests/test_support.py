@@ -8,7 +8,7 @@ import torch
 from peftfast.ops import lora as ops
 from tests.support.budget import assert_within_budget
 from tests.support.counting import Calls, saved_tensors, storages
-from tests.support.lora_checks import TELLING, check_shrink
+from tests.support.lora_checks import CHECKS, TELLING
 from tests.support.mutants import Mutant, plant
 
 EXACT = torch.randn(40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_poison_reaches_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     forgetful = module("peftfast.planted", FORGETFUL)
     plant(monkeypatch, Mutant("forgets a row", ops.lora_shrink, lambda run, *given: forgetful.copy(run(*given).cpu())))
     with pytest.raises(AssertionError, match="not finite"):
-        check_shrink(TELLING[0])
+        CHECKS["lora_shrink"](TELLING[0])
 
 
 def test_calls_count_what_computes() -> None:

@@ -1,6 +1,10 @@
 // Register-blocked products on float32 tiles. Included by lora_kernels.h inside an instruction set's namespace.
 // Each block keeps its accumulators in registers; the remainders of rows and ranks run through smaller blocks of the
-// same template, so an element's sum is formed in the same order wherever it lies in a tile.
+// same template, so an element's sum is formed in the same order wherever it lies in a tile. A tile is summed from zero
+// and then added to what came before: one running sum over all terms would round against a total that has grown, with
+// an error that grows like the number of terms instead of like its root.
+
+static inline void vec_add_to(float* total, Vec sum) { vec_store(total, vec_add(vec_load(total), sum)); }
 
 // lanes[m][r] += x[m] * panel[r], lane by lane over the vectors of a tile: kRows * kRanks products for kRows + kRanks
 // loads.
@@ -10,7 +14,7 @@ static void dot_block(const float* x, int64_t ld, const float* panel, int64_t ra
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRanks; ++r) sum[m][r] = vec_load(lanes + (m * ranks + r) * kWidth);
+        for (int r = 0; r < kRanks; ++r) sum[m][r] = vec_zero();
     }
     for (int64_t v = 0; v < vectors; ++v) {
         Vec left[kRows];
@@ -26,7 +30,7 @@ static void dot_block(const float* x, int64_t ld, const float* panel, int64_t ra
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRanks; ++r) vec_store(lanes + (m * ranks + r) * kWidth, sum[m][r]);
+        for (int r = 0; r < kRanks; ++r) vec_add_to(lanes + (m * ranks + r) * kWidth, sum[m][r]);
     }
 }
 
@@ -58,7 +62,7 @@ static void outer_block(const float* x, int64_t ld, const float* left, int64_t r
 #pragma GCC unroll 8
     for (int r = 0; r < kRanks; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) sum[r][v] = vec_load(sums + r * ld_sums + v * kWidth);
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = vec_zero();
     }
     for (int64_t m = 0; m < rows; ++m) {
         Vec right[kVecs];
@@ -74,7 +78,7 @@ static void outer_block(const float* x, int64_t ld, const float* left, int64_t r
 #pragma GCC unroll 8
     for (int r = 0; r < kRanks; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) vec_store(sums + r * ld_sums + v * kWidth, sum[r][v]);
+        for (int v = 0; v < kVecs; ++v) vec_add_to(sums + r * ld_sums + v * kWidth, sum[r][v]);
     }
 }
 
@@ -102,9 +106,13 @@ static void outer_tile(const float* x, int64_t ld, const float* left, int64_t ro
     for (; r < ranks; ++r) outer_vectors<1>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums);
 }
 
-// delta[m][column] = bias[column] + sum over r of left[m][r] * panel[r][column], for one block of columns.
+constexpr int64_t kExpandRanks = 32;  // of a partial sum
+
+// delta[m][column] = start[column] + sum over the ranks of left[m][r] * panel[r][column], for one block of columns,
+// with start the bias or nothing; or that sum added to delta.
 template <int kRows>
-static void expand_rows(const float* left, const float* panel, const float* bias, int64_t ranks, float* delta) {
+static void expand_rows(const float* left, int64_t ld_left, const float* panel, const float* bias, int64_t ranks,
+                        bool add, float* delta) {
     constexpr int kBlock = kExpandVecs * kWidth;
     Vec sum[kRows][kExpandVecs];
 #pragma GCC unroll 8
@@ -118,7 +126,7 @@ static void expand_rows(const float* left, const float* panel, const float* bias
         for (int v = 0; v < kExpandVecs; ++v) right[v] = vec_load(panel + r * kBlock + v * kWidth);
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
-            const Vec factor = vec_set(left[m * ranks + r]);
+            const Vec factor = vec_set(left[m * ld_left + r]);
 #pragma GCC unroll 8
             for (int v = 0; v < kExpandVecs; ++v) sum[m][v] = vec_fma(factor, right[v], sum[m][v]);
         }
@@ -126,15 +134,32 @@ static void expand_rows(const float* left, const float* panel, const float* bias
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kExpandVecs; ++v) vec_store(delta + m * kBlock + v * kWidth, sum[m][v]);
+        for (int v = 0; v < kExpandVecs; ++v) {
+            float* out = delta + m * kBlock + v * kWidth;
+            vec_store(out, add ? vec_add(vec_load(out), sum[m][v]) : sum[m][v]);
+        }
     }
 }
 
 static void expand_block(const float* left, const float* panel, const float* bias, int64_t rows, int64_t ranks,
                          float* delta) {
     constexpr int kBlock = kExpandVecs * kWidth;
-    if (rows == kExpandBlockRows) return expand_rows<kExpandBlockRows>(left, panel, bias, ranks, delta);
-    int64_t m = 0;
-    for (; m + 2 <= rows; m += 2) expand_rows<2>(left + m * ranks, panel, bias, ranks, delta + m * kBlock);
-    for (; m < rows; ++m) expand_rows<1>(left + m * ranks, panel, bias, ranks, delta + m * kBlock);
+    int64_t first = 0;
+    do {  // once at least: with no rank at all there is still a bias
+        const int64_t count = at_most(kExpandRanks, ranks - first);
+        const float* start = first == 0 ? bias : nullptr;
+        const float* part = panel + first * kBlock;
+        int64_t m = 0;
+        for (; m + kExpandBlockRows <= rows; m += kExpandBlockRows) {
+            expand_rows<kExpandBlockRows>(left + m * ranks + first, ranks, part, start, count, first > 0,
+                                          delta + m * kBlock);
+        }
+        for (; m + 2 <= rows; m += 2) {
+            expand_rows<2>(left + m * ranks + first, ranks, part, start, count, first > 0, delta + m * kBlock);
+        }
+        for (; m < rows; ++m) {
+            expand_rows<1>(left + m * ranks + first, ranks, part, start, count, first > 0, delta + m * kBlock);
+        }
+        first += kExpandRanks;
+    } while (first < ranks);
 }

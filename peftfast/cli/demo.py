@@ -143,7 +143,7 @@ class Run:
         if len(examples) < FEWEST_EXAMPLES:
             raise UserError(
                 f"this Python shows {len(examples)} docstrings of its standard library, {FEWEST_EXAMPLES} are needed: "
-                "is it run with -OO, or without its sources?"
+                "was it built without them?"
             )
         self.learn, self.held_out = docstrings.split(examples)
         if self.options.quick:

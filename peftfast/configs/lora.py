@@ -157,18 +157,21 @@ def _splits(programs: int, steps: int, device: Device) -> int:
 def _shrink(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
+    if case.ragged:
+        return LoraConfig(case.rows, 32, 16, num_warps=8 if case.rows == 64 else 4, num_stages=1)
     if case.rows == 16:  # x is small here: reading it once for every 64 ranks costs less than registers for 128
         return LoraConfig(16, 64, min(case.rank, 64))
-    if case.ragged:
-        return LoraConfig(64, 32, min(case.rank, 64), num_warps=8, num_stages=2)
     if case.rank == 128:
-        return LoraConfig(64, 32, 128, num_warps=8 if device.capability < (9, 0) else 4)
+        four = device.capability >= (9, 0) or case.narrow != "float32"
+        return LoraConfig(64, 32, 128, num_warps=4 if four else 8)
     return LoraConfig(64, 64, case.rank, num_warps=8 if case.rank == 64 else 4)
 
 
 def _expand(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 64, 16, num_stages=2)
+    if case.ragged:
+        return LoraConfig(case.rows, 64, 16, num_warps=8 if case.rows == 64 else 4, num_stages=1)
     # Eight warps: the tile of float32 sums, the base and the mask words take 180 registers a thread of four.
     return LoraConfig(case.rows, 128, min(case.rank, 32), num_warps=8 if case.rows == 64 else 4, num_stages=2)
 
@@ -177,7 +180,8 @@ def _weight_grad(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
     if case.ragged:
-        return LoraConfig(case.rows, 64, min(case.rank, 64), num_warps=8 if case.rows == 64 else 4, num_stages=2)
+        rows, warps = (32, 8) if case.rows == 64 else (16, 4)
+        return LoraConfig(rows, 64, min(case.rank, 32), num_warps=warps, num_stages=2)
     return LoraConfig(case.rows, 64, case.rank, num_warps=8 if case.rows == 64 and case.rank >= 64 else 4)
 
 
@@ -187,7 +191,7 @@ def _dy_grads(case: Case, device: Device) -> LoraConfig:
     if case.rows == 16:
         return LoraConfig(16, 64, case.rank, num_stages=2)
     if case.ragged:
-        return LoraConfig(64, 128, min(case.rank, 32), num_warps=8, num_stages=2)
+        return LoraConfig(64, 64, min(case.rank, 32), num_warps=8, num_stages=2)
     # The wider the strip, the fewer partial sums of ds; 256 columns of rank 64 take 128 KiB, and registers where sums
     # are not in a warp group's.
     narrow = case.rank == 64 and device.capability < (9, 0) or device.shared_memory < 131072

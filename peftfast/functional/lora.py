@@ -15,7 +15,7 @@ from torch.nn import functional
 from .. import ops
 from ..reference import lora as definition
 from .nf4 import NF4Weight, check_features, check_vector, dequantized, nf4_dequantize
-from .precision import autocast_off, cache_signature, compute_dtype_of
+from .precision import autocast_off, autocast_on, cache_signature, compute_dtype_of
 
 logger = logging.getLogger("peftfast")
 
@@ -262,7 +262,7 @@ def lora_linear(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     dtype = compute_dtype_of(x, compute_dtype) if isinstance(x, Tensor) else torch.float32
-    cast_weight = compute_dtype is not None or (isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type))
+    cast_weight = compute_dtype is not None or (isinstance(x, Tensor) and autocast_on(x.device.type))
     _check_arguments(x, weight, lora_a, lora_b, bias, lora_bias, magnitude, dropout_p, scaling, dtype, cast_weight)
     p = float(dropout_p) if training else 0.0
     with autocast_off(x.device.type):

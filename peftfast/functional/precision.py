@@ -8,20 +8,25 @@ import torch
 from torch import Tensor
 
 
+def autocast_on(device_type: str) -> bool:
+    """Whether autocast is on for a device type; False for one that has none, such as meta, where torch's own question raises."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def compute_dtype_of(x: Tensor, asked: torch.dtype | None = None) -> torch.dtype:
     """The dtype asked for (a quantised layer's own), else autocast's if it is on for x's device, else x's."""
     if asked is not None:
         if not isinstance(asked, torch.dtype) or not asked.is_floating_point:
             raise TypeError(f"compute_dtype: expected a floating dtype, got {asked!r}")
         return asked
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+    if autocast_on(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def autocast_off(device_type: str) -> Any:
     """A context without autocast, free where there is none: the operators' dtypes are explicit and must not be cast again."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

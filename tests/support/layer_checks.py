@@ -10,7 +10,7 @@ import peftfast.functional as F
 from peftfast.reference import lora as definition
 from peftfast.reference import nf4 as nf4_definition
 from tests.support.budget import assert_within_budget
-from tests.support.lora_checks import BF16, DEVICE, F16, F32, F64, matrix
+from tests.support.lora_checks import BF16, DEVICE, F16, F32, F64, Results, check_results, matrix
 
 LEAVES = ("x", "lora_a", "lora_b", "bias", "lora_bias")
 
@@ -105,19 +105,14 @@ def gradients(y: Tensor, tensors: dict[str, Any], dy: Tensor) -> dict[str, Tenso
     return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
 
 
-def check_layer(*cases: LayerCase) -> None:
-    """y and each gradient within the budget, in the right dtype and shape. Several cases are one comparison, of the largest error of
-    all: for layers so small that a single value's rounding is luck."""
-    results = []
-    for case in cases:
-        tensors = tensors_of(case)
-        results.append(results_of(case, tensors, run(case, tensors)))
-    for name in results[0]:
-        pooled = [torch.stack(values) for values in zip(*(result[name] for result in results), strict=True)]
-        try:
-            assert_within_budget(name, *pooled)
-        except AssertionError as error:
-            raise AssertionError(f"{error}; {cases[0]}") from None
+def _results(case: LayerCase) -> Results:
+    tensors = tensors_of(case)
+    return results_of(case, tensors, run(case, tensors))
+
+
+def check_layer(case: LayerCase) -> None:
+    """y and each gradient within the budget, in the right dtype and shape."""
+    check_results(case, _results)
 
 
 def compare_with_definition(case: LayerCase, tensors: dict[str, Any], y: Tensor) -> None:
@@ -126,7 +121,7 @@ def compare_with_definition(case: LayerCase, tensors: dict[str, Any], y: Tensor)
         assert_within_budget(name, *values)
 
 
-def results_of(case: LayerCase, tensors: dict[str, Any], y: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def results_of(case: LayerCase, tensors: dict[str, Any], y: Tensor) -> Results:
     """For y and each gradient: the layer's, the definition's in the compute dtype, the definition's in float64."""
     assert y.shape == (*case.shape[:-1], case.N), f"{case}: {tuple(y.shape)}"
     assert case.compute is None or y.dtype == case.x, f"{case}: {y.dtype}"

@@ -1,8 +1,11 @@
 """Each LoRA operator against its definition, as functions of a case: what test_ops_lora runs and what the mutants must fail."""
 
+import dataclasses
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,12 +62,23 @@ TELLING = (
 )
 
 
+# Ranks at which the order of a float32 sum over R begins to show.
+LARGE_RANKS = tuple(Case(M=16, K=40, N=64, R=R, p=0.0, seeded=False, bias=False) for R in (129, 256, 512))
+# Widths of one to three, where torch's product is a dot product summed in many parts: a sum in one part over R or over rows would
+# exceed twice its error (by 1.4 and 1.2 on AVX-512 with torch 2.13, 2026-11, before the kernels summed in parts).
+NARROW = (
+    ("lora_expand", Case(M=16, N=3, R=256, p=0.0, seeded=False, bias=False)),
+    ("lora_expand_", Case(M=16, N=3, R=256, p=0.0, seeded=False, bias=False)),
+    ("lora_weight_grad", Case(M=130, K=1, R=65, p=0.0, seeded=False)),
+)
+
+
 def random_cases(count: int, seed: int, largest: int) -> list[Case]:
-    """Seeded random cases: 0 and 1, primes, both sides of powers of two, up to ``largest``."""
+    """Seeded random cases: rows of 0 and 1, primes, both sides of powers of two, up to ``largest``."""
     draw = random.Random(seed)
     rows = [size for size in (0, 1, 2, 5, 7, 16, 17, 31, 64, 65, 127, 130) if size <= largest]
-    widths = [size for size in (1, 3, 8, 13, 16, 31, 33, 64, 67, 96, 127, 131, 257, 320) if size <= largest]
-    ranks = [size for size in (1, 2, 4, 7, 8, 13, 16, 17, 32, 33, 64, 129) if size <= largest]
+    widths = [size for size in (1, 3, 5, 8, 13, 16, 31, 33, 64, 67, 96, 127, 131, 257, 320) if size <= largest]
+    ranks = [size for size in (1, 2, 4, 7, 8, 13, 16, 17, 32, 33, 64, 65, 129) if size <= largest]
     return [
         Case(
             M=draw.choice(rows),
@@ -103,26 +117,42 @@ def double(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.double() for tensor in tensors)
 
 
-def _compare(name: str, case: Case, actual: Tensor, dtype: torch.dtype, composed: Tensor, exact: Tensor) -> None:
-    assert actual.dtype == dtype, f"{name} {case}: {actual.dtype}, expected {dtype}"
-    try:
-        assert_within_budget(name, actual, composed, exact)
-    except AssertionError as error:
-        raise AssertionError(f"{error}; {case}") from None
+# What a check compares: name -> (actual, composed, exact).
+Results = dict[str, tuple[Tensor, Tensor, Tensor]]
+FEW, DATA_SETS = 64, 16
+
+
+def check_results(case: Any, results_of: Callable[[Any], Results]) -> None:
+    """Every result of a case within the budget. Where a result has few values, the roundings of the composed one may by luck cancel
+    in all of them; sixteen data sets are then one comparison, of the largest error of all."""
+    results = [results_of(case)]
+    if any(0 < actual.numel() < FEW for actual, _, _ in results[0].values()):
+        results += [results_of(dataclasses.replace(case, data=case.data + 1000 * i)) for i in range(1, DATA_SETS)]
+    for name in results[0]:
+        pooled = [torch.stack(values) for values in zip(*(result[name] for result in results), strict=True)]
+        try:
+            assert_within_budget(name, *pooled)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {case}") from None
+
+
+def _dtype(actual: Tensor, dtype: torch.dtype) -> Tensor:
+    assert actual.dtype == dtype, f"{actual.dtype}, expected {dtype}"
+    return actual
 
 
 def _generator(case: Case) -> torch.Generator:
     return torch.Generator().manual_seed(1000 + case.data)
 
 
-def check_shrink(case: Case) -> None:
+def _shrink_results(case: Case) -> Results:
     generator = _generator(case)
     wide, narrow, compute = case.dtypes
     x, w = (matrix(rows, case.K, t, case.layout, generator) for rows, t in ((case.M, wide), (case.R, narrow)))
     composed = definition.lora_shrink(x, w, case.seed, case.p, case.scaling, compute)
     exact = definition.lora_shrink(*double(x, w), case.seed, case.p, case.scaling, F64)
     actual = ops.lora_shrink(x, w, case.seed, case.p, case.scaling, compute)
-    _compare("lora_shrink", case, actual, compute, composed, exact)
+    return {"lora_shrink": (_dtype(actual, compute), composed, exact)}
 
 
 def _expand_arguments(case: Case, base_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -136,27 +166,32 @@ def _expand_arguments(case: Case, base_dtype: torch.dtype) -> tuple[Tensor, Tens
     return base, s, w, bias
 
 
-def check_expand(case: Case) -> None:
+def _expand_results(case: Case) -> Results:
     """Base in the compute dtype and out in x's, and the other way round."""
+    results = {}
     for base_dtype, dtype in ((case.dtypes[2], case.dtypes[0]), (case.dtypes[0], case.dtypes[2])):
         tensors = _expand_arguments(case, base_dtype)
         options = (case.seed, case.p, case.scaling)
         composed = definition.lora_expand(*tensors, *options, dtype)
         exact = definition.lora_expand(*double(*tensors), *options, F64)
-        _compare("lora_expand", case, ops.lora_expand(*tensors, *options, dtype), dtype, composed, exact)
+        actual = ops.lora_expand(*tensors, *options, dtype)
+        results[f"lora_expand {base_dtype} to {dtype}"] = (_dtype(actual, dtype), composed, exact)
+    return results
 
 
-def check_expand_(case: Case) -> None:
+def _expand__results(case: Case) -> Results:
+    results = {}
     for dtype in {case.dtypes[0], case.dtypes[2]}:
         tensors = _expand_arguments(case, dtype)
         options = (case.seed, case.p, case.scaling)
         composed = definition.lora_expand(*tensors, *options, dtype)
         exact = definition.lora_expand(*double(*tensors), *options, F64)
         ops.lora_expand_(*tensors, *options)
-        _compare("lora_expand_", case, tensors[0], dtype, composed, exact)
+        results[f"lora_expand_ {dtype}"] = (tensors[0], composed, exact)
+    return results
 
 
-def check_weight_grad(case: Case) -> None:
+def _weight_grad_results(case: Case) -> Results:
     generator = _generator(case)
     wide, narrow, compute = case.dtypes
     ds = matrix(case.M, case.R, compute, case.layout, generator)
@@ -164,10 +199,10 @@ def check_weight_grad(case: Case) -> None:
     composed = definition.lora_weight_grad(ds, x, case.seed, case.p, case.scaling, narrow)
     exact = definition.lora_weight_grad(*double(ds, x), case.seed, case.p, case.scaling, F64)
     actual = ops.lora_weight_grad(ds, x, case.seed, case.p, case.scaling, narrow)
-    _compare("lora_weight_grad", case, actual, narrow, composed, exact)
+    return {"lora_weight_grad": (_dtype(actual, narrow), composed, exact)}
 
 
-def check_dy_grads(case: Case) -> None:
+def _dy_grads_results(case: Case) -> Results:
     generator = _generator(case)
     _, narrow, compute = case.dtypes
     dy = matrix(case.M, case.N, compute, case.layout, generator)
@@ -176,16 +211,21 @@ def check_dy_grads(case: Case) -> None:
     composed = definition.lora_dy_grads(dy, s, b, case.scaling, narrow)
     exact = definition.lora_dy_grads(*double(dy, s, b), case.scaling, F64)
     actual = ops.lora_dy_grads(dy, s, b, case.scaling, narrow)
-    _compare("lora_dy_grads ds", case, actual[0], compute, composed[0], exact[0])
-    _compare("lora_dy_grads db", case, actual[1], narrow, composed[1], exact[1])
+    return {
+        "lora_dy_grads ds": (_dtype(actual[0], compute), composed[0], exact[0]),
+        "lora_dy_grads db": (_dtype(actual[1], narrow), composed[1], exact[1]),
+    }
 
 
+RESULTS = {
+    "lora_shrink": _shrink_results,
+    "lora_expand": _expand_results,
+    "lora_expand_": _expand__results,
+    "lora_weight_grad": _weight_grad_results,
+    "lora_dy_grads": _dy_grads_results,
+}
 CHECKS: dict[str, Callable[[Case], None]] = {
-    "lora_shrink": check_shrink,
-    "lora_expand": check_expand,
-    "lora_expand_": check_expand_,
-    "lora_weight_grad": check_weight_grad,
-    "lora_dy_grads": check_dy_grads,
+    name: functools.partial(check_results, results_of=results_of) for name, results_of in RESULTS.items()
 }
 
 
