@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,7 +67,7 @@ def parser() -> arguments.Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo; 0 when all of it ran. Raises UserError for bad input, before anything is written."""
+    """Run the demo; 0 when all of it ran, 1 when stock PEFT reads something else from what was saved. Raises UserError for bad input, before anything is written."""
     options = parser().parse_args(argv)
     arguments.require("the demo", PACKAGES)
     directory = model_directory()
@@ -77,12 +78,14 @@ def main(argv: Sequence[str]) -> int:
     arguments.quiet_libraries()
     run = Run(options, directory, device, out)
     try:
-        run.all()
+        agrees = run.all()
     except KeyboardInterrupt:
         if run.saved_at is not None:
             print(f"\nthe adapter of step {run.saved_at} is whole in {run.adapter}", file=sys.stderr)
         raise
-    return 0
+    if not agrees:
+        print("error: stock PEFT reads another model from the saved adapter than was trained", file=sys.stderr)
+    return 0 if agrees else 1
 
 
 def model_directory() -> str:
@@ -113,8 +116,8 @@ class Run:
         self.started = time.perf_counter()
         self.results: dict[str, Any] = {}
 
-    def all(self) -> None:
-        """Every stage, in order."""
+    def all(self) -> bool:
+        """Every stage, in order; whether the saved adapter is the trained one to stock PEFT."""
         self._data()
         self._print_setting()
         self._stage("load")
@@ -131,6 +134,7 @@ class Run:
         self.results["wall_seconds"] = round(time.perf_counter() - self.started, 1)
         print(table(self.results))
         self._write({arm.recipe.name: arm.losses for arm in arms}, overlap, difference)
+        return self.results["reload"]["largest_difference"] <= self.results["reload"]["budget"]
 
     def _stage(self, finished: str) -> None:
         stages = self.results.setdefault("stage_seconds", {})
@@ -272,7 +276,7 @@ class Run:
         return losses, difference
 
     def _reload(self, arm: "Arm") -> None:
-        """The saved adapter in a fresh process with stock PEFT. A difference over the budget is an error of this package."""
+        """The saved adapter in a fresh process with stock PEFT: its logits beside those of the arm that was saved."""
         import torch
 
         from . import arms as training
@@ -304,10 +308,6 @@ class Run:
             "budget": budget,
             "same_class": (here.argmax(-1) == there.argmax(-1)).double().mean().item(),
         }
-        if not difference <= budget:
-            raise RuntimeError(
-                f"logits of the adapter under stock PEFT differ by {difference:.3g}, more than the {budget:.3g} that bf16 explains"
-            )
 
     def _write(self, training: dict[str, list[float]], overlap: dict[str, list[float]], difference: float) -> None:
         from . import curves
@@ -334,9 +334,12 @@ def bars(names: Sequence[str], steps: int) -> Iterator[Callable[[int, float], No
 
     width = max(map(len, names))
     quiet = not sys.stderr.isatty()
+    # A terminal that does not tell its size (as `script` in a pipeline) would get empty bars.
+    columns, lines = shutil.get_terminal_size()
+    shape = {"unit": "step", "ncols": min(120, columns), "nrows": lines}
     with contextlib.ExitStack() as stack:
         rows = [
-            stack.enter_context(tqdm(total=steps, desc=name.ljust(width), position=k, disable=quiet, unit="step"))
+            stack.enter_context(tqdm(total=steps, desc=name.ljust(width), position=k, disable=quiet, **shape))
             for k, name in enumerate(names)
         ]
 
