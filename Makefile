@@ -4,9 +4,11 @@ PYTHON ?= python3
 ifeq ($(NOVENV),1)
 VENV_READY := .build-ready
 RUN := $(PYTHON)
+CLANG_FORMAT := clang-format
 else
 VENV_READY := .venv/ready
 RUN := .venv/bin/python
+CLANG_FORMAT := .venv/bin/clang-format
 endif
 # What of csrc is compiled: the CPU library always, the CUDA one where nvcc and a CUDA torch are.
 BUILD = $$($(RUN) -c "import shutil, torch; print('cpu,cuda' if torch.version.cuda and shutil.which('nvcc') else 'cpu')")
@@ -24,7 +26,7 @@ lint: $(VENV_READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m clang_format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+	$(CLANG_FORMAT) --dry-run --Werror $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .venv/ready: requirements.txt setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -d .venv || $(PYTHON) -m venv .venv
