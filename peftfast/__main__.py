@@ -1,4 +1,4 @@
-"""``python -m peftfast``: demo, finetune, doctor. Standard library only until a command runs."""
+"""``python -m peftfast``: demo, finetune, doctor, bench. Standard library only until a command runs."""
 
 import argparse
 import importlib
@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "fine-tune a real 4-bit model, stock and patched side by side; no network, minutes on two CPU cores",
     "finetune": "LoRA or QLoRA on your model and your JSON lines through transformers' Trainer; writes a PEFT adapter",
     "doctor": "what is installed, which kernel serves each operator here, and whether each is right",
+    "bench": "the benchmarks of the kernels: run, verify, plot, growth, record, compare",
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 from .arguments import require
 
-STEPS = ("run", "verify", "plot", "record", "compare")
+STEPS = ("run", "verify", "plot", "growth", "record", "compare")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one step; ``run`` where none is named. Its exit status."""
     arguments = list(argv)
     step = arguments.pop(0) if arguments and arguments[0] in STEPS else "run"
-    require("bench", {"matplotlib": "matplotlib"} if step == "plot" else {})
+    require("bench", {"matplotlib": "matplotlib"} if step in ("plot", "growth") else {})
     module = importlib.import_module(f"peftfast.benchmarks.{step}")
     status: int = module.main(arguments)
     return status

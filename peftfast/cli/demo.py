@@ -67,7 +67,10 @@ def parser() -> arguments.Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo; 0 when all of it ran, 1 when stock PEFT reads something else from what was saved. Raises UserError for bad input, before anything is written."""
+    """Run the demo; 0 when all of it ran, 1 when stock PEFT reads something else from what was saved.
+
+    Raises UserError for bad input, before anything is written.
+    """
     options = parser().parse_args(argv)
     arguments.require("the demo", PACKAGES)
     directory = model_directory()
