@@ -177,9 +177,8 @@ def _check_arguments(
 ) -> None:
     if not isinstance(weight, NF4Weight) and not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor or an NF4Weight, got {type(weight).__name__}")
-    n, k = tuple(weight.shape) if len(weight.shape) == 2 else (None, None)
     check_features(x, tuple(weight.shape))
-    assert n is not None
+    n, k = weight.shape
     if isinstance(weight, Tensor) and not weight.is_floating_point():
         raise TypeError(
             f"weight: expected a floating tensor, got {weight.dtype}; a 4-bit weight is passed as an NF4Weight "

@@ -90,8 +90,7 @@ def nf4_dequantize(
         code: float32 ``[16]``.
         nested_absmax, nested_code, nested_offset: float32 ``[ceil(blocks / 256)]``, ``[256]`` and one element; all or none.
     """
-    if nested_absmax is not None:
-        assert nested_code is not None and nested_offset is not None
+    if nested_absmax is not None and nested_code is not None and nested_offset is not None:
         absmax = unnest_absmax(absmax, nested_absmax, nested_code, nested_offset)
     count = torch.Size(shape).numel()
     nibbles = torch.stack((packed.reshape(-1) >> 4, packed.reshape(-1) & 15), dim=-1).reshape(-1)[:count]
