@@ -31,6 +31,14 @@ def _reset_peak() -> bool:
     return True
 
 
+def _give_back() -> None:
+    """Have the C library return what is free: blocks inside its heap stay resident when freed, and would count as in use."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+
 def memory_in_use(device: str) -> int | None:
     """Bytes in use: torch's on CUDA; on the CPU the process's resident pages, after the C library has given back what is free.
 
@@ -40,11 +48,7 @@ def memory_in_use(device: str) -> int | None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
-    try:
-        # Without it freed blocks stay resident, and the mark would count them as the model's.
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
+    _give_back()
     return _status_bytes("VmRSS")
 
 
@@ -60,6 +64,7 @@ def peak_above(mark: int | None, device: str, run: Callable[[], None]) -> int | 
         torch.cuda.synchronize(device)
         peak: int | None = torch.cuda.max_memory_allocated(device)
     else:
+        _give_back()
         known = _reset_peak()
         run()
         peak = _status_bytes("VmHWM") if known else None
