@@ -1,4 +1,4 @@
-# demo · test · lint: each makes .venv when it is missing. With NOVENV=1 PYTHON=python3 the machine's own
+# demo · test · lint · bench: each makes .venv when it is missing. With NOVENV=1 PYTHON=python3 the machine's own
 # packages are used instead, without a network.
 PYTHON ?= python3
 ifeq ($(NOVENV),1)
@@ -14,7 +14,7 @@ endif
 BUILD = $$($(RUN) -c "import shutil, torch; print('cpu,cuda' if torch.version.cuda and shutil.which('nvcc') else 'cpu')")
 WORKERS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV_READY)
 	$(RUN) -m peftfast demo $(ARGS)
@@ -27,6 +27,11 @@ lint: $(VENV_READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(CLANG_FORMAT) --dry-run --Werror $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+bench: $(VENV_READY)
+	mkdir -p bench-out
+	$(RUN) -m benchmarks.run --out bench-out/run.json $(ARGS)
+	$(RUN) -m benchmarks.plot bench-out/run.json --out bench-out
 
 .venv/ready: requirements.txt setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -d .venv || $(PYTHON) -m venv .venv
