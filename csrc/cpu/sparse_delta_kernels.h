@@ -1,0 +1,317 @@
+// Kernels of cpu/sparse_delta.cpp, compiled once for each instruction set.
+
+#if PEFTFAST_ISA == 512
+static inline Vec vec_sqrt(Vec a) { return _mm512_sqrt_ps(a); }
+static inline Vec vec_div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+static inline Vec vec_sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+#elif PEFTFAST_ISA == 256
+static inline Vec vec_sqrt(Vec a) { return _mm256_sqrt_ps(a); }
+static inline Vec vec_div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+static inline Vec vec_sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+#else
+static inline Vec vec_sqrt(Vec a) {
+    return Vec{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
+}
+static inline Vec vec_div(Vec a, Vec b) { return a / b; }
+static inline Vec vec_sub(Vec a, Vec b) { return a - b; }
+#endif
+
+static inline int64_t support_at(const Indices& indices, int64_t position) {
+    return indices.wide ? ((const int64_t*)indices.data)[position] : ((const int32_t*)indices.data)[position];
+}
+
+template <DType kType>
+static inline Vec load_as(const void* p, int64_t i) {
+    if (kType == DType::bf16) return vec_load_bf16((const uint16_t*)p + i);
+    if (kType == DType::f16) return vec_load_f16((const uint16_t*)p + i);
+    return vec_load((const float*)p + i);
+}
+template <DType kType>
+static inline float get_as(const void* p, int64_t i) {
+    if (kType == DType::bf16) return float_from_bf16(((const uint16_t*)p)[i]);
+    if (kType == DType::f16) return float_from_f16(((const uint16_t*)p)[i]);
+    return ((const float*)p)[i];
+}
+template <DType kType>
+static inline void set_as(void* p, int64_t i, float value) {
+    if (kType == DType::bf16) {
+        ((uint16_t*)p)[i] = bf16_from_float(value);
+    } else if (kType == DType::f16) {
+        ((uint16_t*)p)[i] = f16_from_float(value);
+    } else {
+        ((float*)p)[i] = value;
+    }
+}
+
+// Eight rows of eight 16-bit elements to eight columns: pairs of elements, then of pairs, then of quadruples.
+typedef uint16_t Eight __attribute__((vector_size(16)));
+typedef uint32_t Four __attribute__((vector_size(16)));
+typedef uint64_t Two __attribute__((vector_size(16)));
+
+static inline void transpose_block(const uint16_t* const* rows, int64_t column, uint16_t* target, int64_t stride) {
+    Eight in[8];
+    for (int i = 0; i < 8; ++i) __builtin_memcpy(&in[i], rows[i] + column, sizeof in[i]);
+    Four pairs[8];
+    for (int i = 0; i < 4; ++i) {
+        pairs[2 * i] = (Four)__builtin_shufflevector(in[2 * i], in[2 * i + 1], 0, 8, 1, 9, 2, 10, 3, 11);
+        pairs[2 * i + 1] = (Four)__builtin_shufflevector(in[2 * i], in[2 * i + 1], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    Two quads[8];  // [half of the rows][two columns]
+    for (int half = 0; half < 2; ++half) {
+        for (int part = 0; part < 2; ++part) {
+            const Four a = pairs[4 * half + part], b = pairs[4 * half + 2 + part];
+            quads[4 * half + 2 * part] = (Two)__builtin_shufflevector(a, b, 0, 4, 1, 5);
+            quads[4 * half + 2 * part + 1] = (Two)__builtin_shufflevector(a, b, 2, 6, 3, 7);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        const Two even = __builtin_shufflevector(quads[i], quads[4 + i], 0, 2);
+        const Two odd = __builtin_shufflevector(quads[i], quads[4 + i], 1, 3);
+        __builtin_memcpy(target + (2 * i) * stride, &even, sizeof even);
+        __builtin_memcpy(target + (2 * i + 1) * stride, &odd, sizeof odd);
+    }
+}
+
+static inline void transpose_block(const float* const* rows, int64_t column, float* target, int64_t stride) {
+    typedef float Floats __attribute__((vector_size(16)));
+    for (int top = 0; top < 8; top += 4) {
+        for (int left = 0; left < 8; left += 4) {
+            Floats in[4];
+            for (int i = 0; i < 4; ++i) __builtin_memcpy(&in[i], rows[top + i] + column + left, sizeof in[i]);
+            const Floats a = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5);
+            const Floats b = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
+            const Floats c = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
+            const Floats d = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+            const Floats out[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
+                                   __builtin_shufflevector(b, d, 0, 1, 4, 5),
+                                   __builtin_shufflevector(b, d, 2, 3, 6, 7)};
+            for (int i = 0; i < 4; ++i) __builtin_memcpy(target + (left + i) * stride + top, &out[i], sizeof out[i]);
+        }
+    }
+}
+
+template <class T>
+static void transpose_typed(const Rows& source, int64_t first, int64_t rows, int64_t padded, T* slab, int64_t begin,
+                            int64_t end) {
+    const T* origin = (const T*)source.data + first * source.stride_row;
+    const int64_t whole_rows = rows / 8 * 8, whole_end = begin + (end - begin) / 8 * 8;
+    for (int64_t top = 0; top < whole_rows; top += 8) {
+        const T* lines[8];
+        for (int i = 0; i < 8; ++i) lines[i] = origin + (top + i) * source.stride_row;
+        for (int64_t column = begin; column < whole_end; column += 8) {
+            transpose_block(lines, column, slab + column * padded + top, padded);
+        }
+    }
+    for (int64_t column = begin; column < end; ++column) {
+        T* target = slab + column * padded;
+        const int64_t from = column < whole_end ? whole_rows : 0;
+        for (int64_t row = from; row < rows; ++row) target[row] = origin[row * source.stride_row + column];
+        for (int64_t row = rows; row < padded; ++row) target[row] = 0;
+    }
+}
+
+static void transpose(const Rows& source, bool wide, int64_t first, int64_t rows, int64_t padded, void* slab,
+                      int64_t begin, int64_t end) {
+    if (wide) return transpose_typed(source, first, rows, padded, (float*)slab, begin, end);
+    transpose_typed(source, first, rows, padded, (uint16_t*)slab, begin, end);
+}
+
+// `padded` is a multiple of 32: two vectors of the widest, four sums of the others.
+template <DType kType>
+static inline float dot(const float* a, const void* b, int64_t padded) {
+    Vec sum0 = vec_zero(), sum1 = vec_zero();
+    for (int64_t i = 0; i < padded; i += 2 * kWidth) {
+        sum0 = vec_fma(vec_load(a + i), load_as<kType>(b, i), sum0);
+        sum1 = vec_fma(vec_load(a + i + kWidth), load_as<kType>(b, i + kWidth), sum1);
+    }
+    return vec_sum(vec_add(sum0, sum1));
+}
+
+template <DType kType>
+static void dots_typed(const void* dy_slab, const void* x_slab, int64_t padded, int64_t n, int64_t k,
+                       const Indices& indices, float* sums, bool add, int64_t begin, int64_t end) {
+    constexpr int64_t kSize = element_size(kType);
+    constexpr int64_t kAhead = 4;  // x's columns come from anywhere: asked for this many positions before their use
+    alignas(64) float row[kSlabRows];
+    int64_t row_first = 0, row_index = -1;
+    for (int64_t s = begin; s < end; ++s) {
+        const int64_t index = support_at(indices, s);
+        if (index < 0 || index >= n * k) {
+            sums[s] = 0.0f;
+            continue;
+        }
+        if (row_index < 0 || index < row_first || index >= row_first + k) {
+            row_index = index / k;
+            row_first = row_index * k;
+            const char* line = (const char*)dy_slab + row_index * padded * kSize;
+            for (int64_t i = 0; i < padded; i += kWidth) vec_store(row + i, load_as<kType>(line, i));
+        }
+        if (s + kAhead < end) {
+            const int64_t next = support_at(indices, s + kAhead) - row_first;
+            if (next >= 0 && next < k) {
+                const char* line = (const char*)x_slab + next * padded * kSize;
+                for (int64_t byte = 0; byte < padded * kSize; byte += 64) __builtin_prefetch(line + byte);
+            }
+        }
+        const float sum = dot<kType>(row, (const char*)x_slab + (index - row_first) * padded * kSize, padded);
+        sums[s] = add ? sums[s] + sum : sum;
+    }
+}
+
+static void dots(const void* dy_slab, const void* x_slab, DType dtype, int64_t padded, int64_t n, int64_t k,
+                 const Indices& indices, float* sums, bool add, int64_t begin, int64_t end) {
+    switch (dtype) {
+        case DType::f32:
+            return dots_typed<DType::f32>(dy_slab, x_slab, padded, n, k, indices, sums, add, begin, end);
+        case DType::bf16:
+            return dots_typed<DType::bf16>(dy_slab, x_slab, padded, n, k, indices, sums, add, begin, end);
+        case DType::f16:
+            return dots_typed<DType::f16>(dy_slab, x_slab, padded, n, k, indices, sums, add, begin, end);
+    }
+}
+
+static void narrow(const float* sums, void* out, DType dtype, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        if (dtype == DType::bf16) {
+            set_as<DType::bf16>(out, i, sums[i]);
+        } else {
+            set_as<DType::f16>(out, i, sums[i]);
+        }
+    }
+}
+
+template <DType kType>
+static void add_typed(void* weight, int64_t low, int64_t high, const Indices& indices, const float* values,
+                      int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+        const int64_t index = support_at(indices, s);
+        if (index >= low && index < high) set_as<kType>(weight, index, get_as<kType>(weight, index) + values[s]);
+    }
+}
+
+static void add(void* weight, DType dtype, int64_t low, int64_t high, const Indices& indices, const float* values,
+                int64_t begin, int64_t end) {
+    switch (dtype) {
+        case DType::f32:
+            return add_typed<DType::f32>(weight, low, high, indices, values, begin, end);
+        case DType::bf16:
+            return add_typed<DType::bf16>(weight, low, high, indices, values, begin, end);
+        case DType::f16:
+            return add_typed<DType::f16>(weight, low, high, indices, values, begin, end);
+    }
+}
+
+template <DType kType, class T>
+static void write_typed(T* weight, int64_t count, const Indices& indices, const T* base, const float* values,
+                        int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+        const int64_t index = support_at(indices, s);
+        if (index < 0 || index >= count) continue;
+        if (values == nullptr) {
+            weight[index] = base[s];
+        } else {
+            set_as<kType>(weight, index, get_as<kType>(base, s) + values[s]);
+        }
+    }
+}
+
+static void write(void* weight, DType dtype, int64_t count, const Indices& indices, const void* base,
+                  const float* values, int64_t begin, int64_t end) {
+    uint16_t* halves = (uint16_t*)weight;
+    switch (dtype) {
+        case DType::f32:
+            return write_typed<DType::f32>((float*)weight, count, indices, (const float*)base, values, begin, end);
+        case DType::bf16:
+            return write_typed<DType::bf16>(halves, count, indices, (const uint16_t*)base, values, begin, end);
+        case DType::f16:
+            return write_typed<DType::f16>(halves, count, indices, (const uint16_t*)base, values, begin, end);
+    }
+}
+
+template <DType kType>
+static inline void put(const AdamWeight& weight, int64_t s, float value) {
+    const int64_t index = support_at(weight.indices, s);
+    if (index < 0 || index >= weight.count) return;
+    const float sum = get_as<kType>(weight.base, s) + value;
+    if (kType == DType::bf16 && weight.stochastic) {
+        ((uint16_t*)weight.data)[index] =
+            sparse::stochastic_bf16(sum, sparse::rounding_draw(weight.seed, index, weight.tensor_id));
+    } else {
+        set_as<kType>(weight.data, index, sum);
+    }
+}
+
+template <DType kType, class Age>
+static void adamw_typed(const AdamBuffers& b, const sparse::AdamHyper& hyper, const AdamWeight& weight, int64_t begin,
+                        int64_t end) {
+    constexpr Age kOldest = sizeof(Age) == 2 ? (Age)0x7fff : (Age)0x7fffffff;
+    const float *table1 = b.corrections, *table2 = b.corrections + b.ages;
+    Age* age = (Age*)b.age;
+    alignas(64) float correction1[kWidth], correction2[kWidth];
+    int64_t s = begin;
+    for (; s + kWidth <= end; s += kWidth) {
+        Age different = 0;
+        for (int i = 0; i < kWidth; ++i) {
+            different |= age[s + i] ^ age[s];
+            age[s + i] = age[s + i] == kOldest ? kOldest : (Age)(age[s + i] + 1);
+        }
+        Vec c1, c2;
+        if (different == 0) {
+            const int64_t at = age[s] < 0 ? 0 : age[s] < b.ages ? age[s] : b.ages - 1;
+            c1 = vec_set(table1[at]), c2 = vec_set(table2[at]);
+        } else {
+            for (int i = 0; i < kWidth; ++i) {
+                const int64_t at = age[s + i] < 0 ? 0 : age[s + i] < b.ages ? age[s + i] : b.ages - 1;
+                correction1[i] = table1[at], correction2[i] = table2[at];
+            }
+            c1 = vec_load(correction1), c2 = vec_load(correction2);
+        }
+        // sparse::adam on a vector, each operation rounded alone as there.
+        const Vec grad = vec_load(b.grads + s);
+        const Vec first =
+            vec_add(vec_mul(vec_load(b.exp_avg + s), vec_set(hyper.beta1)), vec_mul(grad, vec_set(hyper.rest1)));
+        const Vec second = vec_add(vec_mul(vec_load(b.exp_avg_sq + s), vec_set(hyper.beta2)),
+                                   vec_mul(vec_mul(grad, vec_set(hyper.rest2)), grad));
+        const Vec step = vec_div(vec_mul(vec_mul(vec_set(hyper.lr), c1), first),
+                                 vec_add(vec_mul(vec_sqrt(second), c2), vec_set(hyper.eps)));
+        vec_store(b.exp_avg + s, first);
+        vec_store(b.exp_avg_sq + s, second);
+        vec_store(b.values + s, vec_sub(vec_mul(vec_load(b.values + s), vec_set(hyper.keep)), step));
+        if (weight.data != nullptr) {
+            for (int i = 0; i < kWidth; ++i) put<kType>(weight, s + i, b.values[s + i]);
+        }
+    }
+    for (; s < end; ++s) {
+        age[s] = age[s] == kOldest ? kOldest : (Age)(age[s] + 1);
+        const int64_t at = age[s] < 0 ? 0 : age[s] < b.ages ? age[s] : b.ages - 1;
+        const float grad = b.grads[s];
+        const float first = b.exp_avg[s] * hyper.beta1 + grad * hyper.rest1;
+        const float second = b.exp_avg_sq[s] * hyper.beta2 + (grad * hyper.rest2) * grad;
+        const float step =
+            (hyper.lr * table1[at]) * first / (__builtin_sqrtf(second) * table2[at] + hyper.eps);
+        b.exp_avg[s] = first, b.exp_avg_sq[s] = second;
+        b.values[s] = b.values[s] * hyper.keep - step;
+        if (weight.data != nullptr) put<kType>(weight, s, b.values[s]);
+    }
+}
+
+template <class Age>
+static void adamw_aged(const AdamBuffers& b, const sparse::AdamHyper& hyper, const AdamWeight& weight, int64_t begin,
+                       int64_t end) {
+    switch (weight.dtype) {
+        case DType::f32:
+            return adamw_typed<DType::f32, Age>(b, hyper, weight, begin, end);
+        case DType::bf16:
+            return adamw_typed<DType::bf16, Age>(b, hyper, weight, begin, end);
+        case DType::f16:
+            return adamw_typed<DType::f16, Age>(b, hyper, weight, begin, end);
+    }
+}
+
+static void adamw(const AdamBuffers& b, const sparse::AdamHyper& hyper, const AdamWeight& weight, int64_t begin,
+                  int64_t end) {
+    if (b.wide_age) return adamw_aged<int32_t>(b, hyper, weight, begin, end);
+    adamw_aged<int16_t>(b, hyper, weight, begin, end);
+}
+
+static const SparseKernels sparse_table = {transpose, dots, narrow, add, write, adamw};
