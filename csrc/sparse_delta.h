@@ -37,8 +37,7 @@ PEFTFAST_HD AdamState adam(AdamState state, float grad, float correction1, float
 
 // The 16 random bits of weight element `element`: draw element % 8 of counter element / 8.
 PEFTFAST_HD uint32_t rounding_draw(uint64_t seed, int64_t element, uint32_t tensor_id) {
-    const philox::Words words =
-        philox::words_at(seed, static_cast<uint64_t>(element >> 3), tensor_id, kStreamRounding);
+    const philox::Words words = philox::words_at(seed, static_cast<uint64_t>(element >> 3), tensor_id, kStreamRounding);
     const int draw = static_cast<int>(element & 7);
     // Selected by comparisons: an index into the words would put them into local memory on a GPU.
     const uint32_t low = draw < 2 ? words.word[0] : words.word[1], high = draw < 6 ? words.word[2] : words.word[3];

@@ -136,7 +136,9 @@ def _address(table_ptr, column: tl.constexpr, dtype: tl.constexpr, aligned: tl.c
 @triton.jit
 def _rounded(total, element, seed_ptr, tensor_id):
     """float32 total in bfloat16, up with the probability of what is cut off; element is the position in the weight."""
-    word0, word1, word2, word3 = words_at(tl.load(seed_ptr), element // 8, tensor_id, tl.full((), _STREAM_ROUNDING, tl.int32))
+    word0, word1, word2, word3 = words_at(
+        tl.load(seed_ptr), element // 8, tensor_id, tl.full((), _STREAM_ROUNDING, tl.int32)
+    )
     draw = element % 8
     word = tl.where(draw < 4, tl.where(draw < 2, word0, word1), tl.where(draw < 6, word2, word3))
     draw_bits = tl.where(draw % 2 == 0, word & 0xFFFF, word >> 16)
@@ -144,6 +146,59 @@ def _rounded(total, element, seed_ptr, tensor_id):
     finite = (bits & 0x7F800000) != 0x7F800000
     up = ((bits + draw_bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.where(finite, up, narrow(total, tl.bfloat16))
+
+
+@triton.jit
+def _adamw_block(
+    row_ptr,
+    first,
+    count,
+    hyper_ptr,
+    corrections_ptr,
+    seed_ptr,
+    ages,
+    WEIGHT: tl.constexpr,
+    INDEX: tl.constexpr,
+    AGE: tl.constexpr,
+    OLDEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    offs = first + tl.arange(0, BLOCK)
+    if FULL:
+        mask = tl.full((BLOCK,), True, tl.int1)
+    else:
+        mask = offs < count
+    value_ptrs = _address(row_ptr, 0, tl.float32, True) + offs
+    avg_ptrs = _address(row_ptr, 2, tl.float32, True) + offs
+    sq_ptrs = _address(row_ptr, 3, tl.float32, True) + offs
+    age_ptrs = _address(row_ptr, 4, AGE, True) + offs
+    lr = tl.load(hyper_ptr)
+    grad = tl.load(_address(row_ptr, 1, tl.float32, True) + offs, mask=mask, other=0.0)
+    age = tl.load(age_ptrs, mask=mask, other=0).to(tl.int32)
+    age = tl.where(age == OLDEST, age, age + 1)
+    at = tl.minimum(tl.maximum(age, 0), ages - 1)
+    correction1 = tl.load(corrections_ptr + at, mask=mask, other=1.0)
+    correction2 = tl.load(corrections_ptr + ages + at, mask=mask, other=1.0)
+    average = tl.load(avg_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 1) + grad * tl.load(hyper_ptr + 2)
+    second = tl.load(sq_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 3) + (grad * tl.load(hyper_ptr + 4)) * grad
+    step = tl.div_rn((lr * correction1) * average, tl.sqrt_rn(second) * correction2 + tl.load(hyper_ptr + 5))
+    value = tl.load(value_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 6) - step
+    tl.store(avg_ptrs, narrow(average, tl.float32), mask=mask)
+    tl.store(sq_ptrs, narrow(second, tl.float32), mask=mask)
+    tl.store(age_ptrs, narrow(age, AGE), mask=mask)
+    tl.store(value_ptrs, narrow(value, tl.float32), mask=mask)
+    if WEIGHT is not None:
+        index = tl.load(_address(row_ptr, 6, INDEX, False) + offs, mask=mask, other=0)
+        inside = mask & (index >= 0) & (index < tl.load(row_ptr + 9))
+        base = tl.load(_address(row_ptr, 7, WEIGHT, False) + offs, mask=mask, other=0.0)
+        total = widen(base) + value
+        weight_ptrs = _address(row_ptr, 5, WEIGHT, False) + index
+        if seed_ptr is not None and WEIGHT == tl.bfloat16:
+            rounded = _rounded(total, index.to(tl.int64), seed_ptr, tl.load(row_ptr + 10))
+            tl.store(weight_ptrs, convert(rounded, WEIGHT), mask=inside)
+        else:
+            tl.store(weight_ptrs, narrow(total, WEIGHT), mask=inside)
 
 
 @triton.jit(do_not_specialize=["ages"])
@@ -163,38 +218,17 @@ def _sparse_adamw_kernel(
 ):
     """One block of one layer. Every operation is rounded alone: the kernel must be compiled with enable_fp_fusion=False."""
     row_ptr = table_ptr + tl.load(layer_ptr + tl.program_id(0)).to(tl.int64) * _TABLE_COLUMNS
-    offs = tl.multiple_of(tl.load(first_ptr + tl.program_id(0)), 16) + tl.arange(0, BLOCK)
-    mask = offs < tl.load(row_ptr + 8)
-    value_ptrs = _address(row_ptr, 0, tl.float32, True) + offs
-    avg_ptrs = _address(row_ptr, 2, tl.float32, True) + offs
-    sq_ptrs = _address(row_ptr, 3, tl.float32, True) + offs
-    age_ptrs = _address(row_ptr, 4, AGE, True) + offs
-    lr = tl.load(hyper_ptr)
-    grad = tl.load(_address(row_ptr, 1, tl.float32, True) + offs, mask=mask, other=0.0)
-    age = tl.load(age_ptrs, mask=mask, other=0).to(tl.int32)
-    age = tl.where(age == OLDEST, age, age + 1)
-    at = tl.minimum(tl.maximum(age, 0), ages - 1)
-    correction1 = tl.load(corrections_ptr + at, mask=mask, other=1.0)
-    correction2 = tl.load(corrections_ptr + ages + at, mask=mask, other=1.0)
-    first = tl.load(avg_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 1) + grad * tl.load(hyper_ptr + 2)
-    second = tl.load(sq_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 3) + (grad * tl.load(hyper_ptr + 4)) * grad
-    step = tl.div_rn((lr * correction1) * first, tl.sqrt_rn(second) * correction2 + tl.load(hyper_ptr + 5))
-    value = tl.load(value_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 6) - step
-    tl.store(avg_ptrs, narrow(first, tl.float32), mask=mask)
-    tl.store(sq_ptrs, narrow(second, tl.float32), mask=mask)
-    tl.store(age_ptrs, narrow(age, AGE), mask=mask)
-    tl.store(value_ptrs, narrow(value, tl.float32), mask=mask)
-    if WEIGHT is not None:
-        index = tl.load(_address(row_ptr, 6, INDEX, False) + offs, mask=mask, other=0)
-        inside = mask & (index >= 0) & (index < tl.load(row_ptr + 9))
-        base = tl.load(_address(row_ptr, 7, WEIGHT, False) + offs, mask=mask, other=0.0)
-        total = widen(base) + value
-        weight_ptrs = _address(row_ptr, 5, WEIGHT, False) + index
-        if seed_ptr is not None and WEIGHT == tl.bfloat16:
-            rounded = _rounded(total, index.to(tl.int64), seed_ptr, tl.load(row_ptr + 10))
-            tl.store(weight_ptrs, convert(rounded, WEIGHT), mask=inside)
-        else:
-            tl.store(weight_ptrs, narrow(total, WEIGHT), mask=inside)
+    first = tl.multiple_of(tl.load(first_ptr + tl.program_id(0)), 16)
+    count = tl.load(row_ptr + 8)
+    # A full block needs no mask, and without one every access to a float32 array is of 16 bytes.
+    if first + BLOCK <= count:
+        _adamw_block(
+            row_ptr, first, count, hyper_ptr, corrections_ptr, seed_ptr, ages, WEIGHT, INDEX, AGE, OLDEST, BLOCK, True
+        )
+    else:
+        _adamw_block(
+            row_ptr, first, count, hyper_ptr, corrections_ptr, seed_ptr, ages, WEIGHT, INDEX, AGE, OLDEST, BLOCK, False
+        )
 
 
 def transposed(matrix: torch.Tensor, padded: int) -> torch.Tensor:
@@ -280,7 +314,14 @@ def sparse_delta_write_(
     """weight[indices] = base + values, rounded once, or base."""
     if indices.numel():
         _write_kernel[(triton.cdiv(indices.numel(), config.block),)](
-            weight, indices, base, values, indices.numel(), weight.numel(), BLOCK=config.block, num_warps=config.num_warps
+            weight,
+            indices,
+            base,
+            values,
+            indices.numel(),
+            weight.numel(),
+            BLOCK=config.block,
+            num_warps=config.num_warps,
         )
 
 

@@ -8,8 +8,8 @@ namespace peftfast::bind {
 // Whether indices are of 8 bytes.
 inline bool wide_indices(const Tensor& indices) {
     const ScalarType type = indices.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long,
-                    "indices: expected dtype int32 or int64, got ", torch::headeronly::toString(type));
+    STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "indices: expected dtype int32 or int64, got ",
+                    torch::headeronly::toString(type));
     check_contiguous(indices, "indices");
     STD_TORCH_CHECK(indices.dim() == 1, "indices: expected one dimension, got shape ", shape_of(indices));
     return type == ScalarType::Long;

@@ -4,8 +4,8 @@
 
 namespace peftfast::cpu {
 
-// Rows of a slab of x and dy that is held transposed at a time: small enough for the slab of a layer of 4096 features to
-// stay in the cache, a multiple of every vector width.
+// Rows of a slab of x and dy that is held transposed at a time: small enough for the slab of a layer of 4096 features
+// to stay in the cache, a multiple of every vector width.
 constexpr int64_t kSlabRows = 256;
 constexpr int64_t kSlabColumns = 8;  // transposed at a time
 

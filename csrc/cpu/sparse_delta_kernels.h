@@ -287,8 +287,7 @@ static void adamw_typed(const AdamBuffers& b, const sparse::AdamHyper& hyper, co
         const float grad = b.grads[s];
         const float first = b.exp_avg[s] * hyper.beta1 + grad * hyper.rest1;
         const float second = b.exp_avg_sq[s] * hyper.beta2 + (grad * hyper.rest2) * grad;
-        const float step =
-            (hyper.lr * table1[at]) * first / (__builtin_sqrtf(second) * table2[at] + hyper.eps);
+        const float step = (hyper.lr * table1[at]) * first / (__builtin_sqrtf(second) * table2[at] + hyper.eps);
         b.exp_avg[s] = first, b.exp_avg_sq[s] = second;
         b.values[s] = b.values[s] * hyper.keep - step;
         if (weight.data != nullptr) put<kType>(weight, s, b.values[s]);

@@ -90,7 +90,7 @@ def scatter(device: Device) -> BlockConfig:
 
 
 def adamw(device: Device) -> BlockConfig:
-    return measured(device, "sparse_adamw", "any", BlockConfig) or BlockConfig()
+    return measured(device, "sparse_adamw", "any", BlockConfig) or BlockConfig(512)
 
 
 def launch_matrix(device: Device) -> Iterator[tuple[str, str, GatherConfig | TileConfig | BlockConfig]]:

@@ -2,5 +2,17 @@
 
 from .lora import lora_linear
 from .nf4 import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
+from .sparse_delta import sparse_delta_linear
+from .sparse_pattern import SparsePattern
+from .sparse_support import choose_support
 
-__all__ = ["NF4Weight", "lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = [
+    "NF4Weight",
+    "SparsePattern",
+    "choose_support",
+    "lora_linear",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_quantize",
+    "sparse_delta_linear",
+]

@@ -2,5 +2,6 @@
 
 from .lora import LoRALinear, LoRANF4Linear
 from .nf4 import NF4Linear
+from .sparse_delta import SparseDeltaLinear
 
-__all__ = ["LoRALinear", "LoRANF4Linear", "NF4Linear"]
+__all__ = ["LoRALinear", "LoRANF4Linear", "NF4Linear", "SparseDeltaLinear"]

@@ -35,7 +35,9 @@ AGE_DTYPES = (torch.int16, torch.int32)
 def _check_indices(indices: Tensor, like: Tensor) -> None:
     require(
         indices.dtype in INDEX_DTYPES and indices.dim() == 1 and indices.is_contiguous(),
-        lambda: f"indices: expected a contiguous int32 or int64 vector, got {indices.dtype} of shape {tuple(indices.shape)}",
+        lambda: (
+            f"indices: expected a contiguous int32 or int64 vector, got {indices.dtype} of shape {tuple(indices.shape)}"
+        ),
     )
     require(indices.device == like.device, lambda: f"indices: expected on {like.device}, got on {indices.device}")
 
@@ -43,7 +45,9 @@ def _check_indices(indices: Tensor, like: Tensor) -> None:
 def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int, like: Tensor) -> None:
     require(
         tensor.dtype == dtype and tuple(tensor.shape) == (size,) and tensor.is_contiguous(),
-        lambda: f"{name}: expected a contiguous {dtype} of shape ({size},), got {tensor.dtype} of shape {tuple(tensor.shape)}",
+        lambda: (
+            f"{name}: expected a contiguous {dtype} of shape ({size},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        ),
     )
     require(tensor.device == like.device, lambda: f"{name}: expected on {like.device}, got on {tensor.device}")
 
@@ -341,7 +345,9 @@ def _check_adamw(
         and corrections.shape[1] > 0
         and corrections.is_contiguous()
         and corrections.device == hyper.device,
-        lambda: f"corrections: expected contiguous float32 [2, ages], got {corrections.dtype} {tuple(corrections.shape)}",
+        lambda: (
+            f"corrections: expected contiguous float32 [2, ages], got {corrections.dtype} {tuple(corrections.shape)}"
+        ),
     )
     for k, value in enumerate(values):
         size = value.numel()

@@ -19,7 +19,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sparse_delta_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """The entries of dyᵀ x at ``indices``, the gradient of the delta, ``[S]`` of ``dtype``; dy ``[M, N]``, x ``[M, K]`` of one dtype."""
+    """The entries of dyᵀ x at ``indices``, which are Δ's gradient, ``[S]`` of ``dtype``; dy ``[M, N]`` and x ``[M, K]`` of one dtype."""
     wide = wide_dtype(dy.dtype)
     return (dy.to(wide).T @ x.to(wide)).reshape(-1)[indices.long()].to(dtype)
 
@@ -100,7 +100,9 @@ def sparse_adamw(
 
 def adam_hyper(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Tensor:
     """float32 ``[7]``: lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, each rounded once from float64."""
-    return torch.tensor((lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay), dtype=torch.float64).float()
+    return torch.tensor(
+        (lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay), dtype=torch.float64
+    ).float()
 
 
 def sparse_adamw_write(

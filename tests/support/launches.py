@@ -5,8 +5,9 @@ import torch
 from peftfast.configs import lora as lora_configs
 from peftfast.configs import nf4 as nf4_configs
 from peftfast.configs import philox as philox_configs
+from peftfast.configs import sparse_delta as sparse_configs
 from peftfast.configs.device import Device
-from peftfast.kernels import lora, nf4, philox
+from peftfast.kernels import lora, nf4, philox, sparse_delta
 
 DEVICES = {
     80: Device("", (8, 0), 108),
@@ -99,3 +100,50 @@ def dropout_mask(arch: int, rows: int = 4096, columns: int = 4096) -> None:
 
 def philox_words(arch: int, count: int = 4096) -> None:
     philox.philox_words(_empty(1, dtype=torch.int64), 0, count, 0, 0, philox_configs.philox_words(DEVICES[arch]))
+
+
+def sparse_delta_gather(
+    dtype: str, arch: int, M: int = 2048, N: int = 4096, K: int = 11008, S: int = 45056, wide: bool = False
+) -> None:
+    config = sparse_configs.gather(dtype, M, DEVICES[arch])
+    indices = _empty(S, dtype=torch.int64 if wide else torch.int32)
+    sparse_delta.sparse_delta_gather(
+        _empty(M, N, dtype=dtype), _empty(M, K, dtype=dtype), indices, torch.float32, config
+    )
+
+
+def sparse_delta_tiled(dtype: str, arch: int, M: int = 2048, N: int = 4096, K: int = 11008, S: int = 450560) -> None:
+    sides = sparse_configs.tile_sides(dtype, DEVICES[arch])
+    config = sparse_configs.tile(dtype, *sides, DEVICES[arch])
+    indices, order = _empty(S, dtype=torch.int32), _empty(S, dtype=torch.int32)
+    tiles, starts = _empty(2752, dtype=torch.int32), _empty(2753, dtype=torch.int32)
+    dy, x = _empty(M, N, dtype=dtype), _empty(M, K, dtype=dtype)
+    sparse_delta.sparse_delta_tiled(dy, x, indices, order, tiles, starts, torch.float32, config)
+
+
+def sparse_delta_scatter(dtype: str, arch: int, write: bool, values: bool = True, wide: bool = False) -> None:
+    config = sparse_configs.scatter(DEVICES[arch])
+    weight = _empty(4096, 11008, dtype=dtype)
+    indices = _empty(45056, dtype=torch.int64 if wide else torch.int32)
+    given = _empty(45056, dtype=torch.float32) if values else None
+    if write:
+        sparse_delta.sparse_delta_write_(weight, indices, _empty(45056, dtype=dtype), given, config)
+    else:
+        sparse_delta.sparse_delta_patch_(weight, indices, given, config)
+
+
+def sparse_adamw(
+    dtype: str | None, arch: int, stochastic: bool = False, index: str = "int32", age: str = "int16"
+) -> None:
+    sparse_delta.sparse_adamw_(
+        _empty(200, 11, dtype=torch.int64),
+        _empty(65536, dtype=torch.int32),
+        _empty(65536, dtype=torch.int64),
+        _empty(7, dtype=torch.float32),
+        _empty(2, 32769, dtype=torch.float32),
+        _seed(stochastic),
+        None if dtype is None else getattr(torch, dtype),
+        getattr(torch, index),
+        getattr(torch, age),
+        sparse_configs.adamw(DEVICES[arch]),
+    )

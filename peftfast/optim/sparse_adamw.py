@@ -1,0 +1,210 @@
+"""AdamW on the values of sparse deltas: one launch for all layers, the weights that hold a delta written in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn.sparse_delta import SparseDeltaLinear, layer_of
+from ..ops.sparse_delta import sparse_adamw_
+from ..reference.sparse_delta import adam_corrections, adam_hyper
+
+_OLDEST_SHORT = 2**15 - 1
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) with an age for every weight, so that weights which joined the support later are corrected for their own
+    number of steps, as in SpIEL (arXiv 2401.16405). Bit for bit :func:`peftfast.reference.sparse_delta.sparse_adamw`.
+
+    A merged :class:`peftfast.nn.SparseDeltaLinear` has its weight written from base + Δ in the same pass. Weight decay is that of Δ,
+    which draws the weights back to the base. State: ``exp_avg`` and ``exp_avg_sq`` in float32, ``age`` in int16, or int32 where a
+    beta is so near to 1 that its correction outlives 32,767 steps. Other float32 parameters may be among the given.
+
+    Args:
+        params: parameters or groups of them, float32.
+        lr: a number, or a one-element tensor, which may change without a host synchronisation.
+        betas, eps, weight_decay: as in torch.optim.AdamW, but for the default of weight_decay.
+        stochastic_rounding: round weights in bfloat16 up with the probability of the part cut off; float32 weights need none, float16
+            ones are refused.
+        seed: of that rounding.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        self._corrections: dict[Any, Tensor] = {}
+        self._hypers: dict[Any, Tensor] = {}
+        self._seed = torch.tensor([seed], dtype=torch.int64)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = {**self.defaults, **param_group}
+        _check_group(group)
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for parameter in params:
+            if not isinstance(parameter, Tensor) or parameter.dtype != torch.float32:
+                got = getattr(parameter, "dtype", type(parameter).__name__)
+                raise TypeError(f"params: expected float32 tensors, got {got}")
+            layer = layer_of(parameter)
+            if group["stochastic_rounding"] and layer is not None and layer._weight_dtype() == torch.float16:
+                raise ValueError("stochastic_rounding: expected bfloat16 or float32 weights, got float16")
+        super().add_param_group({**param_group, "params": params})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Nothing is written where a merged weight was written or replaced by others: RuntimeError."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, self._by_device(group)) for group in self.param_groups]
+        layers = [layer for _, devices in work for members in devices.values() for _, _, layer in members if layer]
+        for layer in layers:
+            if layer.merged:
+                layer.check_base()
+        if any(group["stochastic_rounding"] for group in self.param_groups):
+            self._seed += 1
+        for group, devices in work:
+            for device, members in devices.items():
+                self._step_members(group, device, members)
+        for layer in layers:
+            torch.autograd.graph.increment_version(layer.delta_values)
+            if layer.merged:
+                torch.autograd.graph.increment_version(layer.weight)
+                layer._note()
+        return loss
+
+    def _by_device(
+        self, group: dict[str, Any]
+    ) -> dict[torch.device, list[tuple[int, Tensor, SparseDeltaLinear | None]]]:
+        """Parameters that have a gradient, with their number among all parameters and their layer."""
+        before = 0
+        for other in self.param_groups:
+            if other is group:
+                break
+            before += len(other["params"])
+        found: dict[torch.device, list[tuple[int, Tensor, SparseDeltaLinear | None]]] = {}
+        for k, parameter in enumerate(group["params"]):
+            if parameter.grad is not None:
+                if parameter.grad.is_sparse or parameter.grad.dtype != torch.float32:
+                    raise TypeError(f"grad: expected dense float32, got {parameter.grad.dtype} {parameter.grad.layout}")
+                found.setdefault(parameter.device, []).append((before + k, parameter, layer_of(parameter)))
+        return found
+
+    def _step_members(
+        self, group: dict[str, Any], device: torch.device, members: list[tuple[int, Tensor, SparseDeltaLinear | None]]
+    ) -> None:
+        lists: list[list[Tensor]] = [[] for _ in range(8)]
+        ids = []
+        nothing = torch.empty(0, device=device)
+        for number, parameter, layer in members:
+            state = self.state[parameter]
+            if not state:
+                self._start(state, parameter, group)
+            row = [parameter.detach().reshape(-1), parameter.grad.detach().reshape(-1).contiguous()]  # type: ignore[union-attr]
+            row += [state[name].reshape(-1) for name in ("exp_avg", "exp_avg_sq", "age")]
+            if layer is not None and layer.base_values is not None:
+                row += [layer.weight.detach(), layer.delta_indices, layer.base_values]
+            else:
+                row += [nothing, nothing.to(torch.int32), nothing]
+            for given, tensor in zip(lists, row, strict=True):
+                given.append(tensor)
+            ids.append(number)
+        corrections = self._corrections_for(group["betas"], device)
+        seed = self._seed.to(device) if group["stochastic_rounding"] else None
+        sparse_adamw_(*lists, self._hyper_for(group, device), corrections, seed, ids)
+
+    def _start(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
+        if not parameter.is_contiguous():
+            raise ValueError("params: expected contiguous parameters")
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["age"] = torch.zeros_like(parameter, dtype=age_dtype(group["betas"]))
+
+    def _corrections_for(self, betas: tuple[float, float], device: torch.device) -> Tensor:
+        key = (*betas, device)
+        if key not in self._corrections:
+            self._corrections[key] = adam_corrections(*betas, ages_of(betas)).to(device)
+        return self._corrections[key]
+
+    def _hyper_for(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        lr, (beta1, beta2), eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        if isinstance(lr, Tensor):
+            hyper = adam_hyper(0.0, beta1, beta2, eps, 0.0).to(device)
+            rate = lr.to(device, torch.float64).reshape(())
+            hyper[0], hyper[6] = rate, 1.0 - rate * decay
+            return hyper
+        key = (lr, beta1, beta2, eps, decay, device)
+        if key not in self._hypers:
+            self._hypers.clear() if len(self._hypers) > 64 else None
+            self._hypers[key] = adam_hyper(lr, beta1, beta2, eps, decay).to(device)
+        return self._hypers[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rounding_seed": int(self._seed)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        given = dict(state_dict)
+        seed = given.pop("rounding_seed", None)
+        super().load_state_dict(given)
+        if seed is not None:
+            self._seed.fill_(seed)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                # torch casts states to their parameter's dtype; a float32 holds an age exactly up to 2**24.
+                if "age" in self.state.get(parameter, {}):
+                    self.state[parameter]["age"] = self.state[parameter]["age"].to(age_dtype(group["betas"]))
+
+
+def ages_of(betas: tuple[float, float]) -> int:
+    """Ages that the table of corrections needs: to where both are 1 in float32, as they stay from there on."""
+    longest = 2
+    for beta in betas:
+        power, age = 1.0, 0
+        while beta > 0.0 and 1.0 - power < 1.0 - 2.0**-26 and age < 2**24:
+            age = max(1, 2 * age)
+            power = beta**age
+        longest = max(longest, age + 1)
+    return longest
+
+
+def age_dtype(betas: tuple[float, float]) -> torch.dtype:
+    """int16 where every correction is 1 before ages end, else int32."""
+    return torch.int16 if max(betas) ** _OLDEST_SHORT < 2.0**-26 else torch.int32
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        if isinstance(value, Tensor) and name == "lr":
+            if value.numel() != 1:
+                raise ValueError(f"lr: expected one element, got shape {tuple(value.shape)}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        elif not 0.0 <= value < float("inf"):
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    betas = group["betas"]
+    if len(betas) != 2 or not all(isinstance(b, float | int) and 0.0 <= b < 1.0 for b in betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
