@@ -380,8 +380,8 @@ def test_guard_other_layer_types() -> None:
 
 
 def test_guard_other_tuner() -> None:
-    model = peft.get_peft_model(Block(), peft.ShiraConfig(r=2, target_modules=["up"]))
-    assert list(peftfast.patch(model).reasons) == ["no fused form of PEFT's shira.Linear"]
+    model = peft.get_peft_model(Block(), peft.LoHaConfig(r=2, target_modules=["up"]))
+    assert list(peftfast.patch(model).reasons) == ["no fused form of PEFT's loha.Linear"]
 
 
 def test_guard_float64(caplog) -> None:

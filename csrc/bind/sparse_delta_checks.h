@@ -31,8 +31,8 @@ inline void check_vector(const Tensor& t, const char* name, ScalarType dtype, in
 // A matrix whose rows are contiguous.
 inline void check_rows(const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.dim() == 2, name, ": expected two dimensions, got shape ", shape_of(t));
-    STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected contiguous rows, got a column stride of ",
-                    t.stride(1));
+    STD_TORCH_CHECK(t.numel() == 0 || t.size(1) <= 1 || t.stride(1) == 1, name,
+                    ": expected contiguous rows, got a column stride of ", t.stride(1));
 }
 
 }  // namespace peftfast::bind

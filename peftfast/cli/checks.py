@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dispatch import Implementation
-from ..reference import lora, nf4, philox
+from ..reference import lora, nf4, philox, sparse_delta
 
 # Awkward on purpose: no side is a multiple of 8 or of a block, and 131 * 127 elements in blocks of 64 are an odd count in
 # 260 blocks, the last one short, so that double quantisation has a second group of maxima.
@@ -45,7 +45,13 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
     """Fresh arguments on the device: an operator that writes must not write into the case."""
-    return tuple(value.to(device, copy=True) if isinstance(value, Tensor) else value for value in arguments)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(one) for one in value]
+        return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+    return tuple(map(moved, arguments))
 
 
 def _exact(name: str, arguments: tuple[Any, ...], expected: Any, written: int | None = None) -> Case:
@@ -136,10 +142,66 @@ def _lora_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
     return cases
 
 
+def _sparse_delta_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    indices = torch.arange(1, N * K, 29, dtype=torch.int32)
+    count = indices.numel()
+    side = 16
+    tile = indices // K // side * -(-K // side) + indices % K // side
+    tiles, sizes = tile.unique(return_counts=True)
+    starts = torch.cat((sizes.new_zeros(1), sizes.cumsum(0))).int()
+    order = tile.sort(stable=True).indices.int()
+    values = torch.randn(count, generator=random)
+    cases: dict[str, list[Case]] = {}
+
+    def add(operator: str, case: Case) -> None:
+        cases.setdefault(operator, []).append(case)
+
+    def tiled(dy: Tensor, x: Tensor, at: Tensor, *rest: Any) -> Tensor:
+        return sparse_delta.sparse_delta_dvalues(dy, x, at, rest[-1])
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = _short(dtype)
+        # Rows of three slabs of the CPU kernels.
+        dy, x = (torch.randn(600, columns, generator=random).to(dtype) for columns in (N, K))
+        weight, base = torch.randn(N, K, generator=random).to(dtype), torch.randn(count, generator=random).to(dtype)
+        gradient = (dy, x, indices, torch.float32)
+        by_tiles = (dy, x, indices, order, tiles.int(), starts, side, side, torch.float32)
+        add("sparse_delta_dvalues", _budgeted(name, sparse_delta.sparse_delta_dvalues, gradient, device))
+        add("sparse_delta_dvalues_tiled", _budgeted(name, tiled, by_tiles, device))
+        patched = sparse_delta.sparse_delta_patch(weight, indices, values)
+        add("sparse_delta_patch", _exact(name, (weight, indices, values), patched))
+        add("sparse_delta_patch_", _exact(name, (weight, indices, values), patched, written=0))
+        written = sparse_delta.sparse_delta_write(weight, indices, base, values)
+        add("sparse_delta_write_", _exact(name, (weight, indices, base, values), written, written=0))
+        add("sparse_adamw_", _adamw_case(name, random, indices, weight, base))
+    return cases
+
+
+def _adamw_case(name: str, random: torch.Generator, indices: Tensor, weight: Tensor, base: Tensor) -> Case:
+    """One layer, rounded stochastically where it is in bfloat16; the written weight is what is compared."""
+    count = indices.numel()
+    value, grad, first = (torch.randn(count, generator=random) for _ in range(3))
+    second, age = torch.rand(count, generator=random), torch.arange(count, dtype=torch.int16)
+    hyper, corrections = (
+        sparse_delta.adam_hyper(1e-2, 0.9, 0.99, 1e-8, 0.1),
+        sparse_delta.adam_corrections(0.9, 0.99, 40),
+    )
+    seed = torch.tensor([123456789])
+    new = sparse_delta.sparse_adamw(value, grad, first, second, age, hyper, corrections)[0]
+    expected = sparse_delta.sparse_adamw_write(new, base, indices, weight, seed, 3)
+    lists = ([value], [grad], [first], [second], [age], [weight], [indices], [base])
+    return _exact(name, (*lists, hyper, corrections, seed, [3]), expected, written=5)
+
+
 def cases(device: str) -> dict[str, list[Case]]:
     """The calls of every operator, by its name, with the budgets of this device."""
     random = torch.Generator().manual_seed(0)
-    return {**_philox_cases(), **_nf4_cases(random), **_lora_cases(random, device)}
+    return {
+        **_philox_cases(),
+        **_nf4_cases(random),
+        **_lora_cases(random, device),
+        **_sparse_delta_cases(random, device),
+    }
 
 
 def arguments_on(case: Case, device: str) -> tuple[Any, ...]:
@@ -162,7 +224,8 @@ def run_case(implementation: Implementation, case: Case, device: str) -> tuple[f
     nearest to its budget, and whether all results are within theirs. Raises what the implementation raises."""
     arguments = arguments_on(case, device)
     returned = implementation.run(*arguments)
-    results = _as_tuple(returned if case.written is None else arguments[case.written])
+    written = returned if case.written is None else arguments[case.written]
+    results = tuple(written) if isinstance(written, list) else _as_tuple(written)
     errors = [_largest_error(*row) for row in zip(results, case.expected, case.dtypes, strict=True)]
     rows = list(zip(errors, case.allowed, strict=True))
     error, allowed = max(rows, key=lambda row: row[0] / row[1] if row[1] else row[0])

@@ -252,10 +252,10 @@ class SparseDeltaLinear(nn.Linear):
     def rebase(self) -> None:
         """Take what a merged weight holds now for the base, and put the delta on it: for a weight that was written on purpose."""
         if self.merged:
-            self._hold()
+            self._embed()
 
     @torch.no_grad()
-    def _hold(self) -> None:
+    def _embed(self) -> None:
         self.base_values = self.weight.detach().reshape(-1).index_select(0, self.delta_indices)
         self._put(self.delta_values)
 
@@ -266,7 +266,7 @@ class SparseDeltaLinear(nn.Linear):
             return
         if not self.weight.is_contiguous():
             raise RuntimeError("merge: expected a contiguous weight")
-        self._hold()
+        self._embed()
 
     def unmerge(self) -> None:
         """Take the delta out of the weight again, which is then torch.equal to what it was. Does nothing when not merged."""

@@ -234,6 +234,10 @@ def _triton_patch_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
         kernels("sparse_delta").sparse_delta_patch_(weight, indices, values, configs.scatter(device_of(weight)))
 
 
+def _reference_patch_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
+    weight.copy_(definition.sparse_delta_patch(weight, indices, values))
+
+
 def _cpu_accepts_weight(weight: Tensor, *_: Any) -> Verdict:
     return takes_cpu(weight)
 
@@ -262,7 +266,7 @@ sparse_delta_patch_ = Operator(
     implementations=(
         Implementation("cpu", cpu_available, _cpu_accepts_weight, _cpu_patch_),
         Implementation("triton", triton_available, _triton_accepts_weight, _triton_patch_),
-        reference(lambda weight, *rest: weight.copy_(definition.sparse_delta_patch(weight, *rest)) and None),
+        reference(_reference_patch_),
     ),
 )
 

@@ -15,11 +15,11 @@ STREAM_ROUNDING = 2  # 16-bit draws, 8 to a counter
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums of a dtype are formed in."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sparse_delta_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """The entries of dyᵀ x at ``indices``, which are Δ's gradient, ``[S]`` of ``dtype``; dy ``[M, N]`` and x ``[M, K]`` of one dtype."""
+    """The entries of dyᵀ x at ``indices``, Δ's gradient, ``[S]`` of ``dtype``; dy ``[M, N]`` and x ``[M, K]`` of one dtype."""
     wide = wide_dtype(dy.dtype)
     return (dy.to(wide).T @ x.to(wide)).reshape(-1)[indices.long()].to(dtype)
 
