@@ -57,7 +57,8 @@ class Change:
 
 
 def rows_by_key(report: Report) -> dict[tuple[Any, ...], dict[str, Any]]:
-    return {tuple(row[name] for name in KEY): row for row in report["rows"]}
+    # Rows filed before a size was added do not have it: 0, as where an operator has none.
+    return {tuple(row.get(name, 0) for name in KEY): row for row in report["rows"]}
 
 
 def compare(old: Report, new: Report) -> list[Change]:
