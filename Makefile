@@ -32,6 +32,7 @@ bench: $(VENV_READY)
 	mkdir -p bench-out
 	$(RUN) -m benchmarks.run --out bench-out/run.json $(ARGS)
 	$(RUN) -m benchmarks.plot bench-out/run.json --out bench-out
+	$(RUN) -m benchmarks.end_to_end --out bench-out/end_to_end.json $(filter --quick,$(ARGS))
 
 # Everything that a GPU can say, in nine minutes: make gpu OUT=dir [STAGES="tests verify"] [COMMIT=rev] [ARGS=--quick]. It builds csrc
 # itself, for the GPU at hand.

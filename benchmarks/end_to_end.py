@@ -30,8 +30,9 @@ from .run import DTYPES, SELF_PAIR, terminate_as_interrupt
 
 KIND, SCHEMA = "end_to_end", 1
 WARM_UP = 3
-# Largest difference between the losses of an arm and of stock, over the first loss, that still counts as lying on each other. bf16
-# keeps 8 bits: stock with 16-bit adapters and with float32 ones differ by up to 0.3 % at the sizes here (2-core Zen 5, 2026-11-21).
+# Largest difference between the losses of an arm and of stock, over the first loss, that still counts as lying on each other. Stock
+# with 16-bit adapters and stock with float32 ones were 0.04 % apart over 12 steps of `small` (Zen 5, 2026-11-21); eight times the
+# scaling is 4 % apart after six steps of `tiny`.
 APART = 0.01
 DEFAULTS = {"cpu": ("small", 1, 256), "cuda": ("llama3-8b", 1, 2048)}
 
@@ -145,8 +146,8 @@ class Runner:
 
 
 def cost(problem: Problem, method: str) -> int:
-    """Operations that a step cannot do without: two passes through every linear layer and through causal attention (four products of
-    half a square). A step of MeZO is two forwards: as many."""
+    """Operations that a step cannot do without: two passes through every linear layer, and the products of causal attention over half a
+    square, two forward and four backward. A step of MeZO is two forwards."""
     size, block = problem.size, problem.size.block
     layers = problem.layers or size.layers
     tokens = problem.rows * problem.length

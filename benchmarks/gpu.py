@@ -30,7 +30,8 @@ WHOLE_S = 540  # the whole run; a stage gets its own limit or what is left, whic
 GRACE_S = 8  # between asking a stage to stop and killing it: a benchmark writes its rows then
 KEPT_LINES = 15
 MOST_FILES = 8
-COUNTED = "run.json", "end_to_end.json", "dram.json", "verify.json"
+# What record files. The gate's rows and ncu's are in the logs' archive: they would replace the timed rows of the same operators.
+RESULTS = "run.json", "end_to_end.json"
 
 
 @dataclass(frozen=True)
@@ -246,10 +247,10 @@ def save(out: Path, work: Path, outcomes: Sequence[Outcome], origin: dict[str, A
     summary = {"machine": origin, "seconds": seconds, "stages": [asdict(outcome) for outcome in outcomes]}
     machine.write_json(out / "summary.json", summary)
     (out / "summary.txt").write_text(text(outcomes, seconds) + "\n")
-    for name in COUNTED:
+    for name in RESULTS:
         if (work / name).is_file():
             shutil.copyfile(work / name, out / name)
-    _archive(out / "logs.tar.gz", sorted(work.glob("*.log")))
+    _archive(out / "logs.tar.gz", sorted(p for p in work.glob("*.*") if p.suffix in (".log", ".json")))
     if pictures := sorted([*work.glob("*.png"), *work.glob("plots/*.png")]):
         _archive(out / "plots.tar.gz", pictures)
 
