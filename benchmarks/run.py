@@ -329,17 +329,18 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         bar = None
     else:
         bar = tqdm(total=len(cases), unit="case", file=sys.stderr, mininterval=0.2, disable=None)
-    session = Run(args, bar.set_description if bar is not None else lambda _: None)
-    try:
-        for op, case in cases:
-            session.problem(op, case)
-            if bar is not None:
-                bar.update()
-    except KeyboardInterrupt:  # what was measured until then is reported
-        session.stopped = True
-    if bar is not None:
-        bar.close()
-    return session.report()
+    with timing.side_stream(args.device):
+        session = Run(args, bar.set_description if bar is not None else lambda _: None)
+        try:
+            for op, case in cases:
+                session.problem(op, case)
+                if bar is not None:
+                    bar.update()
+        except KeyboardInterrupt:  # what was measured until then is reported
+            session.stopped = True
+        if bar is not None:
+            bar.close()
+        return session.report()
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import (
     compare,
+    dram,
     growth,
     layers,
     limits,
@@ -376,3 +377,33 @@ def test_table_shows_no_speed_over_budget() -> None:
         **{"peak_bytes": None, "scratch_bytes": None},
     }
     assert table.cells(row)[:2] == ("planted", "over budget")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_everything_is_timed_by_graph_replays(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    words = ["--op", "lora_linear", "qlora_linear", "nf4_dequantize", "--shapes", "1024", "--tokens", "256", "--quick"]
+    assert run.main([*words, "--provider", "peftfast", "torch", "frozen", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert {row["mode"] for row in report["rows"]} == {"fwd", "bwd", "full"}
+    for row in report["rows"]:
+        assert row["graph"], (row["provider"], row["mode"], row["note"])
+        assert row["copies"] > 1 and row["peak_bytes"] > 0
+        # Events around replays: no call of these sizes takes less than a launch, or a hundred times the limit's time.
+        assert row["limit_s"] / 2 < row["p50"] < 1e-2
+    assert report["machine"]["gpu"]["multiprocessors"] > 0
+
+
+@pytest.mark.gpu
+def test_dram_bytes_of_a_copy(tmp_path: Path) -> None:
+    if reason := dram.missing("cuda"):
+        pytest.skip(reason)
+    out = tmp_path / "rows.json"
+    words = ["--op", "nf4_dequantize", "--shapes", "8192", "--provider", "peftfast", "--quick", "--dram"]
+    assert run.main([*words, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    if report["left_out"] and any(entry["provider"] == "DRAM bytes" for entry in report["left_out"]):
+        pytest.skip(str(report["left_out"]))
+    for row in report["rows"]:
+        # What is read is cold; of what is written up to the size of L2 may still lie there.
+        assert row["bytes"] - timing.cache_bytes("cuda") < row["dram_bytes"] < 1.2 * row["bytes"]
