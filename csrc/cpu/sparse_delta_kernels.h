@@ -228,69 +228,117 @@ static void write(void* weight, DType dtype, int64_t count, const Indices& indic
     }
 }
 
+// weight[index] = round(base + value) for `count` <= kPutBlock active weights from s on; values are those just
+// computed.
+constexpr int64_t kPutBlock = 64;
+
 template <DType kType>
-static inline void put(const AdamWeight& weight, int64_t s, float value) {
-    const int64_t index = support_at(weight.indices, s);
-    if (index < 0 || index >= weight.count) return;
-    const float sum = get_as<kType>(weight.base, s) + value;
-    if (kType == DType::bf16 && weight.stochastic) {
-        ((uint16_t*)weight.data)[index] =
-            sparse::stochastic_bf16(sum, sparse::rounding_draw(weight.seed, index, weight.tensor_id));
-    } else {
-        set_as<kType>(weight.data, index, sum);
+static inline void put(const AdamWeight& weight, int64_t s, int64_t count, const float* values) {
+    alignas(64) float sums[kPutBlock];
+    alignas(64) uint16_t halves[kPutBlock];
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+        const Vec sum = vec_add(load_as<kType>(weight.base, s + i), vec_load(values + i));
+        vec_store(sums + i, sum);
+        if (kType == DType::bf16) vec_store_bf16(halves + i, sum);
+        if (kType == DType::f16) vec_store_f16(halves + i, sum);
+    }
+    for (; i < count; ++i) {
+        sums[i] = get_as<kType>(weight.base, s + i) + values[i];
+        if (kType != DType::f32) set_as<kType>(halves, i, sums[i]);
+    }
+    float* floats = (float*)weight.data;
+    uint16_t* shorts = (uint16_t*)weight.data;
+    const uint64_t size = (uint64_t)weight.count;
+    for (i = 0; i < count; ++i) {
+        const int64_t index = support_at(weight.indices, s + i);
+        if ((uint64_t)index >= size) continue;
+        if (kType == DType::f32) {
+            floats[index] = sums[i];
+        } else if (kType == DType::bf16 && weight.stochastic) {
+            shorts[index] =
+                sparse::stochastic_bf16(sums[i], sparse::rounding_draw(weight.seed, index, weight.tensor_id));
+        } else {
+            shorts[index] = halves[i];
+        }
     }
 }
 
-template <DType kType, class Age>
-static void adamw_typed(const AdamBuffers& b, const sparse::AdamHyper& hyper, const AdamWeight& weight, int64_t begin,
-                        int64_t end) {
+// The lines that `count` active weights from s on lie in, asked for before they are written.
+static inline void prefetch_weight(const AdamWeight& weight, int64_t size, int64_t s, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t index = support_at(weight.indices, s + i);
+        if ((uint64_t)index < (uint64_t)weight.count) __builtin_prefetch((const char*)weight.data + index * size, 1);
+    }
+}
+
+template <class Age>
+static inline Age older(Age age) {
     constexpr Age kOldest = sizeof(Age) == 2 ? (Age)0x7fff : (Age)0x7fffffff;
-    const float *table1 = b.corrections, *table2 = b.corrections + b.ages;
+    return age == kOldest ? kOldest : (Age)(age + 1);
+}
+
+static inline int64_t within(int64_t age, int64_t ages) { return age < 0 ? 0 : age < ages ? age : ages - 1; }
+
+template <DType kType, class Age>
+static void adamw_typed(const AdamBuffers& b, const sparse::AdamHyper& h, const AdamWeight& target, int64_t begin,
+                        int64_t end) {
+    // Copies: a store through a vector type may alias anything, and would make the compiler read these again.
+    const AdamBuffers buffers = b;
+    const AdamWeight weight = target;
+    const float *table1 = b.corrections, *table2 = b.corrections + b.ages, *grads = b.grads;
+    float *values = b.values, *exp_avg = b.exp_avg, *exp_avg_sq = b.exp_avg_sq;
     Age* age = (Age*)b.age;
-    alignas(64) float correction1[kWidth], correction2[kWidth];
-    int64_t s = begin;
-    for (; s + kWidth <= end; s += kWidth) {
-        Age different = 0;
-        for (int i = 0; i < kWidth; ++i) {
-            different |= age[s + i] ^ age[s];
-            age[s + i] = age[s + i] == kOldest ? kOldest : (Age)(age[s + i] + 1);
+    const int64_t ages = buffers.ages;
+    const sparse::AdamHyper hyper = h;
+    const Vec lr = vec_set(h.lr), beta1 = vec_set(h.beta1), rest1 = vec_set(h.rest1), beta2 = vec_set(h.beta2);
+    const Vec rest2 = vec_set(h.rest2), eps = vec_set(h.eps), keep = vec_set(h.keep);
+    alignas(64) float correction1[kPutBlock], correction2[kPutBlock];
+    for (int64_t s = begin; s < end; s += kPutBlock) {
+        const int64_t count = end - s < kPutBlock ? end - s : kPutBlock;
+        if (weight.data != nullptr) {
+            // 2 M of 200 M weights: 6.1 ns each with one block ahead, 5.3 with four, 5.3 with eight (Zen 5,
+            // 2026-11-21).
+            const int64_t ahead = s + 4 * kPutBlock;
+            const int64_t next = end - ahead < kPutBlock ? end - ahead : kPutBlock;
+            prefetch_weight(weight, element_size(kType), ahead, next);
         }
-        Vec c1, c2;
+        const Age first_age = age[s];
+        Age different = 0;
+        for (int64_t i = 0; i < count; ++i) different |= (Age)(age[s + i] ^ first_age);
+        for (int64_t i = 0; i < count; ++i) age[s + i] = older(age[s + i]);
         if (different == 0) {
-            const int64_t at = age[s] < 0 ? 0 : age[s] < b.ages ? age[s] : b.ages - 1;
-            c1 = vec_set(table1[at]), c2 = vec_set(table2[at]);
+            const int64_t at = within(age[s], ages);
+            for (int64_t i = 0; i < kPutBlock; ++i) correction1[i] = table1[at];
+            for (int64_t i = 0; i < kPutBlock; ++i) correction2[i] = table2[at];
         } else {
-            for (int i = 0; i < kWidth; ++i) {
-                const int64_t at = age[s + i] < 0 ? 0 : age[s + i] < b.ages ? age[s + i] : b.ages - 1;
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t at = within(age[s + i], ages);
                 correction1[i] = table1[at], correction2[i] = table2[at];
             }
-            c1 = vec_load(correction1), c2 = vec_load(correction2);
         }
+        int64_t i = 0;
         // sparse::adam on a vector, each operation rounded alone as there.
-        const Vec grad = vec_load(b.grads + s);
-        const Vec first =
-            vec_add(vec_mul(vec_load(b.exp_avg + s), vec_set(hyper.beta1)), vec_mul(grad, vec_set(hyper.rest1)));
-        const Vec second = vec_add(vec_mul(vec_load(b.exp_avg_sq + s), vec_set(hyper.beta2)),
-                                   vec_mul(vec_mul(grad, vec_set(hyper.rest2)), grad));
-        const Vec step = vec_div(vec_mul(vec_mul(vec_set(hyper.lr), c1), first),
-                                 vec_add(vec_mul(vec_sqrt(second), c2), vec_set(hyper.eps)));
-        vec_store(b.exp_avg + s, first);
-        vec_store(b.exp_avg_sq + s, second);
-        vec_store(b.values + s, vec_sub(vec_mul(vec_load(b.values + s), vec_set(hyper.keep)), step));
-        if (weight.data != nullptr) {
-            for (int i = 0; i < kWidth; ++i) put<kType>(weight, s + i, b.values[s + i]);
+        for (; i + kWidth <= count; i += kWidth) {
+            const Vec grad = vec_load(grads + s + i);
+            const Vec first = vec_add(vec_mul(vec_load(exp_avg + s + i), beta1), vec_mul(grad, rest1));
+            const Vec second =
+                vec_add(vec_mul(vec_load(exp_avg_sq + s + i), beta2), vec_mul(vec_mul(grad, rest2), grad));
+            const Vec step = vec_div(vec_mul(vec_mul(lr, vec_load(correction1 + i)), first),
+                                     vec_add(vec_mul(vec_sqrt(second), vec_load(correction2 + i)), eps));
+            vec_store(exp_avg + s + i, first);
+            vec_store(exp_avg_sq + s + i, second);
+            vec_store(values + s + i, vec_sub(vec_mul(vec_load(values + s + i), keep), step));
         }
-    }
-    for (; s < end; ++s) {
-        age[s] = age[s] == kOldest ? kOldest : (Age)(age[s] + 1);
-        const int64_t at = age[s] < 0 ? 0 : age[s] < b.ages ? age[s] : b.ages - 1;
-        const float grad = b.grads[s];
-        const float first = b.exp_avg[s] * hyper.beta1 + grad * hyper.rest1;
-        const float second = b.exp_avg_sq[s] * hyper.beta2 + (grad * hyper.rest2) * grad;
-        const float step = (hyper.lr * table1[at]) * first / (__builtin_sqrtf(second) * table2[at] + hyper.eps);
-        b.exp_avg[s] = first, b.exp_avg_sq[s] = second;
-        b.values[s] = b.values[s] * hyper.keep - step;
-        if (weight.data != nullptr) put<kType>(weight, s, b.values[s]);
+        for (; i < count; ++i) {
+            const float grad = grads[s + i];
+            const float first = exp_avg[s + i] * hyper.beta1 + grad * hyper.rest1;
+            const float second = exp_avg_sq[s + i] * hyper.beta2 + (grad * hyper.rest2) * grad;
+            const float root = __builtin_sqrtf(second) * correction2[i] + hyper.eps;
+            exp_avg[s + i] = first, exp_avg_sq[s + i] = second;
+            values[s + i] = values[s + i] * hyper.keep - (hyper.lr * correction1[i]) * first / root;
+        }
+        if (weight.data != nullptr) put<kType>(weight, s, count, values + s);
     }
 }
 

@@ -99,11 +99,15 @@ def top_of_product(dy: Tensor, x: Tensor, count: int, excluded: Tensor | None = 
     slab. ``excluded``: ascending positions that may not be chosen."""
     shape = (dy.shape[1], x.shape[1])
     wide = wide_dtype(dy.dtype)
-    columns = x.to(wide)
+    # On a GPU 16-bit operands are multiplied as they are, with float32 sums that come out as such.
+    direct = dy.is_cuda and dy.dtype in (torch.bfloat16, torch.float16)
+    columns = x if direct else x.to(wide)
     top = TopPositions(count, dy.device, excluded)
     signs = _Signed(top)
     for first, last in slabs(shape, count):
-        signs.add(dy[:, first:last].to(wide).T @ columns, first * shape[1])
+        part = dy[:, first:last].T
+        scores = torch.mm(part, columns, out_dtype=torch.float32) if direct else part.to(wide) @ columns
+        signs.add(scores, first * shape[1])
     return top.positions, signs.values()
 
 

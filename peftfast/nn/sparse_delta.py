@@ -315,6 +315,10 @@ class SparseDeltaLinear(nn.Linear):
             self.merge()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is observed by nobody.
+        return {**self.__dict__, "_observer": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _layers[self.delta_values] = weakref.ref(self)

@@ -3,9 +3,9 @@
 import importlib
 from typing import Any
 
-_MODULES = {"SparseAdamW": ".sparse_adamw", "MeZO": ".mezo"}
+_MODULES = {"SparseAdamW": ".sparse_adamw", "SparseSM3": ".sparse_sm3", "MeZO": ".mezo"}
 
-__all__ = ["MeZO", "SparseAdamW"]  # noqa: F822
+__all__ = ["MeZO", "SparseAdamW", "SparseSM3"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

@@ -126,3 +126,19 @@ def top_positions(scores: Tensor, count: int, excluded: Tensor | None = None) ->
     positions = allowed.nonzero()[:, 0]
     order = torch.sort(flat[positions], descending=True, stable=True).indices
     return positions[order[:count]].sort().values
+
+
+def sm3_step(
+    values: Tensor, grads: Tensor, rows: Tensor, columns: Tensor, indices: Tensor, lr: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One SM3 step on the support (arXiv 1901.11150); returns values, rows ``[N]`` and columns ``[K]``. A maximum has no order, so the
+    accumulators are the same whatever the order of the support."""
+    at = indices.long()
+    row, column = at // columns.numel(), at % columns.numel()
+    bound = torch.minimum(rows[row], columns[column]) + grads * grads
+    new_values = values - lr * grads / (bound + eps).sqrt()
+    return (
+        new_values,
+        rows.scatter_reduce(0, row, bound, "amax", include_self=True),
+        columns.scatter_reduce(0, column, bound, "amax", include_self=True),
+    )
