@@ -342,6 +342,31 @@ def test_s2ft_gradients_are_those_of_the_columns() -> None:
     assert torch.allclose(slab, dense, atol=1e-6)
 
 
+def test_s2ft_of_bert() -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        max_position_embeddings=32,
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS)[0]
+        method = S2FT(model, head_ratio=0.34, channel_ratio=0.1)
+        assert torch.allclose(model(input_ids=TOKENS)[0], expected, atol=1e-5)
+    assert len(method.layers) == 4
+    assert [layer.pattern.parts.numel() for layer in method.layers.values()] == [16, 8, 16, 8]
+    method.restore()
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+
 def test_bad_s2ft() -> None:
     with pytest.raises(ValueError, match="model: expected blocks"):
         S2FT(nn.Linear(3, 3))

@@ -27,15 +27,15 @@ class _Coupled:
 
 
 class S2FT:
-    """Makes a Llama-shaped model train the input columns of ``o_proj`` and ``down_proj`` that belong to some heads and FFN channels.
+    """Makes a transformer train the input columns of its attention's and FFN's output layers that belong to some heads and channels.
 
-    Blocks are modules with ``self_attn.{q,k,v,o}_proj`` and ``mlp.{gate,up,down}_proj``, all nn.Linear, as in transformers' Llama,
-    Mistral and Qwen2. Heads move in groups that share a key and value head, the rows of q, k and v with the columns of o; channels
-    move as rows of gate and up with columns of down. The trained part then lies side by side, so that its gradient is one product
-    with a slice of x, the only part of x that is saved. Everything else is frozen.
+    Blocks are modules with ``self_attn.{q,k,v,o}_proj`` and ``mlp.{gate,up,down}_proj``, as in transformers' Llama, Mistral and Qwen2,
+    or BERT's layers; all of these are nn.Linear. Heads move in groups that share a key and value head, the rows of q, k and v with
+    the columns of o; channels move as rows of gate and up with columns of down. The trained part then lies side by side, so that its
+    gradient is one product with a slice of x, the only part of x that is saved. Everything else is frozen.
 
     Args:
-        model: any module with such blocks. Its layers are replaced in place.
+        model: any module with such blocks. Its output layers are replaced in place.
         head_ratio, channel_ratio: parts of the head groups and channels that are trained, in (0, 1]; at least one of each.
         resident: hold the deltas in the weights (see :class:`peftfast.nn.SparseDeltaLinear`).
         generator: of the random choice, on the CPU.
@@ -61,13 +61,30 @@ class S2FT:
                 raise ValueError(f"{name}: expected a part in (0, 1], got {ratio}")
         coupled: list[tuple[str, _Coupled]] = []
         for path, block in model.named_modules():
-            attention, ffn = getattr(block, "self_attn", None), getattr(block, "mlp", None)
-            if attention is None or ffn is None or not hasattr(ffn, "down_proj"):
-                continue
-            coupled.append((f"{path}.self_attn.o_proj", _heads(attention, head_ratio, generator)))
-            coupled.append((f"{path}.mlp.down_proj", _channels(ffn, channel_ratio, generator)))
+            if hasattr(getattr(block, "self_attn", None), "q_proj") and hasattr(
+                getattr(block, "mlp", None), "down_proj"
+            ):
+                attention: Any = block.self_attn
+                ffn: Any = block.mlp
+                layers = tuple(_linear(attention, f"{name}_proj") for name in "qkvo")
+                width = getattr(attention, "head_dim", None)
+                heads = _heads(layers, attention, "o_proj", width, head_ratio, generator)
+                coupled.append((f"{path}.self_attn.o_proj", heads))
+                wide = [_linear(ffn, "gate_proj"), _linear(ffn, "up_proj")]
+                channels = _channels(wide, _linear(ffn, "down_proj"), ffn, "down_proj", channel_ratio, generator)
+                coupled.append((f"{path}.mlp.down_proj", channels))
+            elif hasattr(getattr(getattr(block, "attention", None), "self", None), "query"):
+                inner: Any = block.attention.self  # type: ignore[union-attr]
+                outer: Any = block.attention.output  # type: ignore[union-attr]
+                last: Any = block.output
+                layers = (*(_linear(inner, name) for name in ("query", "key", "value")), _linear(outer, "dense"))
+                heads = _heads(layers, outer, "dense", inner.attention_head_size, head_ratio, generator)
+                coupled.append((f"{path}.attention.output.dense", heads))
+                wide = [_linear(block.intermediate, "dense")]  # type: ignore[arg-type]
+                channels = _channels(wide, _linear(last, "dense"), last, "dense", channel_ratio, generator)
+                coupled.append((f"{path}.output.dense", channels))
         if not coupled:
-            raise ValueError("model: expected blocks with self_attn and mlp, got none")
+            raise ValueError("model: expected blocks of Llama's or BERT's shape, got none")
         model.requires_grad_(False)
         self.layers: dict[str, SparseDeltaLinear] = {}
         self._coupled = dict(coupled)
@@ -125,25 +142,37 @@ def _expanded(order: Tensor, width: int) -> Tensor:
     return (order[:, None] * width + torch.arange(width)).reshape(-1)
 
 
-def _heads(attention: Any, ratio: float, generator: torch.Generator | None) -> _Coupled:
-    q, k, v, o = (_linear(attention, f"{name}_proj") for name in "qkvo")
-    width = getattr(attention, "head_dim", None)
+def _heads(
+    layers: tuple[nn.Linear, ...],
+    parent: nn.Module,
+    name: str,
+    width: Any,
+    ratio: float,
+    generator: torch.Generator | None,
+) -> _Coupled:
+    q, k, v, o = layers
     if not isinstance(width, int) or k.out_features % width or q.out_features % k.out_features:
-        raise ValueError(f"self_attn: expected a head_dim that divides its projections, got {width}")
+        raise ValueError(f"attention: expected a head size that divides its projections, got {width}")
     if v.out_features != k.out_features or o.in_features != q.out_features:
-        raise ValueError("self_attn: expected k and v of one size, and o as wide as q")
+        raise ValueError("attention: expected k and v of one size, and o as wide as q")
     groups = k.out_features // width
     wide = q.out_features // groups
     order, count = _chosen_first(groups, ratio, generator)
-    return _Coupled([(q, wide), (k, width), (v, width)], attention, "o_proj", wide, order, count)
+    return _Coupled([(q, wide), (k, width), (v, width)], parent, name, wide, order, count)
 
 
-def _channels(ffn: Any, ratio: float, generator: torch.Generator | None) -> _Coupled:
-    gate, up, down = (_linear(ffn, f"{name}_proj") for name in ("gate", "up", "down"))
-    if gate.out_features != down.in_features or up.out_features != down.in_features:
-        raise ValueError("mlp: expected gate and up as wide as down takes in")
+def _channels(
+    wide: list[nn.Linear],
+    down: nn.Linear,
+    parent: nn.Module,
+    name: str,
+    ratio: float,
+    generator: torch.Generator | None,
+) -> _Coupled:
+    if any(layer.out_features != down.in_features for layer in wide):
+        raise ValueError("FFN: expected its first layers as wide as the last takes in")
     order, count = _chosen_first(down.in_features, ratio, generator)
-    return _Coupled([(gate, 1), (up, 1)], ffn, "down_proj", 1, order, count)
+    return _Coupled([(layer, 1) for layer in wide], parent, name, 1, order, count)
 
 
 @torch.no_grad()
