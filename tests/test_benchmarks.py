@@ -135,6 +135,9 @@ def test_every_operator_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert "`qlora_linear`, forward and backward" in text and "64x128" in text
     assert record.main(arguments) == 0 and readme.read_text() == text
+    listed = (tmp_path / "results" / "README.md").read_text()
+    assert all(f"`{op}`" in listed for op in OPS) and "`lora_shrink`" not in text
+    assert "torch.compile: compiles for seconds" in listed and "Nothing has been measured on a GPU" in listed
     readme.write_text("no markers")
     assert record.main(arguments) == 0 and readme.read_text() == "no markers"
 
