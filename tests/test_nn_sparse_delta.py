@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import peftfast.functional as F
-from peftfast.nn import NF4Linear, SparseDeltaLinear
+from peftfast.nn import NF4Linear, RoSALinear, SparseDeltaLinear
 from peftfast.nn.sparse_delta import SparseDeltaNF4Linear, layer_of
-from peftfast.optim import SparseAdamW
+from peftfast.optim import SparseAdamW, eight_bit
 from peftfast.optim.sparse_adamw import age_dtype, ages_of
 from peftfast.reference import sparse_delta as definition
 from tests.support.lora_checks import BF16, F16, F32
@@ -421,6 +421,88 @@ def test_ages() -> None:
         assert table[:, -1].tolist() == [1.0, 1.0] and (table[:, 0] == 1).all()
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_eight_bit_code(signed: bool) -> None:
+    table = eight_bit.code(signed, torch.device("cpu"))
+    assert table.numel() == 256 and torch.equal(table, table.sort().values) and (table == 0).sum() == 1
+    generator = torch.Generator().manual_seed(0)
+    values = torch.exp2(torch.rand(1000, generator=generator) * -20) * (
+        1 if not signed else torch.randn(1000, generator=generator).sign()
+    )
+    values[512:768] = 0.0
+    bytes_, largest = eight_bit.compress(values, signed)
+    assert bytes_.dtype == torch.uint8 and bytes_.shape == values.shape and largest.numel() == 4
+    found = eight_bit.decompress(bytes_, largest, signed)
+    large = values.abs() > 2.0**-19
+    assert ((found - values).abs()[large] <= 0.062 * values.abs()[large]).all()
+    assert (found[512:768] == 0).all() and (found.sign() * values.sign() >= 0).all()
+    blocks = torch.nn.functional.pad(values, (0, 24)).reshape(4, 256)
+    assert torch.equal(largest, blocks.abs().amax(1))
+
+
+def test_states_in_eight_bits() -> None:
+    """They take 2 bytes and a 64th for an active weight, train as well, and resume where they were."""
+    layers = [pair()[1] for _ in range(3)]
+    optimisers = [
+        SparseAdamW([layer.delta_values], lr=1e-2, state_bits=bits)
+        for layer, bits in zip(layers, (32, 8, 8), strict=True)
+    ]
+    for layer, optimiser in list(zip(layers, optimisers, strict=True))[:2]:
+        train(layer, optimiser, 12)
+    state = optimisers[1].state[layers[1].delta_values]
+    assert {name: t.dtype for name, t in state.items()} == {
+        "exp_avg": torch.uint8,
+        "exp_avg_max": F32,
+        "exp_avg_sq": torch.uint8,
+        "exp_avg_sq_max": F32,
+        "age": torch.int16,
+    }
+    exact, close = (layer.delta_values.detach() for layer in layers[:2])
+    assert not torch.equal(exact, close) and (exact - close).abs().mean() < 0.1 * exact.abs().mean()
+    layers[2].load_state_dict(layers[1].state_dict())
+    optimisers[2].load_state_dict(copy.deepcopy(optimisers[1].state_dict()))
+    for k in (1, 2):
+        train(layers[k], optimisers[k], 3, data=8)
+    assert torch.equal(layers[1].delta_values, layers[2].delta_values)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("resident", [False, True])
+def test_rosa(dtype: torch.dtype, resident: bool) -> None:
+    torch.manual_seed(3)
+    base = linear(dtype)
+    layer = RoSALinear.from_linear(base, r=4, lora_alpha=8, density=0.05, resident=resident)
+    weight = linear(dtype).weight.detach()
+    assert torch.equal(layer(some_x(dtype)), nn.functional.linear(some_x(dtype), weight, base.bias))
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained.keys() == {"delta_values", "lora_A", "lora_B"} and "r=4, scaling=2" in repr(layer)
+    optimiser = SparseAdamW(trained.values(), lr=1e-2)
+    train(layer, optimiser, 4)
+    layer.zero_grad()
+    x, y = some_x(dtype), None
+    y = layer(x)
+    y.float().square().sum().backward()
+    patched = definition.sparse_delta_patch(weight, layer.delta_indices, layer.delta_values.detach()).double()
+    wide = {name: p.detach().double().requires_grad_() for name, p in trained.items()}
+    bias = layer.bias.detach().double()
+    zero = wide["delta_values"] - wide["delta_values"].detach()
+    exact = definition.sparse_delta_linear(x.double(), patched, layer.delta_indices, zero, bias)
+    exact = exact + 2.0 * (x.double() @ wide["lora_A"].T) @ wide["lora_B"].T
+    exact.square().sum().backward()
+    tolerance = 1e-4 if dtype == F32 else 3e-2
+    assert (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
+    for name, parameter in trained.items():
+        assert (parameter.grad.double() - wide[name].grad).abs().max() <= tolerance * wide[name].grad.abs().max(), name
+    with layer.disabled():
+        assert torch.equal(layer(x), nn.functional.linear(x, weight, layer.bias))
+    layer.unmerge()
+    assert torch.equal(layer.weight, weight)
+    with pytest.raises(TypeError, match="expected an nn.Linear with a floating weight"):
+        RoSALinear.from_linear(NF4Linear.from_linear(linear()))
+    with pytest.raises(ValueError, match="r: expected"):
+        RoSALinear.from_linear(linear(), r=0)
+
+
 def bad_optimisers() -> dict[str, tuple[type[Exception], str, Callable[[], Any]]]:
     p = nn.Parameter(torch.ones(3))
     half = SparseDeltaLinear.from_linear(linear(F16))
@@ -431,6 +513,7 @@ def bad_optimisers() -> dict[str, tuple[type[Exception], str, Callable[[], Any]]
         "lr's size": (ValueError, "lr: expected one", lambda: SparseAdamW([p], lr=torch.ones(2))),
         "eps": (ValueError, "eps: expected", lambda: SparseAdamW([p], eps=float("nan"))),
         "betas": (ValueError, "betas: expected", lambda: SparseAdamW([p], betas=(0.9, 1.0))),
+        "bits": (ValueError, "state_bits: expected 8 or 32", lambda: SparseAdamW([p], state_bits=16)),
         "decay": (ValueError, "weight_decay: expected", lambda: SparseAdamW([p], weight_decay=-0.1)),
         "float16": (
             ValueError,

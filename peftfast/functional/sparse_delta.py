@@ -45,32 +45,23 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def _taken(matrix: Tensor, parts: Tensor) -> Tensor:
-    """Columns of a matrix by ascending numbers: a view where they lie side by side."""
-    first, last = int(parts[0]), int(parts[-1])
-    if last - first + 1 == parts.numel():
-        return matrix[:, first : last + 1]
-    return matrix.index_select(1, parts)
+def _taken(matrix: Tensor, numbers: slice | Tensor) -> Tensor:
+    """Columns of a matrix: a view where they lie side by side."""
+    return matrix[:, numbers] if isinstance(numbers, slice) else matrix.index_select(1, numbers)
 
 
 def _slab_dvalues(dy: Tensor, x: Tensor, pattern: SparsePattern, sliced: bool, dtype: torch.dtype) -> Tensor:
     """The gradient of a structured support by dense products. ``sliced``: x holds the pattern's columns only."""
-    parts = pattern.parts
-    if parts is None:
-        raise RuntimeError("a structured pattern without parts")
+    slabs = pattern.slabs()
     if pattern.structure == "rows":
-        return _wide_product(_taken(dy, parts).T, x).reshape(-1).to(dtype)
+        return _wide_product(_taken(dy, slabs[0][2]).T, x).reshape(-1).to(dtype)
     if pattern.structure == "columns":
-        return _wide_product(dy.T, x if sliced else _taken(x, parts)).reshape(-1).to(dtype)
+        return _wide_product(dy.T, x if sliced else _taken(x, slabs[0][2])).reshape(-1).to(dtype)
     # One product for each row of blocks, whose blocks side by side are its slab.
-    side = pattern.block_size
-    across = pattern.shape[1] // side
     out = torch.empty(pattern.count, dtype=dtype, device=dy.device)
     offset = 0
-    rows, counts = torch.unique_consecutive(parts // across, return_counts=True)
-    for row, columns in zip(rows.tolist(), (parts % across).split(counts.tolist()), strict=True):
-        chosen = (columns[:, None] * side + torch.arange(side, device=dy.device)).reshape(-1)
-        slab = _wide_product(dy[:, row * side : (row + 1) * side].T, _taken(x, chosen))
+    for first, last, columns in slabs:
+        slab = _wide_product(dy[:, first:last].T, _taken(x, columns))
         out[offset : offset + slab.numel()].copy_(slab.reshape(-1))
         offset += slab.numel()
     return out
@@ -136,7 +127,7 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         ctx.sliced = pattern.structure == "columns" and not needs_weight and observer is None
         kept = x if needs_values or needs_weight else None
         if kept is not None and ctx.sliced:
-            taken = _taken(x, pattern.parts)
+            taken = _taken(x, pattern.slabs()[0][2])
             # A view would keep all of x: side by side or not, these columns are copied.
             kept = taken.clone() if taken.shape != x.shape else x
         ctx.save_for_backward(

@@ -103,6 +103,28 @@ class SparsePattern:
     def _replaced(self, indices: Tensor, parts: Tensor | None) -> SparsePattern:
         return trusted(indices, self.shape, self.structure, parts, self.block_size)
 
+    def slabs(self) -> list[tuple[int, int, slice | Tensor]]:
+        """A structured support as products: (first row, last row + 1, columns) of each, rows and columns of "rows" being (0, 0, rows).
+        Numbers that lie side by side are a slice. Settled once: it asks the device, which a backward must not."""
+        if "_slabs" not in self.__dict__:
+            object.__setattr__(self, "_slabs", self._find_slabs())
+        return self.__dict__["_slabs"]
+
+    def _find_slabs(self) -> list[tuple[int, int, slice | Tensor]]:
+        parts = self.parts
+        if parts is None:
+            return []
+        if self.structure != "blocks":
+            return [(0, 0, _side_by_side(parts))]
+        side = self.block_size
+        across = self.shape[1] // side
+        rows, counts = torch.unique_consecutive(parts // across, return_counts=True)
+        found = []
+        for row, columns in zip(rows.tolist(), (parts % across).split(counts.tolist()), strict=True):
+            chosen = (columns[:, None] * side + torch.arange(side, device=parts.device)).reshape(-1)
+            found.append((row * side, (row + 1) * side, _side_by_side(chosen)))
+        return found
+
     def tiles(self, block_n: int, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The support by tiles of the weight, int32: the positions of ``indices`` sorted by tile ``[S]``, the tiles that hold any, and
         where each begins (one more, the end). Kept: 4 bytes per active weight."""
@@ -120,6 +142,11 @@ class SparsePattern:
     def __repr__(self) -> str:
         kind = f", {self.structure}" if self.structure else ""
         return f"SparsePattern({self.count} of {tuple(self.shape)}, {100 * self.density:.3g} %{kind})"
+
+
+def _side_by_side(numbers: Tensor) -> slice | Tensor:
+    first, last = int(numbers[0]), int(numbers[-1])
+    return slice(first, last + 1) if last - first + 1 == numbers.numel() else numbers
 
 
 def trusted(

@@ -93,6 +93,8 @@ class SpIEL:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
         self.optimizer = optimizer
+        if any(group.get("state_bits", 32) != 32 for group in optimizer.param_groups):
+            raise ValueError("optimizer: expected states in 32 bits, which can be moved one by one")
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for layer in self.layers:
             if id(layer.delta_values) not in self._groups:

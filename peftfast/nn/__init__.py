@@ -2,6 +2,7 @@
 
 from .lora import LoRALinear, LoRANF4Linear
 from .nf4 import NF4Linear
+from .rosa import RoSALinear
 from .sparse_delta import SparseDeltaLinear
 
-__all__ = ["LoRALinear", "LoRANF4Linear", "NF4Linear", "SparseDeltaLinear"]
+__all__ = ["LoRALinear", "LoRANF4Linear", "NF4Linear", "RoSALinear", "SparseDeltaLinear"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..nn.sparse_delta import SparseDeltaLinear, layer_of
 from ..ops.sparse_delta import sparse_adamw_
 from ..reference.sparse_delta import adam_corrections, adam_hyper
+from . import eight_bit
 
 _OLDEST_SHORT = 2**15 - 1
 
@@ -20,8 +21,8 @@ class SparseAdamW(torch.optim.Optimizer):
     number of steps, as in SpIEL (arXiv 2401.16405). Bit for bit :func:`peftfast.reference.sparse_delta.sparse_adamw`.
 
     A merged :class:`peftfast.nn.SparseDeltaLinear` has its weight written from base + Δ in the same pass. Weight decay is that of Δ,
-    which draws the weights back to the base. State: ``exp_avg`` and ``exp_avg_sq`` in float32, ``age`` in int16, or int32 where a
-    beta is so near to 1 that its correction outlives 32,767 steps. Other float32 parameters may be among the given.
+    which draws the weights back to the base. State: ``exp_avg`` and ``exp_avg_sq`` in float32 or 8 bits, ``age`` in int16, or int32
+    where a beta is so near to 1 that its correction outlives 32,767 steps. Other float32 parameters may be among the given.
 
     Args:
         params: parameters or groups of them, float32.
@@ -30,6 +31,8 @@ class SparseAdamW(torch.optim.Optimizer):
         stochastic_rounding: round weights in bfloat16 up with the probability of the part cut off; float32 weights need none, float16
             ones are refused.
         seed: of that rounding.
+        state_bits: 32, or 8: exp_avg and exp_avg_sq as bytes with a float32 for 256 of them, decoded to float32 for the time of a step,
+            layer by layer. An approximation, and no longer the reference's bits.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -45,6 +48,7 @@ class SparseAdamW(torch.optim.Optimizer):
         *,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        state_bits: int = 32,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -52,6 +56,7 @@ class SparseAdamW(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "stochastic_rounding": stochastic_rounding,
+            "state_bits": state_bits,
         }
         self._corrections: dict[Any, Tensor] = {}
         self._hypers: dict[Any, Tensor] = {}
@@ -88,7 +93,10 @@ class SparseAdamW(torch.optim.Optimizer):
             self._seed += 1
         for group, devices in work:
             for device, members in devices.items():
-                self._step_members(group, device, members)
+                # States in 8 bits are decoded for one layer at a time, so that no more than its own are there in float32.
+                parts = [[member] for member in members] if group["state_bits"] == 8 else [members]
+                for part in parts:
+                    self._step_members(group, device, part)
         for layer in layers:
             torch.autograd.graph.increment_version(layer.delta_values)
             if layer.merged:
@@ -124,7 +132,8 @@ class SparseAdamW(torch.optim.Optimizer):
             if not state:
                 self._start(state, parameter, group)
             row = [parameter.detach().reshape(-1), parameter.grad.detach().reshape(-1).contiguous()]  # type: ignore[union-attr]
-            row += [state[name].reshape(-1) for name in ("exp_avg", "exp_avg_sq", "age")]
+            row += [_state(state, name) for name in ("exp_avg", "exp_avg_sq")]
+            row.append(state["age"].reshape(-1))
             if layer is not None and layer.base_values is not None:
                 row += [layer.weight.detach(), layer.delta_indices, layer.base_values]
             else:
@@ -135,12 +144,19 @@ class SparseAdamW(torch.optim.Optimizer):
         corrections = self._corrections_for(group["betas"], device)
         seed = self._seed.to(device) if group["stochastic_rounding"] else None
         sparse_adamw_(*lists, self._hyper_for(group, device), corrections, seed, ids)
+        if group["state_bits"] == 8:
+            for (_, parameter, _), first, second in zip(members, lists[2], lists[3], strict=True):
+                _keep(self.state[parameter], first, second)
 
     def _start(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
         if not parameter.is_contiguous():
             raise ValueError("params: expected contiguous parameters")
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
+        if group["state_bits"] == 8:
+            nothing = torch.zeros(parameter.numel(), device=parameter.device)
+            _keep(state, nothing, nothing)
+        else:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["age"] = torch.zeros_like(parameter, dtype=age_dtype(group["betas"]))
 
     def _corrections_for(self, betas: tuple[float, float], device: torch.device) -> Tensor:
@@ -174,8 +190,24 @@ class SparseAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 # torch casts states to their parameter's dtype; a float32 holds an age exactly up to 2**24.
-                if "age" in self.state.get(parameter, {}):
-                    self.state[parameter]["age"] = self.state[parameter]["age"].to(age_dtype(group["betas"]))
+                state = self.state.get(parameter, {})
+                if "age" in state:
+                    state["age"] = state["age"].to(age_dtype(group["betas"]))
+                if "exp_avg_max" in state:
+                    state["exp_avg"], state["exp_avg_sq"] = (
+                        state[n].to(torch.uint8) for n in ("exp_avg", "exp_avg_sq")
+                    )
+
+
+def _state(state: dict[str, Any], name: str) -> Tensor:
+    if f"{name}_max" in state:
+        return eight_bit.decompress(state[name], state[f"{name}_max"], name == "exp_avg")
+    return state[name].reshape(-1)
+
+
+def _keep(state: dict[str, Any], first: Tensor, second: Tensor) -> None:
+    for name, tensor in (("exp_avg", first), ("exp_avg_sq", second)):
+        state[name], state[f"{name}_max"] = eight_bit.compress(tensor, name == "exp_avg")
 
 
 def ages_of(betas: tuple[float, float]) -> int:
@@ -205,6 +237,8 @@ def _check_group(group: dict[str, Any]) -> None:
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         elif not 0.0 <= value < float("inf"):
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    if group["state_bits"] not in (8, 32):
+        raise ValueError(f"state_bits: expected 8 or 32, got {group['state_bits']!r}")
     betas = group["betas"]
     if len(betas) != 2 or not all(isinstance(b, float | int) and 0.0 <= b < 1.0 for b in betas):
         raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
