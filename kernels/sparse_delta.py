@@ -231,31 +231,22 @@ def _sparse_adamw_kernel(
         )
 
 
-def transposed(matrix: torch.Tensor, padded: int) -> torch.Tensor:
-    """``[columns, padded]``: the matrix transposed, with zeros behind its rows. The scratch of the gathered gradient."""
-    rows, columns = matrix.shape
-    out = torch.empty((columns, padded), dtype=matrix.dtype, device=matrix.device)
-    out[:, :rows].copy_(matrix.T)
-    out[:, rows:].zero_()
-    return out
-
-
 def sparse_delta_gather(
-    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype, config
+    dyt: torch.Tensor, xt: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype, config
 ) -> torch.Tensor:
-    """The entries of dyᵀ x at ``indices``; dy ``[M, N]``, x ``[M, K]``. Scratch: both operands transposed."""
-    out = torch.empty(indices.shape, dtype=dtype, device=dy.device)
+    """The entries of dyᵀ x at ``indices`` from the operands transposed: dyt ``[N, padded]`` and xt ``[K, padded]``, contiguous, zeros
+    behind their rows, ``padded`` a multiple of block_m."""
+    out = torch.empty(indices.shape, dtype=dtype, device=dyt.device)
     if out.numel():
-        padded = triton.cdiv(max(1, dy.shape[0]), 64) * 64
         _gather_kernel[(triton.cdiv(out.numel(), config.block_s),)](
-            transposed(dy, padded),
-            transposed(x, padded),
+            dyt,
+            xt,
             indices,
             out,
             out.numel(),
-            dy.shape[1] * x.shape[1],
-            x.shape[1],
-            padded,
+            dyt.shape[0] * xt.shape[0],
+            xt.shape[0],
+            dyt.shape[1],
             BLOCK_S=config.block_s,
             BLOCK_M=config.block_m,
             num_warps=config.num_warps,

@@ -348,6 +348,18 @@ def test_steps_are_the_definitions_bit_for_bit() -> None:
         assert torch.equal(optimiser.state[parameter][name], state)
 
 
+def test_a_step_bumps_the_version_of_what_it_writes() -> None:
+    """Else a backward through a parameter that a step changed meanwhile would go on silently."""
+    plain, _, _ = pair()
+    other = nn.Parameter(torch.ones(3))
+    optimiser = SparseAdamW([plain.delta_values, other])
+    y = (other * other).sum() + plain(some_x()).sum()
+    plain.delta_values.grad, other.grad = torch.ones(154), torch.ones(3)
+    optimiser.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_one_call_steps_all_layers() -> None:
     from tests.support.counting import Calls
 

@@ -11,7 +11,10 @@ from peft.tuners.shira.layer import Linear as StockLinear
 from torch import Tensor, nn
 
 import peftfast
+import peftfast.functional as F
 from peftfast.integrations.shira import FusedLinear
+from peftfast.methods import load_shira, save_shira
+from peftfast.nn import SparseDeltaLinear
 from tests.support.counting import Calls, saved_tensors, storages
 from tests.support.lora_checks import BF16, F32
 
@@ -183,3 +186,72 @@ def test_beside_lora_layers() -> None:
     assert sorted(kinds) == ["lora.Linear", "shira.Linear", "shira.Linear"]
     peftfast.unpatch(net)
     assert not any(isinstance(m, FusedLinear) for m in net.modules())
+
+
+def adapted(resident: bool = False) -> Net:
+    net = Net(F32, False)
+    generator = torch.Generator().manual_seed(4)
+    for name in ("first", "second"):
+        linear = getattr(net, name)
+        pattern = F.choose_support(linear.weight, 2 * 192 / (64 * 128), generator=generator)
+        layer = SparseDeltaLinear.from_linear(linear, indices=pattern, resident=resident)
+        with torch.no_grad():
+            layer.delta_values.copy_(torch.randn(384, generator=generator) * 0.1)
+        setattr(net, name, layer)
+    return net
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_stock_peft_loads_what_was_trained_here(resident: bool, tmp_path: Path) -> None:
+    net = adapted(resident)
+    save_shira(net, tmp_path / "new")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    loaded = PeftModel.from_pretrained(Net(F32, False), tmp_path / "new")
+    x = torch.randn(3, 64)
+    assert torch.allclose(loaded(x), net(x), atol=1e-5)
+    other = Net(F32, False)
+    assert load_shira(other, tmp_path / "new", resident=resident) == ["first", "second"]
+    assert torch.equal(other(x), net(x)) and other.first.merged == resident
+    third = adapted(resident)
+    with torch.no_grad():
+        third.first.delta_values.zero_()
+    load_shira(third, tmp_path / "new")
+    assert torch.equal(third(x), net(x)) and third.first.merged == resident
+
+
+def test_what_stock_peft_saved_loads_here(tmp_path: Path) -> None:
+    stock = model()
+    stock.save_pretrained(tmp_path)
+    net = Net(F32, False)
+    load_shira(net, tmp_path)
+    x = torch.randn(3, 64)
+    assert torch.allclose(net(x), stock(x), atol=1e-5)
+
+
+def test_bad_shira_files(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(ValueError, match="expected SparseDeltaLinear layers"):
+        save_shira(Net(F32, False), tmp_path)
+    uneven = Net(F32, False)
+    uneven.first = SparseDeltaLinear.from_linear(uneven.first, density=0.01)
+    with pytest.raises(ValueError, match=r"first: expected r \(N \+ K\)"):
+        save_shira(uneven, tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_shira(adapted(), tmp_path)
+    good = load_file(tmp_path / "adapter_model.safetensors")
+    first = "base_model.model.first.shira_indices"
+    for change, message in (
+        ({first: good[first] + 64}, "outside a weight"),
+        ({first: good[first][:, :1].repeat(1, 384)}, "repeated"),
+        ({first: good[first][:, :-1].contiguous()}, "expected shira_indices of shape"),
+        ({"base_model.model.third.shira_weight": torch.ones(2)}, "third: expected a linear layer"),
+    ):
+        save_file({**good, **change}, tmp_path / "adapter_model.safetensors")
+        net = Net(F32, False)
+        with pytest.raises(ValueError, match=message):
+            load_shira(net, tmp_path)
+        assert type(net.first) is nn.Linear and type(net.second) is nn.Linear
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="expected the peft_type SHIRA"):
+        load_shira(Net(F32, False), tmp_path)

@@ -53,10 +53,13 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class Crossover:
-    """The density from which dvalues come from tiles of dW. Of a 4096 x 11008 weight at 2048 rows, gathering costs an estimated 0.46 ms
-    at 1 % (L2 reads) and the dense product 0.26 ms: an estimate from bandwidths, not measured on any GPU yet."""
+    """The density from which dvalues come from tiles of dW.
 
-    density: float = 0.005
+    Of a 4096 x 11008 weight at 2048 rows of bfloat16, gathering costs an estimated 0.46 ms at 1 % (L2 reads) and the dense product
+    0.26 ms; in float32, without tensor cores, 0.9 and 3 ms. Estimates from bandwidths and rates, not measured on any GPU yet.
+    """
+
+    density: float
 
 
 def gather(dtype: str, rows: int, device: Device) -> GatherConfig:
@@ -82,7 +85,7 @@ def tile_sides(dtype: str, device: Device) -> tuple[int, int]:
 
 def crossover(dtype: str, device: Device) -> float:
     found = measured(device, "sparse_delta_crossover", dtype, Crossover)
-    return (found or Crossover()).density
+    return (found or Crossover(0.03 if dtype == "float32" else 0.005)).density
 
 
 def scatter(device: Device) -> BlockConfig:

@@ -3,9 +3,9 @@
 import importlib
 from typing import Any
 
-_MODULES = {"S2FT": ".s2ft", "SpIEL": ".spiel"}
+_MODULES = {"S2FT": ".s2ft", "SpIEL": ".spiel", "load_shira": ".shira", "save_shira": ".shira"}
 
-__all__ = ["S2FT", "SpIEL"]  # noqa: F822
+__all__ = ["S2FT", "SpIEL", "load_shira", "save_shira"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

@@ -94,19 +94,26 @@ def _cpu_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> 
     return out
 
 
+def _transposed(matrix: Tensor) -> Tensor:
+    """``[columns, padded]`` with zeros behind the rows: the scratch of the gathered gradient, which reads columns."""
+    rows, columns = matrix.shape
+    padded = -(-max(1, rows) // configs.ROW_MULTIPLE) * configs.ROW_MULTIPLE
+    out = torch.empty((columns, padded), dtype=matrix.dtype, device=matrix.device)
+    out[:, :rows].copy_(matrix.T)
+    out[:, rows:].zero_()
+    return out
+
+
 def _triton_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     config = configs.gather(dtype_name(dy.dtype), dy.shape[0], device_of(dy))
     with on_device(dy):
-        return kernels("sparse_delta").sparse_delta_gather(dy, x, indices, dtype, config)
+        return kernels("sparse_delta").sparse_delta_gather(_transposed(dy), _transposed(x), indices, dtype, config)
 
 
 def _cuda_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(indices.shape, dtype=dtype, device=dy.device)
-    padded = -(-dy.shape[0] // configs.ROW_MULTIPLE) * configs.ROW_MULTIPLE
-    layout = kernels("sparse_delta")
     with on_device(dy):
-        slabs = layout.transposed(dy, padded), layout.transposed(x, padded)
-        torch.ops.peftfast_cuda.sparse_delta_dvalues.default(*slabs, indices, out)
+        torch.ops.peftfast_cuda.sparse_delta_dvalues.default(_transposed(dy), _transposed(x), indices, out)
     return out
 
 

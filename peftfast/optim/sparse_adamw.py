@@ -97,8 +97,11 @@ class SparseAdamW(torch.optim.Optimizer):
                 parts = [[member] for member in members] if group["state_bits"] == 8 else [members]
                 for part in parts:
                     self._step_members(group, device, part)
+        # Operators write past autograd: whoever saved a parameter for a backward must see that it changed.
+        for _, devices in work:
+            for members in devices.values():
+                torch.autograd.graph.increment_version([parameter for _, parameter, _ in members])
         for layer in layers:
-            torch.autograd.graph.increment_version(layer.delta_values)
             if layer.merged:
                 torch.autograd.graph.increment_version(layer.weight)
                 layer._note()

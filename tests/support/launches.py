@@ -107,9 +107,9 @@ def sparse_delta_gather(
 ) -> None:
     config = sparse_configs.gather(dtype, M, DEVICES[arch])
     indices = _empty(S, dtype=torch.int64 if wide else torch.int32)
-    sparse_delta.sparse_delta_gather(
-        _empty(M, N, dtype=dtype), _empty(M, K, dtype=dtype), indices, torch.float32, config
-    )
+    padded = -(-M // sparse_configs.ROW_MULTIPLE) * sparse_configs.ROW_MULTIPLE
+    slabs = _empty(N, padded, dtype=dtype), _empty(K, padded, dtype=dtype)
+    sparse_delta.sparse_delta_gather(*slabs, indices, torch.float32, config)
 
 
 def sparse_delta_tiled(dtype: str, arch: int, M: int = 2048, N: int = 4096, K: int = 11008, S: int = 450560) -> None:
