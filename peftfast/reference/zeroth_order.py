@@ -95,14 +95,15 @@ def zo_linear(
     x_plus: Tensor,
     x_minus: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias_plus: Tensor | None,
+    bias_minus: Tensor | None,
     seed: Tensor,
     eps: Tensor,
     threshold: Tensor | None,
     tensor_id: int,
     rademacher: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(x_plus (W + eps z)ᵀ + b, x_minus (W - eps z)ᵀ + b), both weights rounded to weight's dtype once."""
+    """(x_plus (W + eps z)ᵀ + bias_plus, x_minus (W - eps z)ᵀ + bias_minus), both weights rounded to weight's dtype once."""
     plus = perturbed(weight, seed, eps, None, threshold, None, tensor_id, 0, rademacher)
     minus = perturbed(weight, seed, -eps, None, threshold, None, tensor_id, 0, rademacher)
-    return functional.linear(x_plus, plus, bias), functional.linear(x_minus, minus, bias)
+    return functional.linear(x_plus, plus, bias_plus), functional.linear(x_minus, minus, bias_minus)
