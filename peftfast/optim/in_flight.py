@@ -219,10 +219,42 @@ def _holding(module: nn.Module, held: Sequence[Held], values: Sequence[Tensor]) 
 def _single_forward(
     module: nn.Module, stock: type, run: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any
 ) -> Any:
+    if stock.forward is nn.Embedding.forward and _few_rows(module, args, kwargs):  # type: ignore[comparison-overlap]
+        return _embedded(module, held[0], direction, args[0])
     parameters = [module._parameters[one.name] for one in held]
     moved = direction.moved(parameters, [one.index for one in held])  # type: ignore[arg-type]
     with _holding(module, held, moved):
         return run(*args, **kwargs)
+
+
+def _few_rows(module: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a look-up on the CPU touches so few rows that moving them alone is less work. Which rows those are is known on the device
+    only, and asking would wait for it: on a GPU the table is moved as a whole."""
+    x = args[0] if len(args) == 1 and not kwargs else None
+    return (
+        isinstance(x, Tensor) and x.device.type == "cpu" and module.max_norm is None and 2 * x.numel() < module.weight.shape[0]
+    )
+
+
+def _embedded(module: Any, held: Held, direction: Direction, x: Tensor) -> Tensor:
+    """Rows of the moved table: z is a function of the position, so a row has the same in or out of its table."""
+    rows, inverse = x.reshape(-1).unique(return_inverse=True)
+    width = module.weight.shape[1]
+    moved = module.weight.detach()[rows]
+    limit = direction.threshold(held.index)
+    ops.zeroth_order.perturb_(
+        list(moved.unbind()),
+        [],
+        direction.seed,
+        direction.scale,
+        None,
+        None if limit is None else limit.expand(len(rows)).contiguous(),
+        None,
+        [direction.tensor_ids[held.index]] * len(rows),
+        [row * width for row in rows.tolist()],
+        direction.rademacher,
+    )
+    return moved[inverse].reshape(*x.shape, width)
 
 
 def _paired_forward(
