@@ -83,25 +83,30 @@ struct Normals {
     Vec first, second;
 };
 
+constexpr float kLog[8] = {philox::kLog0, philox::kLog1, philox::kLog2, philox::kLog3,
+                           philox::kLog4, philox::kLog5, philox::kLog6, philox::kLog7};
+constexpr float kSin[4] = {philox::kSin0, philox::kSin1, philox::kSin2, philox::kSin3};
+constexpr float kCos[3] = {philox::kCos0, philox::kCos1, philox::kCos2};
+
 static inline Normals normal_pairs(Ints radius_words, Ints angle_words) {
     const Vec t = vec_add(vec_from_unsigned(radius_words), vec_set(0.5f));
     const Ints from_root = ints_sub(ints_of(t), ints_set(philox::kSqrtHalfBits));
     const Ints mantissa = ints_add(ints_and(from_root, ints_set(0x7fffff)), ints_set(philox::kSqrtHalfBits));
     const Vec f = vec_add(vec_of(mantissa), vec_set(-1.0f));
-    Vec log = vec_set(philox::kNegTwoLog[7]);
+    Vec log = vec_set(kLog[7]);
 #pragma GCC unroll 7
-    for (int i = 6; i >= 0; --i) log = vec_add(vec_mul(log, f), vec_set(philox::kNegTwoLog[i]));
+    for (int i = 6; i >= 0; --i) log = vec_add(vec_mul(log, f), vec_set(kLog[i]));
     const Vec steps = vec_from_signed(ints_sub(ints_set(32), ints_exponent(from_root)));
     const Vec radius = vec_sqrt(vec_add(vec_mul(f, log), vec_mul(steps, vec_set(philox::kTwoLn2))));
 
     const Ints turned = ints_add(angle_words, ints_set(1u << 29)), top = ints_set(1u << 31);
     const Vec y = vec_mul(vec_from_signed(ints_left_2(angle_words)), vec_set(0x1p-31f));
     const Vec square = vec_mul(y, y);
-    Vec sine = vec_set(philox::kSin[3]), cosine = vec_set(philox::kCos[2]);
+    Vec sine = vec_set(kSin[3]), cosine = vec_set(kCos[2]);
 #pragma GCC unroll 3
-    for (int i = 2; i >= 0; --i) sine = vec_add(vec_mul(sine, square), vec_set(philox::kSin[i]));
+    for (int i = 2; i >= 0; --i) sine = vec_add(vec_mul(sine, square), vec_set(kSin[i]));
 #pragma GCC unroll 2
-    for (int i = 1; i >= 0; --i) cosine = vec_add(vec_mul(cosine, square), vec_set(philox::kCos[i]));
+    for (int i = 1; i >= 0; --i) cosine = vec_add(vec_mul(cosine, square), vec_set(kCos[i]));
     sine = vec_mul(y, sine);
     cosine = vec_add(vec_mul(square, cosine), vec_set(1.0f));
     const Vec first = vec_xor(vec_choose(turned, sine, cosine), ints_and(ints_add(turned, ints_set(1u << 30)), top));

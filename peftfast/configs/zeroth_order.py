@@ -46,12 +46,13 @@ def perturb(dtype: str, rademacher: bool, device: Device) -> PerturbConfig:
 
 
 def zo_linear(M: int, N: int, K: int, dtype: str, rademacher: bool, device: Device) -> ZoLinearConfig | None:
-    """The tile for M rows a sign; None where scratch weights and the library's product serve better."""
-    if M > LARGEST_FUSED_ROWS or K % 4:
+    """The tile for M rows a sign; None where scratch weights and the library's product serve better: many rows, rows of W that begin
+    inside a counter, and float32, whose exact products spill registers at any tile (3 KB a thread at 32 x 32 x 64)."""
+    if M > LARGEST_FUSED_ROWS or K % 4 or dtype == "float32":
         return None
     rows = bucket(M, (16, 32, 64, 128))
     key = f"{dtype} {'rademacher' if rademacher else 'gaussian'} M{rows}"
-    default = ZoLinearConfig(rows, num_warps=8 if rows >= 64 else 4)
+    default = ZoLinearConfig(rows, num_warps=8 if rows >= 32 else 4)
     return measured(device, "zo_linear", key, ZoLinearConfig) or default
 
 
