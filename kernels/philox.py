@@ -20,7 +20,8 @@ _LOG = tuple(
 )
 _LOG0, _LOG1, _LOG2, _LOG3, _LOG4, _LOG5, _LOG6, _LOG7 = map(tl.constexpr, _LOG)
 _SIN0, _SIN1, _SIN2, _SIN3 = (
-    tl.constexpr(float.fromhex(text)) for text in ("0x1.921fb6p-1", "-0x1.4abbbap-4", "0x1.465ec6p-9", "-0x1.2d9bb8p-15")
+    tl.constexpr(float.fromhex(text))
+    for text in ("0x1.921fb6p-1", "-0x1.4abbbap-4", "0x1.465ec6p-9", "-0x1.2d9bb8p-15")
 )
 _COS0, _COS1, _COS2 = (
     tl.constexpr(float.fromhex(text)) for text in ("-0x1.3bd3a2p-2", "0x1.03b162p-6", "-0x1.4ea9e8p-12")

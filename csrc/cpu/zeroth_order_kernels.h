@@ -154,7 +154,7 @@ static void zo_blocks(const ZoTensor& tensor, const ZoTerms& terms, int64_t begi
 }
 
 static void survey_words(uint64_t begin, uint64_t end, NormalSurvey* survey) {
-    constexpr int kStep = 16;  // words at a time, two normals of each
+    constexpr int kStep = 128;  // words at a time, two normals of each
     alignas(64) uint32_t words[kStep];
     alignas(64) float normals[2 * kStep];
     for (uint64_t first = begin; first < end; first += kStep) {

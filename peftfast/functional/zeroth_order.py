@@ -119,7 +119,10 @@ def perturb_(
     with torch.no_grad():
         for members in groups.values():
             outs = [given[i].detach() for i in members]
-            written = [out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device) for out in outs]
+            written = [
+                out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+                for out in outs
+            ]
             taken = [read[i].detach().contiguous() for i in members]
             if all(a is b or a.data_ptr() == b.data_ptr() for a, b in zip(written, taken, strict=True)):
                 taken = []
@@ -177,18 +180,26 @@ def zo_linear(
     with torch.no_grad():
         if isinstance(weight, NF4Weight):
             if x_plus.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise TypeError(f"x_plus: expected float32, bfloat16 or float16 beside a 4-bit weight, got {x_plus.dtype}")
+                raise TypeError(
+                    f"x_plus: expected float32, bfloat16 or float16 beside a 4-bit weight, got {x_plus.dtype}"
+                )
             dense = nf4_dequantize(weight, x_plus.dtype)
         elif isinstance(weight, Tensor):
             dense = weight.detach()
         else:
             raise TypeError(f"weight: expected a tensor or an NF4Weight, got {type(weight).__name__}")
         if dense.dim() != 2 or x_plus.dim() == 0 or x_plus.shape[-1] != dense.shape[1]:
-            raise ValueError(f"x_plus: expected [..., K] for a weight [N, K], got {tuple(x_plus.shape)} and {tuple(dense.shape)}")
+            raise ValueError(
+                f"x_plus: expected [..., K] for a weight [N, K], got {tuple(x_plus.shape)} and {tuple(dense.shape)}"
+            )
         if dense.dtype != x_plus.dtype or dense.device != x_plus.device:
             raise ValueError(f"weight: expected {x_plus.dtype} on {x_plus.device}, got {dense.dtype} on {dense.device}")
         for name, one in (("bias", bias), ("bias_minus", bias_minus)):
-            if one is not None and (tuple(one.shape), one.dtype, one.device) != ((dense.shape[0],), dense.dtype, dense.device):
+            if one is not None and (tuple(one.shape), one.dtype, one.device) != (
+                (dense.shape[0],),
+                dense.dtype,
+                dense.device,
+            ):
                 raise ValueError(
                     f"{name}: expected {dense.dtype} ({dense.shape[0]},) on {dense.device}, got {one.dtype} {tuple(one.shape)}"
                 )
@@ -199,7 +210,10 @@ def zo_linear(
         for name, value in (("seed", seeds), ("eps", scale), ("threshold", limit)):
             if value is not None and value.numel() != 1:
                 raise ValueError(f"{name}: expected one, got {value.numel()}")
-        biases = [None if one is None else one.detach().contiguous() for one in (bias, bias_minus if bias_minus is not None else bias)]
+        biases = [
+            None if one is None else one.detach().contiguous()
+            for one in (bias, bias_minus if bias_minus is not None else bias)
+        ]
         rows = [x.detach().reshape(-1, x.shape[-1]) for x in (x_plus, x_minus)]
         plus, minus = ops.zeroth_order.zo_linear(
             *rows, dense.contiguous(), *biases, seeds, scale, limit, tensor_id, rademacher

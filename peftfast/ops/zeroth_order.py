@@ -299,7 +299,9 @@ def _check_linear(
                 f"{name}: expected {weight.dtype} [M, {weight.shape[1]}], got {x.dtype} {tuple(x.shape)}"
             ),
         )
-        require(x.device == weight.device, lambda name=name, x=x: f"{name}: expected on {weight.device}, got on {x.device}")  # type: ignore[misc]
+        require(
+            x.device == weight.device, lambda name=name, x=x: f"{name}: expected on {weight.device}, got on {x.device}"
+        )  # type: ignore[misc]
     require(x_plus.shape[0] == x_minus.shape[0], lambda: "x_plus, x_minus: expected as many rows in both")
     require((bias_plus is None) == (bias_minus is None), lambda: "bias_plus, bias_minus: expected both or none")
     for name, bias in (("bias_plus", bias_plus), ("bias_minus", bias_minus)):

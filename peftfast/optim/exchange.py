@@ -28,7 +28,9 @@ class Exchange:
         """
         if not self._active:
             return seed
-        digest = hashlib.sha256(repr([(name, tuple(shape)) for name, shape in zip(names, shapes, strict=True)]).encode())
+        digest = hashlib.sha256(
+            repr([(name, tuple(shape)) for name, shape in zip(names, shapes, strict=True)]).encode()
+        )
         answers: list[Any] = [None] * self._size
         torch.distributed.all_gather_object(answers, (seed, digest.hexdigest()), group=self._group)
         if len({digest for _, digest in answers}) != 1:

@@ -232,7 +232,10 @@ def _few_rows(module: Any, args: Any, kwargs: Any) -> bool:
     only, and asking would wait for it: on a GPU the table is moved as a whole."""
     x = args[0] if len(args) == 1 and not kwargs else None
     return (
-        isinstance(x, Tensor) and x.device.type == "cpu" and module.max_norm is None and 2 * x.numel() < module.weight.shape[0]
+        isinstance(x, Tensor)
+        and x.device.type == "cpu"
+        and module.max_norm is None
+        and 2 * x.numel() < module.weight.shape[0]
     )
 
 

@@ -50,9 +50,9 @@ class MeZO(torch.optim.Optimizer):
         directions: n directions a step, their updates averaged.
         momentum: β: the update is the sum of β^age g z over the last ``momentum_window`` steps, whose z's are drawn again. The default
             window ends where β^age falls below 0.05; each step in it costs one more z for each weight in the update.
-        clip: \\|g\\| is cut to it.
-        density: Sparse MeZO: of each tensor of two or more dimensions only the elements with \\|θ\\| ≤ h move, h being the ``density``
-            quantile of \\|θ\\| at construction. The mask is told from the unperturbed weight in the kernel and never stored.
+        clip: |g| is cut to it.
+        density: Sparse MeZO: of each tensor of two or more dimensions only the elements with |θ| ≤ h move, h being the ``density``
+            quantile of |θ| at construction. The mask is told from the unperturbed weight in the kernel and never stored.
         filter: (name, parameter) -> whether it is trained. Ids of z count all parameters, before it.
         seed: of the whole run, 64 bits; drawn by torch's generator if not given.
         stochastic_rounding: of the update in 16 bits; without it bfloat16 loses 97 % of an update at lr g = 1e-6.
@@ -100,7 +100,9 @@ class MeZO(torch.optim.Optimizer):
         if density is not None:
             _number("density", density, low=0.0, high=1.0, open_=True, closed_top=True)
             if mode == "inplace":
-                raise ValueError("density: Sparse MeZO needs mode='exact': the mask is a function of the unperturbed weight")
+                raise ValueError(
+                    "density: Sparse MeZO needs mode='exact': the mask is a function of the unperturbed weight"
+                )
         if momentum_window is not None and (not isinstance(momentum_window, int) or momentum_window < 1):
             raise ValueError(f"momentum_window: expected an int of at least 1, got {momentum_window!r}")
         self._rademacher = is_rademacher(distribution)
@@ -112,7 +114,9 @@ class MeZO(torch.optim.Optimizer):
         if seed is None:
             seed = int(torch.randint(-(2**63), 2**63 - 1, (1,)).item())
         self._exchange = exchange.Exchange(process_group)
-        self._seed = self._exchange.agree_on(signed_seed("seed", seed), self._names, [p.shape for p in self._parameters])
+        self._seed = self._exchange.agree_on(
+            signed_seed("seed", seed), self._names, [p.shape for p in self._parameters]
+        )
         self.mode, self.eps, self.two_sided, self.directions = mode, float(eps), bool(two_sided), directions
         self.momentum, self.clip, self.density = float(momentum), clip, density
         self.distribution, self.stochastic_rounding = distribution, bool(stochastic_rounding)
@@ -333,10 +337,12 @@ class MeZO(torch.optim.Optimizer):
 
     def _check_paired(self) -> None:
         assert self._layout is not None
-        if self._layout.copied:
+        # A module with others inside it cannot be run half by half: those inside would halve their batches again.
+        outer = [h.index for m, helds in self._layout.modules.items() if any(m.children()) for h in helds]
+        if left := sorted({*self._layout.copied, *outer}):
             raise ValueError(
-                "paired: these parameters are read outside the forward of the module that holds them, and cannot have two values "
-                f"at once: {', '.join(self.copied)}"
+                "paired: these parameters cannot have two values at once: they are read outside the forward of the module that holds "
+                f"them, or it has modules inside: {', '.join(self._names[i] for i in left)}"
             )
         if self._layout.random:
             raise ValueError(
@@ -402,7 +408,9 @@ class MeZO(torch.optim.Optimizer):
             scalars = scalars.clamp(-self.clip, self.clip)
         return torch.where(ok, scalars, torch.zeros_like(scalars)), ok
 
-    def _update(self, seeds: Tensor, scalars: Tensor, ok: Tensor, lrs: Sequence[float], restoring: Tensor | None) -> None:
+    def _update(
+        self, seeds: Tensor, scalars: Tensor, ok: Tensor, lrs: Sequence[float], restoring: Tensor | None
+    ) -> None:
         """θ ← decay θ + Σ coefficients z, one pass. A step that is not ``ok`` changes nothing."""
         count = self.directions
         if self._seeds.numel() > count:
@@ -498,8 +506,14 @@ class MeZO(torch.optim.Optimizer):
         """Raises ValueError for a state of another kind of run."""
         state = dict(state_dict)
         own = state.pop("mezo", None)
-        if own is None or own["seeds"].numel() != self._seeds.numel() or (own["thresholds"] is None) != (self._thresholds is None):
-            raise ValueError("state_dict: expected that of a MeZO with the same directions, momentum window and density")
+        if (
+            own is None
+            or own["seeds"].numel() != self._seeds.numel()
+            or (own["thresholds"] is None) != (self._thresholds is None)
+        ):
+            raise ValueError(
+                "state_dict: expected that of a MeZO with the same directions, momentum window and density"
+            )
         super().load_state_dict(state)
         self._seed, self._steps = own["seed"], own["steps"]
         self._seeds.copy_(own["seeds"])
@@ -530,7 +544,9 @@ class _Unread:
         return self._host.tolist()
 
 
-def _groups(params: Any, filter: Callable[[str, Tensor], bool] | None) -> tuple[list[dict[str, Any]], list[str], list[int]]:
+def _groups(
+    params: Any, filter: Callable[[str, Tensor], bool] | None
+) -> tuple[list[dict[str, Any]], list[str], list[int]]:
     """(groups as torch takes them, names, ids): ids count every parameter in order, whether it is trained or not."""
     if isinstance(params, Tensor):
         raise TypeError("params: expected a module or an iterable of tensors, got a tensor")
@@ -567,7 +583,9 @@ def _check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> tor
         if not parameter.is_floating_point():
             raise TypeError(f"params: {name}: expected a floating dtype, got {parameter.dtype}")
         if parameter.device != device:
-            raise ValueError(f"params: expected all on one device, got {names[0]} on {device} and {name} on {parameter.device}")
+            raise ValueError(
+                f"params: expected all on one device, got {names[0]} on {device} and {name} on {parameter.device}"
+            )
         if type(parameter) not in (Tensor, nn.Parameter):
             raise TypeError(f"params: {name}: expected a plain tensor, got {type(parameter).__name__}")
     if device.type == "meta":
@@ -644,4 +662,6 @@ def _number(
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     good = good and (value > low if open_ else value >= low) and (value <= high if closed_top else value < high)
     if not good:
-        raise ValueError(f"{name}: expected a number {'above' if open_ else 'from'} {low}{'' if high == math.inf else f' to {high}'}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a number {'above' if open_ else 'from'} {low}{'' if high == math.inf else f' to {high}'}, got {value!r}"
+        )

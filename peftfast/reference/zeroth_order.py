@@ -72,7 +72,7 @@ def perturbed(
         weight: floating, of any shape.
         seeds: int64 ``[K]``. coefficients: float32 ``[K]``; the terms are added in order, one whose coefficient is 0 is left out.
         decay: one float32; none is 1.
-        threshold: one float32; elements with \|weight\| above it stay as they are (Sparse MeZO, arXiv 2402.15751).
+        threshold: one float32; elements of a magnitude above it stay as they are (Sparse MeZO, arXiv 2402.15751).
         rounding_seed: one int64: the result is rounded stochastically (bfloat16 and float16). None: to nearest even.
         tensor_id, offset: which logical tensor, and the position of weight's first element in it.
     """
