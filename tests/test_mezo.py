@@ -87,12 +87,14 @@ def test_a_step_without_learning_rate_changes_no_bit(dtype: torch.dtype, tied: b
 
 @pytest.mark.slow
 def test_ten_thousand_steps_without_learning_rate() -> None:
-    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 1)).to(BF16).to(DEVICE)
+    """A layer that is moved in flight and a tensor that is copied."""
+    model = nn.Linear(6, 5).to(BF16).to(DEVICE)
+    model.loose = nn.Parameter(torch.randn(7, device=DEVICE).to(BF16))
     x, before = torch.randn(2, 6, device=DEVICE).to(BF16), state(model)
     optimizer = MeZO(model, lr=0.0, eps=1e-2, distribution="rademacher")
     for _ in range(10_000):
-        optimizer.step(lambda: model(x).float().mean())
-    assert same(model, before) and optimizer.steps == 10_000
+        optimizer.step(lambda: model(x).float().mean() + model.loose.float().sum())
+    assert same(model, before) and optimizer.steps == 10_000 and optimizer.copied == ["loose"]
 
 
 def test_inplace_drifts_as_its_docstring_says() -> None:
