@@ -128,8 +128,9 @@ def _zeroth_order_requests() -> list[dict[str, Any]]:
                 if FULL or (chosen and not rademacher):
                     requests.append({"launcher": "zo_linear", "M": rows, **kind})
                 continue
-            requests.append({"launcher": "perturb", **kind})
-            if FULL or (arch in (80, 90) and not rademacher):
+            if FULL or arch in (80, 90) or dtype == "bfloat16":
+                requests.append({"launcher": "perturb", **kind})
+            if FULL or (arch == 90 and not rademacher):
                 requests.append({"launcher": "perturb", "pair": True, **kind})
                 requests.append({"launcher": "perturb", "rounding": True, "options": True, "terms": 3, **kind})
     kind = {"dtype": "bfloat16", "arch": 90}
@@ -168,11 +169,12 @@ def test_a_whole_block_is_moved_by_16_byte_accesses(findings: list[Finding]) -> 
             assert streams["store"]["16"] == stores, finding.label
             assert "source=False" in finding.label or streams["load"]["16"] == wide, finding.label
             assert set(streams["store"]) == {"16", str(width)}, finding.label
-            # z alone, for the curious, is not what must be fast.
-            assert finding.shared == 0 or "source=False" in finding.label, finding.label
-            assert finding.philox_calls <= (4 if "rounding=True" in finding.label else 2), finding.label
             seen += 1
-    assert seen >= 15
+            if "source=False" in finding.label:  # z alone, for the curious: nothing there sets the layout
+                continue
+            assert finding.shared == 0, finding.label
+            assert finding.philox_calls <= (4 if "rounding=True" in finding.label else 2), finding.label
+    assert seen >= 12
 
 
 def test_every_launch_is_sound(findings: list[Finding]) -> None:

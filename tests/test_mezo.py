@@ -37,7 +37,7 @@ class Net(nn.Module):
         x = self.norm(self.first(self.embedding(tokens)).relu())
         x = self.second(self.dropout(x)) * self.gain
         if self.tied:
-            x = x + nn.functional.linear(x @ self.embedding.weight.T, self.embedding.weight.T)
+            x = x + 0.01 * nn.functional.linear(x @ self.embedding.weight.T, self.embedding.weight.T)
         return self.head(x).mean(1)
 
 

@@ -84,7 +84,7 @@ def _zeroth_order_cases(random: torch.Generator) -> dict[str, list[Case]]:
                 )
                 for i, weight in enumerate(weights)
             )
-            arguments = (list(weights), [], *terms, ids, offsets, rademacher)
+            arguments: tuple[Any, ...] = (list(weights), [], *terms, ids, offsets, rademacher)
             cases.setdefault("perturb_", []).append(_exact(name, arguments, expected, written=0))
             place = (seeds[:1], (R, K), ids[1], offsets[1], rademacher, dtype)
             cases.setdefault("perturbation", []).append(_exact(name, place, zeroth_order.perturbation(*place)))

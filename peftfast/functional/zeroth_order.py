@@ -65,9 +65,9 @@ def perturb_(
 ) -> None:
     """tensors += scale * z(seed), in place (MeZO, arXiv 2305.17333): one launch for all tensors of a dtype, z never stored.
 
-    With several seeds and scales the terms are added in order in one pass, so that to restore, to update and to perturb for the next step
-    is one read and one write: ``perturb_(ps, [old, new], [eps - lr * g, eps])`` after a pass at ``-eps``. Sums are float32 (float64 for
-    float64 tensors) and rounded to the tensor's dtype once; a term whose scale is 0 is left out.
+    With several seeds and scales the terms are added in order in one pass, so that to restore, to update and to perturb for the next
+    step is one read and one write: ``perturb_(ps, [old, new], [eps - lr * g, eps])`` after a pass at ``-eps``. Sums are float32
+    (float64 for float64 tensors) and rounded to the tensor's dtype once; a term whose scale is 0 is left out.
 
     Args:
         tensors: floating, of any shapes, on one device. One that is not contiguous is moved by way of a contiguous copy.
@@ -152,14 +152,15 @@ def zo_linear(
 ) -> tuple[Tensor, Tensor]:
     """Both sides of a two-point estimate in one layer: x_plus (W + eps z)ᵀ + b and x_minus (W - eps z)ᵀ + b.
 
-    W is read once and z drawn once for both signs, and W itself is never written. On a GPU with few rows the perturbed weights exist only
-    in registers; with many rows, and on a CPU, both are written to scratch that lives as long as the call. A 4-bit weight is decoded,
-    then perturbed, in x's dtype.
+    W is read once and z drawn once for both signs, and W itself is never written. On a GPU with few rows the perturbed weights exist
+    only in registers; with many rows, and on a CPU, both are written to scratch that lives as long as the call. A 4-bit weight is
+    decoded, then perturbed, in x's dtype.
 
     Args:
         x_plus, x_minus: ``[..., K]`` of one shape and of weight's dtype. weight: ``[N, K]``, or an NF4Weight of that shape.
         seed, eps, tensor_id, distribution: as in :func:`perturb_`; z is the same.
-        bias: ``[N]``, added as it is; bias_minus: another one for the minus side. threshold: elements of W whose magnitude is above it are not perturbed.
+        bias: ``[N]``, added as it is. bias_minus: another one for the minus side.
+        threshold: elements of W whose magnitude is above it are not perturbed.
 
     Returns:
         Two ``[..., N]``. No gradients.

@@ -300,8 +300,9 @@ def _check_linear(
             ),
         )
         require(
-            x.device == weight.device, lambda name=name, x=x: f"{name}: expected on {weight.device}, got on {x.device}"
-        )  # type: ignore[misc]
+            x.device == weight.device,
+            lambda name=name, x=x: f"{name}: expected on {weight.device}, got on {x.device}",  # type: ignore[misc]
+        )
     require(x_plus.shape[0] == x_minus.shape[0], lambda: "x_plus, x_minus: expected as many rows in both")
     require((bias_plus is None) == (bias_minus is None), lambda: "bias_plus, bias_minus: expected both or none")
     for name, bias in (("bias_plus", bias_plus), ("bias_minus", bias_minus)):
@@ -356,7 +357,8 @@ def _triton_linear(
     tensor_id: int,
     rademacher: bool,
 ) -> tuple[Tensor, Tensor]:
-    config = configs.zo_linear(x_plus.shape[0], *weight.shape, dtype_name(weight.dtype), rademacher, device_of(weight))
+    N, K = weight.shape
+    config = configs.zo_linear(x_plus.shape[0], N, K, dtype_name(weight.dtype), rademacher, device_of(weight))
     if config is None:
         scratch = _scratch_linear(_cuda_or_triton_pair)
         return scratch(x_plus, x_minus, weight, bias_plus, bias_minus, seed, eps, threshold, tensor_id, rademacher)
@@ -366,7 +368,7 @@ def _triton_linear(
         )
 
 
-def _cuda_or_triton_pair(*arguments: object) -> tuple[Tensor, Tensor]:
+def _cuda_or_triton_pair(*arguments):  # type: ignore[no-untyped-def]
     return (_compiled_pair("peftfast_cuda") if native.cuda_available()[0] else _triton_pair)(*arguments)
 
 

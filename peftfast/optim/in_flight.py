@@ -217,9 +217,9 @@ def _holding(module: nn.Module, held: Sequence[Held], values: Sequence[Tensor]) 
 
 
 def _single_forward(
-    module: nn.Module, stock: type, run: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any
+    module: nn.Module, stock: Any, run: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any
 ) -> Any:
-    if stock.forward is nn.Embedding.forward and _few_rows(module, args, kwargs):  # type: ignore[comparison-overlap]
+    if stock.forward is nn.Embedding.forward and _few_rows(module, args, kwargs):
         return _embedded(module, held[0], direction, args[0])
     parameters = [module._parameters[one.name] for one in held]
     moved = direction.moved(parameters, [one.index for one in held])  # type: ignore[arg-type]
@@ -261,7 +261,7 @@ def _embedded(module: Any, held: Held, direction: Direction, x: Tensor) -> Tenso
 
 
 def _paired_forward(
-    module: nn.Module, stock: type, run: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any
+    module: nn.Module, stock: Any, run: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any
 ) -> Any:
     halves = _halves(module, args, kwargs)
     weight = next((one for one in held if one.name == "weight"), None)
@@ -315,7 +315,7 @@ def perturbing(layout: Layout, direction: Direction) -> Iterator[None]:
             stock = type(module)
             module.__dict__[_CURRENT] = (held, direction)
             swapped.append((module, stock))
-            module.__class__ = _swapped_class(stock)
+            module.__class__ = _swapped_class(stock)  # type: ignore[arg-type]
         yield
     finally:
         for module, stock in swapped:

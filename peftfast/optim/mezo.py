@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,38 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..functional.zeroth_order import is_rademacher, seeds_tensor, signed_seed
 from . import exchange, in_flight
+from .arguments import (
+    Closure,
+    check_number,
+    check_parameters,
+    closures_of,
+    float32,
+    groups_of,
+    loss_of,
+    magnitude_thresholds,
+    momentum_weights,
+    same_random_numbers,
+    window_of,
+)
+from .readback import Unread
 from .seed_log import SeedLog, Step
 
 MODES = ("exact", "inplace")
 # Seeds of consecutive directions are this far apart (2**64 over the golden ratio); Philox makes any two keys unrelated.
 SEED_STEP = signed_seed("SEED_STEP", 0x9E3779B97F4A7C15)
-SMALLEST_WEIGHT = 0.05  # a momentum window ends where beta**age falls below this
-
-Closure = Callable[[], Any]
 
 
 class MeZO(torch.optim.Optimizer):
     """SGD along a random direction: g = (L(θ + ε z) - L(θ - ε z)) / 2 ε, θ ← θ (1 - lr wd) - lr g z.
 
-    ``step(closure)`` calls the closure at moved weights; it returns the loss and does no backward. z is Philox's and never stored: a run
-    is its seeds and its g's.
+    ``step(closure)`` calls the closure at moved weights; it returns the loss and does no backward. z is Philox's and never stored: a
+    run is its seeds and its g's.
 
     mode="exact" (the default) never writes a perturbation: after a step with lr = 0 every weight has the bits it had. A layer sees
     its weights moved while its forward runs, in scratch of one layer's size; the update is one pass over all weights, rounded
-    stochastically in 16 bits. Which layers can be served so is found by one extra call of the closure in the first step (and when the layers
-    that are called change). Parameters that are read outside the forward of the module that holds them, or by no module at all, are
-    copied: that costs their size once more, and is all of them when the closure uses bare tensors. So a module and a list of its
+    stochastically in 16 bits. Which layers can be served so is found by one extra call of the closure in the first step (and when the
+    layers that are called change). Parameters that are read outside the forward of the module that holds them, or by no module at all,
+    are copied: that costs their size once more, and is all of them when the closure uses bare tensors. So a module and a list of its
     parameters come to the same; the module gives the parameters names.
 
     mode="inplace" writes θ + ε z, θ - ε z and the update into the weights. In bfloat16 that changes about 46 % of the weights by
@@ -87,18 +96,18 @@ class MeZO(torch.optim.Optimizer):
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        _number("lr", lr, low=0.0)
-        _number("eps", eps, low=0.0, open_=True)
+        check_number("lr", lr, low=0.0)
+        check_number("eps", eps, low=0.0, open_=True)
         if torch.tensor(eps, dtype=torch.float32).item() == 0.0:
             raise ValueError(f"eps: expected a number above 0 in float32, got {eps}")
-        _number("weight_decay", weight_decay, low=0.0)
-        _number("momentum", momentum, low=0.0, high=1.0)
+        check_number("weight_decay", weight_decay, low=0.0)
+        check_number("momentum", momentum, low=0.0, high=1.0)
         if not isinstance(directions, int) or isinstance(directions, bool) or directions < 1:
             raise ValueError(f"directions: expected an int of at least 1, got {directions!r}")
         if clip is not None:
-            _number("clip", clip, low=0.0, open_=True)
+            check_number("clip", clip, low=0.0, open_=True)
         if density is not None:
-            _number("density", density, low=0.0, high=1.0, open_=True, closed_top=True)
+            check_number("density", density, low=0.0, high=1.0, open_=True, closed_top=True)
             if mode == "inplace":
                 raise ValueError(
                     "density: Sparse MeZO needs mode='exact': the mask is a function of the unperturbed weight"
@@ -106,11 +115,11 @@ class MeZO(torch.optim.Optimizer):
         if momentum_window is not None and (not isinstance(momentum_window, int) or momentum_window < 1):
             raise ValueError(f"momentum_window: expected an int of at least 1, got {momentum_window!r}")
         self._rademacher = is_rademacher(distribution)
-        groups, self._names, self._ids = _groups(params, filter)
+        groups, self._names, self._ids = groups_of(params, filter)
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self._parameters: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
-        self._device = _check_parameters(self._names, self._parameters)
-        window = 1 if momentum == 0.0 else momentum_window or _window(momentum)
+        self._device = check_parameters(self._names, self._parameters)
+        window = 1 if momentum == 0.0 else momentum_window or window_of(momentum)
         if seed is None:
             seed = int(torch.randint(-(2**63), 2**63 - 1, (1,)).item())
         self._exchange = exchange.Exchange(process_group)
@@ -125,13 +134,15 @@ class MeZO(torch.optim.Optimizer):
         self._steps = 0
         self._layout: in_flight.Layout | None = None
         self._saved: list[Tensor] = []
-        self._unread: list[_Unread] = []
+        self._unread: list[Unread] = []
         self._failed: list[int] = []
         with torch.no_grad():
-            self._thresholds = None if density is None else _thresholds(self._parameters, density, self._device)
+            self._thresholds = (
+                None if density is None else magnitude_thresholds(self._parameters, density, self._device)
+            )
             self._eps = torch.full((1,), self.eps, device=self._device)
             self._minus_eps = -self._eps
-            self._weights = _momentum_weights(self.momentum, window, directions).to(self._device)
+            self._weights = momentum_weights(self.momentum, window, directions).to(self._device)
             self._seeds = torch.zeros(window * directions, dtype=torch.int64, device=self._device)
             self._scalars = torch.zeros(window * directions, device=self._device)
         self._log = None if log is None else SeedLog.create(Path(log), self._header())
@@ -145,7 +156,7 @@ class MeZO(torch.optim.Optimizer):
                 for name, tensor_id, p in zip(self._names, self._ids, self._parameters, strict=True)
             ],
             "groups": [
-                {"count": len(g["params"]), "lr": _float32(g["lr"]), "weight_decay": g["weight_decay"]}
+                {"count": len(g["params"]), "lr": float32(g["lr"]), "weight_decay": g["weight_decay"]}
                 for g in self.param_groups
             ],
             "seed": self._seed,
@@ -190,7 +201,7 @@ class MeZO(torch.optim.Optimizer):
                 finite: that step changed nothing. What the closure itself raises passes through. Weights are as before the step.
         """
         self._raise_if_failed()
-        closures = _closures(closure)
+        closures = closures_of(closure)
         if paired and (self.mode != "exact" or not self.two_sided):
             raise ValueError("paired: expected mode='exact' and two_sided=True")
         seeds = self._step_seeds(self._steps)
@@ -202,7 +213,7 @@ class MeZO(torch.optim.Optimizer):
         scalars, ok = self._projected(losses)
         self._record(seeds, scalars, ok)
         restoring = device_seeds[-1:] if self.mode == "inplace" else None
-        lrs = [_float32(group["lr"]) for group in self.param_groups]
+        lrs = [float32(group["lr"]) for group in self.param_groups]
         self._update(device_seeds, scalars, ok, lrs, restoring)
         self._steps += 1
         return losses.mean().float()
@@ -223,7 +234,7 @@ class MeZO(torch.optim.Optimizer):
     # Losses: float64 [directions, sides, micro-batches] of this worker and all others.
 
     def _exact_losses(self, closures: Sequence[Closure], seeds: Tensor, paired: bool) -> Tensor:
-        with _same_random_numbers(self._device) as rewind:
+        with same_random_numbers(self._device) as rewind:
             base = None
             if self._layout is None:
                 found = self._discover(closures, paired)
@@ -355,7 +366,7 @@ class MeZO(torch.optim.Optimizer):
         at: list[tuple[Tensor, Tensor]] = []  # what the weights are moved by now: (seed, scale)
         away = self._eps + self._eps
         sides: list[Tensor] = []
-        with _same_random_numbers(self._device) as rewind:
+        with same_random_numbers(self._device) as rewind:
             try:
                 base = None
                 if not self.two_sided:
@@ -391,7 +402,7 @@ class MeZO(torch.optim.Optimizer):
 
     def _run(self, closures: Sequence[Closure], paired: bool = False) -> Tensor:
         """float64 ``[micro-batches]``, or ``[2, micro-batches]`` of a paired closure."""
-        losses = [_loss(closure(), self._device, 2 if paired else 1) for closure in closures]
+        losses = [loss_of(closure(), self._device, 2 if paired else 1) for closure in closures]
         stacked = torch.stack(losses)
         return stacked.T.contiguous() if paired else stacked.reshape(-1)
 
@@ -453,8 +464,8 @@ class MeZO(torch.optim.Optimizer):
     # What the device knows is read when it has come, and raised a step later.
 
     def _record(self, seeds: Sequence[int], scalars: Tensor, ok: Tensor) -> None:
-        lrs = [_float32(group["lr"]) for group in self.param_groups]
-        self._unread.append(_Unread(self._steps, list(seeds), lrs, torch.cat((scalars, ok.reshape(1).float()))))
+        lrs = [float32(group["lr"]) for group in self.param_groups]
+        self._unread.append(Unread(self._steps, list(seeds), lrs, torch.cat((scalars, ok.reshape(1).float()))))
         self._settle(wait=False)
 
     def _settle(self, wait: bool) -> None:
@@ -520,148 +531,3 @@ class MeZO(torch.optim.Optimizer):
         self._scalars.copy_(own["scalars"])
         if self._thresholds is not None:
             self._thresholds.copy_(own["thresholds"])
-
-
-class _Unread:
-    """Scalars of a step on their way to the host."""
-
-    def __init__(self, step: int, seeds: list[int], lrs: list[float], scalars: Tensor) -> None:
-        self.step, self.seeds, self.lrs = step, seeds, lrs
-        self._event = None
-        self._host = scalars
-        if scalars.is_cuda:
-            self._host = torch.empty(scalars.shape, dtype=scalars.dtype, pin_memory=True)
-            self._host.copy_(scalars, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def ready(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def values(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.tolist()
-
-
-def _groups(
-    params: Any, filter: Callable[[str, Tensor], bool] | None
-) -> tuple[list[dict[str, Any]], list[str], list[int]]:
-    """(groups as torch takes them, names, ids): ids count every parameter in order, whether it is trained or not."""
-    if isinstance(params, Tensor):
-        raise TypeError("params: expected a module or an iterable of tensors, got a tensor")
-    if isinstance(params, nn.Module):
-        named: list[Any] = [{"params": [pair for pair in params.named_parameters()]}]
-        trained: Callable[[Tensor], bool] = lambda p: p.requires_grad
-    else:
-        given = list(params)
-        named = given if given and all(isinstance(group, dict) for group in given) else [{"params": given}]
-        trained = lambda p: True
-    groups, names, ids, count = [], [], [], 0
-    for group in named:
-        members = group["params"]
-        kept = []
-        for item in [members] if isinstance(members, Tensor) else list(members):
-            name, parameter = item if isinstance(item, tuple) else (str(count), item)
-            if not isinstance(parameter, Tensor):
-                raise TypeError(f"params: expected tensors, got {type(parameter).__name__}")
-            if trained(parameter) and (filter is None or filter(name, parameter)):
-                kept.append(parameter)
-                names.append(name)
-                ids.append(count)
-            count += 1
-        if kept:
-            groups.append({**group, "params": kept})
-    if not groups:
-        raise ValueError("params: expected at least one tensor to train, got none")
-    return groups, names, ids
-
-
-def _check_parameters(names: Sequence[str], parameters: Sequence[Tensor]) -> torch.device:
-    device = parameters[0].device
-    for name, parameter in zip(names, parameters, strict=True):
-        if not parameter.is_floating_point():
-            raise TypeError(f"params: {name}: expected a floating dtype, got {parameter.dtype}")
-        if parameter.device != device:
-            raise ValueError(
-                f"params: expected all on one device, got {names[0]} on {device} and {name} on {parameter.device}"
-            )
-        if type(parameter) not in (Tensor, nn.Parameter):
-            raise TypeError(f"params: {name}: expected a plain tensor, got {type(parameter).__name__}")
-    if device.type == "meta":
-        raise ValueError("params: expected tensors with data, got meta tensors")
-    return device
-
-
-def _closures(closure: Any) -> list[Closure]:
-    closures = [closure] if callable(closure) else list(closure) if isinstance(closure, (list, tuple)) else []
-    if not closures or not all(map(callable, closures)):
-        raise TypeError(f"closure: expected a function that returns the loss, or a sequence of them, got {closure!r}")
-    return closures
-
-
-def _loss(value: Any, device: torch.device, count: int) -> Tensor:
-    """The loss as float64 ``[count]``; float64 so that the difference of two losses is exact."""
-    what = "one element" if count == 1 else "two losses (plus, minus)"
-    if count == 2 and isinstance(value, (tuple, list)):
-        if len(value) != 2:
-            raise ValueError(f"closure: expected {what}, got {len(value)}")
-        return torch.cat([_loss(one, device, 1) for one in value])
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and count == 1:
-        return torch.full((1,), float(value), dtype=torch.float64, device=device)
-    if not isinstance(value, Tensor) or value.is_complex():
-        raise TypeError(f"closure: expected a loss of {what}, got {type(value).__name__}")
-    if value.numel() != count:
-        raise ValueError(f"closure: expected a loss of {what}, got shape {tuple(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"closure: expected a loss on {device} beside the parameters, got on {value.device}")
-    return value.detach().reshape(count).to(torch.float64)
-
-
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[Callable[[], None]]:
-    """The value sets torch's generators back to where they are now. Their states are the host's: nothing waits for the device."""
-    state = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def rewind() -> None:
-        torch.set_rng_state(state)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
-
-    yield rewind
-
-
-def _thresholds(parameters: Sequence[Tensor], density: float, device: torch.device) -> Tensor:
-    limits = []
-    for parameter in parameters:
-        magnitudes = parameter.detach().abs().reshape(-1).float()
-        if parameter.dim() < 2 or magnitudes.numel() == 0:
-            limits.append(torch.full((1,), math.inf, device=device))
-        else:
-            limits.append(magnitudes.kthvalue(max(1, math.ceil(density * magnitudes.numel()))).values.reshape(1))
-    return torch.cat(limits)
-
-
-def _window(momentum: float) -> int:
-    return max(1, math.ceil(math.log(SMALLEST_WEIGHT) / math.log(momentum)))
-
-
-def _momentum_weights(momentum: float, window: int, directions: int) -> Tensor:
-    """β^age of each term, the newest first: float32 ``[window * directions]``."""
-    return torch.tensor([momentum**age for age in range(window) for _ in range(directions)])
-
-
-def _float32(value: float) -> float:
-    return torch.tensor(float(value), dtype=torch.float32).item()
-
-
-def _number(
-    name: str, value: Any, *, low: float, high: float = math.inf, open_: bool = False, closed_top: bool = False
-) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    good = good and (value > low if open_ else value >= low) and (value <= high if closed_top else value < high)
-    if not good:
-        raise ValueError(
-            f"{name}: expected a number {'above' if open_ else 'from'} {low}{'' if high == math.inf else f' to {high}'}, got {value!r}"
-        )

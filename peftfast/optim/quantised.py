@@ -13,7 +13,7 @@ from ..reference.nf4 import unnest_absmax
 
 def unnested(weight: NF4Weight) -> NF4Weight:
     """The same weight with its block maxima in float32, not in bytes: equal when decoded, 4 bytes for a block in place of one."""
-    if weight.nested_absmax is None:
+    if weight.nested_absmax is None or weight.nested_code is None or weight.nested_offset is None:
         return weight
     absmax = unnest_absmax(weight.absmax, weight.nested_absmax, weight.nested_code, weight.nested_offset)
     return dataclasses.replace(weight, absmax=absmax, nested_absmax=None, nested_code=None, nested_offset=None)
