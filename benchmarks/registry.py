@@ -136,6 +136,7 @@ class Op:
             case's dtype what the error is held against.
         cost: (case, computes) -> :class:`Cost`.
         baseline: the provider that is measured twice, to show the noise.
+        still: inputs -> inputs at which random numbers do not show; there a provider that draws its own is checked.
         statistical: results are random: each provider brings an ``error`` instead of results to compare.
     """
 
@@ -150,6 +151,7 @@ class Op:
     ranked: bool = True
     dropped: bool = True
     tokens: bool = True
+    still: Callable[[Inputs], Inputs] | None = None
 
 
 OPS: dict[str, Op] = {}

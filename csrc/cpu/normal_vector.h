@@ -25,11 +25,13 @@ static inline Vec vec_choose(Ints a, Vec yes, Vec no) {
 static inline Ints ints_pair(Counters a, Counters b) {
     return _mm512_mask_blend_epi32(0xaaaa, a, _mm512_slli_epi64(b, 32));
 }
-static inline void store_interleaved(float* out, Vec even, Vec odd) {
+struct VecPair {
+    Vec first, second;
+};
+static inline VecPair interleave(Vec even, Vec odd) {
     const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    _mm512_storeu_ps(out, _mm512_permutex2var_ps(even, first, odd));
-    _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(even, second, odd));
+    return VecPair{_mm512_permutex2var_ps(even, first, odd), _mm512_permutex2var_ps(even, second, odd)};
 }
 // The words of kCounters counters in order, four to a counter.
 static inline void store_words(uint32_t* out, const Counters word[4]) {
@@ -61,10 +63,12 @@ static inline Vec vec_choose(Ints a, Vec yes, Vec no) {
     return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_slli_epi32(a, 1)));
 }
 static inline Ints ints_pair(Counters a, Counters b) { return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa); }
-static inline void store_interleaved(float* out, Vec even, Vec odd) {
+struct VecPair {
+    Vec first, second;
+};
+static inline VecPair interleave(Vec even, Vec odd) {
     const Vec low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
-    _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
-    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    return VecPair{_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
 }
 static inline void store_words(uint32_t* out, const Counters word[4]) {
     const __m256i low = ints_pair(word[0], word[1]), high = ints_pair(word[2], word[3]);
@@ -79,16 +83,12 @@ static inline void store_words(uint32_t* out, const Counters word[4]) {
 #endif
 
 #if PEFTFAST_ISA
-struct Normals {
-    Vec first, second;
-};
-
 constexpr float kLog[8] = {philox::kLog0, philox::kLog1, philox::kLog2, philox::kLog3,
                            philox::kLog4, philox::kLog5, philox::kLog6, philox::kLog7};
 constexpr float kSin[4] = {philox::kSin0, philox::kSin1, philox::kSin2, philox::kSin3};
 constexpr float kCos[3] = {philox::kCos0, philox::kCos1, philox::kCos2};
 
-static inline Normals normal_pairs(Ints radius_words, Ints angle_words) {
+static inline VecPair normal_pairs(Ints radius_words, Ints angle_words) {
     const Vec t = vec_add(vec_from_unsigned(radius_words), vec_set(0.5f));
     const Ints from_root = ints_sub(ints_of(t), ints_set(philox::kSqrtHalfBits));
     const Ints mantissa = ints_add(ints_and(from_root, ints_set(0x7fffff)), ints_set(philox::kSqrtHalfBits));
@@ -111,15 +111,20 @@ static inline Normals normal_pairs(Ints radius_words, Ints angle_words) {
     cosine = vec_add(vec_mul(square, cosine), vec_set(1.0f));
     const Vec first = vec_xor(vec_choose(turned, sine, cosine), ints_and(ints_add(turned, ints_set(1u << 30)), top));
     const Vec second = vec_xor(vec_choose(turned, cosine, sine), ints_and(turned, top));
-    return Normals{vec_mul(radius, first), vec_mul(radius, second)};
+    return VecPair{vec_mul(radius, first), vec_mul(radius, second)};
+}
+
+static inline void store_interleaved(float* out, VecPair pair) {
+    const VecPair in_order = interleave(pair.first, pair.second);
+    vec_store(out, in_order.first);
+    vec_store(out + kWidth, in_order.second);
 }
 #endif
 
 // kNormals normals of the counters in `word`, in the order of their elements.
 static inline void store_normals(float* out, const Counters word[4]) {
 #if PEFTFAST_ISA
-    const Normals normals = normal_pairs(ints_pair(word[0], word[2]), ints_pair(word[1], word[3]));
-    store_interleaved(out, normals.first, normals.second);
+    store_interleaved(out, normal_pairs(ints_pair(word[0], word[2]), ints_pair(word[1], word[3])));
 #else
     for (int i = 0; i < 4; i += 2) {
         const philox::Pair pair = philox::normal_pair((uint32_t)word[i], (uint32_t)word[i + 1]);
