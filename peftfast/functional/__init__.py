@@ -5,6 +5,7 @@ from .nf4 import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
 from .sparse_delta import sparse_delta_linear
 from .sparse_pattern import SparsePattern
 from .sparse_support import choose_support
+from .zeroth_order import perturb_, perturbation, zo_linear
 
 __all__ = [
     "NF4Weight",
@@ -14,5 +15,8 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "perturb_",
+    "perturbation",
     "sparse_delta_linear",
+    "zo_linear",
 ]

@@ -6,8 +6,9 @@ from peftfast.configs import lora as lora_configs
 from peftfast.configs import nf4 as nf4_configs
 from peftfast.configs import philox as philox_configs
 from peftfast.configs import sparse_delta as sparse_configs
+from peftfast.configs import zeroth_order as zo_configs
 from peftfast.configs.device import Device
-from peftfast.kernels import lora, nf4, philox, sparse_delta
+from peftfast.kernels import lora, nf4, philox, sparse_delta, zeroth_order
 
 DEVICES = {
     80: Device("", (8, 0), 108),
@@ -147,3 +148,44 @@ def sparse_adamw(
         getattr(torch, age),
         sparse_configs.adamw(DEVICES[arch]),
     )
+
+
+def perturb(
+    dtype: str,
+    rademacher: bool,
+    arch: int,
+    rounding: bool = False,
+    pair: bool = False,
+    terms: int = 1,
+    options: bool = False,
+    source: bool = True,
+    tensors: int = 3,
+) -> None:
+    """Addresses of meta tensors are 0: aligned."""
+    config = zo_configs.perturb(dtype, rademacher, DEVICES[arch])
+    outs = [_empty(4096, 4096, dtype=dtype) for _ in range(tensors)]
+    scalars = _empty(1, dtype=torch.float32), _empty(tensors, dtype=torch.float32)
+    zeroth_order.perturb(
+        outs if source else None,
+        outs,
+        outs if pair else None,
+        _empty(terms, dtype=torch.int64),
+        _empty(terms, dtype=torch.float32),
+        *(scalars if options else (None, None)),
+        _empty(1, dtype=torch.int64) if rounding else None,
+        list(range(tensors)),
+        [0] * tensors,
+        rademacher,
+        config,
+    )
+
+
+def zo_linear(
+    M: int, dtype: str, rademacher: bool, arch: int, N: int = 4096, K: int = 4096, options: bool = False
+) -> None:
+    config = zo_configs.zo_linear(M, N, K, dtype, rademacher, DEVICES[arch])
+    bias = _empty(N, dtype=dtype) if options else None
+    x = _empty(M, K, dtype=dtype)
+    one = _empty(1, dtype=torch.float32)
+    seed, threshold = _empty(1, dtype=torch.int64), one if options else None
+    zeroth_order.zo_linear(x, x, _empty(N, K, dtype=dtype), bias, bias, seed, one, threshold, 5, rademacher, config)
