@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import numbers
 import operator
 from typing import Any
@@ -13,14 +12,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
-from ..reference import lora as definition
-from .nf4 import NF4Weight, check_features, check_vector, dequantized, nf4_dequantize
+from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .precision import autocast_off, autocast_on, cache_signature, compute_dtype_of
 
-logger = logging.getLogger("peftfast")
-
 _DENSE = (None,) * 7  # what a dense weight has in the place of NF4Weight.storage()[1:]
-_reported: set[str] = set()
 
 
 def _dense_weight(weight: Tensor, quantisation: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
@@ -134,10 +129,10 @@ class LoRALinearFunction(torch.autograd.Function):
         return dx, dweight, da, db, dbias, dlora_bias, *(None,) * 12
 
 
-def draw_seed(x: Tensor) -> Tensor:
-    """A dropout seed: one int64 on x's device from torch's generator, so that torch.manual_seed and checkpointing rule it.
+def draw_seed(x: Tensor, count: int = 1) -> Tensor:
+    """Dropout seeds: ``count`` int64 on x's device from torch's generator, so that torch.manual_seed and checkpointing rule them.
     No host synchronisation; safe in a CUDA graph."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=x.device)
 
 
 def _seed_tensor(seed: Tensor | int, x: Tensor) -> Tensor:
@@ -199,28 +194,6 @@ def _check_arguments(
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
-def _composed(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    lora_bias: Tensor | None,
-    magnitude: Tensor,
-    dtype: torch.dtype,
-    **options: Any,
-) -> Tensor:
-    """DoRA, which has no fused form yet, by the definition; said once in the log."""
-    if "dora" not in _reported:
-        _reported.add("dora")
-        logger.warning("lora_linear with magnitude (DoRA) runs on reference: no fused form yet")
-    dense = nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
-    cast: list[Any] = [None if t is None else t.to(dtype) for t in (dense, lora_a, lora_b, bias, lora_bias, magnitude)]
-    return definition.lora_linear(
-        x.to(dtype), cast[0], cast[1], cast[2], bias=cast[3], lora_bias=cast[4], magnitude=cast[5], **options
-    )
-
-
 def lora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,
@@ -247,7 +220,7 @@ def lora_linear(
         lora_a, lora_b: ``[R, K]`` and ``[N, R]``, floating, of any dtype.
         scaling: a Python number.
         bias, lora_bias: ``[N]``.
-        magnitude: ``[N]``: DoRA (arXiv 2402.09353) as PEFT computes it; by the definition, not fused.
+        magnitude: ``[N]``: DoRA (arXiv 2402.09353) as PEFT computes it; with dropout it takes a second product with W.
         dropout_p: probability that an element of x is dropped before A, in training. The exact keep rate is
             round(65536 (1 - p)) / 65536.
         seed: of the mask: an int, or one int64 element on x's device, which costs no synchronisation. Drawn from torch's generator
@@ -268,20 +241,10 @@ def lora_linear(
         seed_tensor = None if p == 0.0 else draw_seed(x) if seed is None else _seed_tensor(seed, x)
         out_dtype = x.dtype if compute_dtype is not None else dtype
         if magnitude is not None:
-            y = _composed(
-                x,
-                weight,
-                lora_a,
-                lora_b,
-                bias,
-                lora_bias,
-                magnitude,
-                dtype,
-                scaling=scaling,
-                dropout_p=p,
-                seed=seed_tensor,
-            )
-            return y.to(out_dtype)
+            from .lora_linears import Projection, apply_group  # below this module: it checks with this one's checks
+
+            own = Projection(weight, lora_a, lora_b, scaling, lora_bias=lora_bias, dropout_p=p, seed=seed_tensor)
+            return apply_group(x, [(weight, bias, magnitude)], [(own,)], None, training, dtype, out_dtype)[0]
         base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight, *_DENSE)
         y, _ = LoRALinearFunction.apply(
             x.reshape(-1, x.shape[-1]),
