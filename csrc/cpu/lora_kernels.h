@@ -293,7 +293,7 @@ static void expand(const Expansion& e, int64_t row_begin, int64_t row_end, int64
 
 static void gain_grads(const Matrix& dy, const Matrix& z, const float* factor, const Matrix& out, float* totals,
                        int64_t begin, int64_t end) {
-    constexpr int64_t kColumns = 256, kRows = 32;  // a sum over kRows is added to what came before as a whole
+    constexpr int64_t kColumns = 256, kRows = 8;  // a sum over kRows is added to what came before as a whole
     float left[kColumns], right[kColumns], part[kColumns];
     for (int64_t column = 0; column < dy.columns; column += kColumns) {
         const int64_t count = at_most(kColumns, dy.columns - column);

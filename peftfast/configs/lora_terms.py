@@ -82,6 +82,16 @@ def lora_terms_weight_grad(
     return replace(config, splits=_splits(programs, _blocks(M, config.block_m), device))
 
 
+def lora_terms_dy_grads(
+    M: int, N: int, ranks: list[int], dy: str, compute: str, device: Device
+) -> tuple[LoraConfig, LoraConfig]:
+    """Of the readings of dy for ds and for db."""
+    ds = lora_terms_shrink(
+        M, N, [min(rank, 32) for rank in ranks], dy, dy, False, device
+    )  # B lies by columns: 64 ranks spill
+    return ds, lora_terms_weight_grad(M, N, ranks, dy, compute, False, device)
+
+
 def lora_dora_expand(M: int, N: int, R: int, base: str, compute: str, device: Device) -> LoraConfig:
     return tile(_case("lora_dora_expand", M, [R], base, compute, False), device)
 
@@ -112,5 +122,6 @@ def _heuristic(case: Case) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 32, 16, num_stages=2)
     if case.op in ("lora_terms_expand", "lora_dora_expand"):
-        return LoraConfig(case.rows, 64, min(case.rank, 32), num_warps=8 if case.rows == 64 else 4, num_stages=1)
-    return LoraConfig(min(case.rows, 32), 64, case.rank, num_warps=4, num_stages=2)
+        return LoraConfig(16, 64, 16, num_stages=1) if case.rows == 16 else LoraConfig(64, 64, min(case.rank, 32), 8, 1)
+    shrink = case.op == "lora_terms_shrink" and case.rows == 16
+    return LoraConfig(min(case.rows, 32), 64, min(case.rank, 32) if shrink else case.rank, num_stages=2)

@@ -280,11 +280,12 @@ class _Backward:
         if not wanted:
             return
         if self.rows is not None:
-            # A product sums in a fixed order, where index_add would not.
+            # A product sums in a fixed order, where index_add would not; this one in parts, and reads dy once.
             names = torch.arange(len(self.ranks), device=dy.device, dtype=self.rows.dtype)
-            totals = (self.rows[None, :] == names[:, None]).to(dy.dtype) @ dy
+            named = (self.rows[:, None] == names[None, :]).to(dy.dtype)
+            totals = ops.lora.lora_weight_grad(named, dy, None, 0.0, 1.0, wide)
         for t in wanted:
-            own = total if self.rows is None else totals[t].to(wide)
+            own = total if self.rows is None else totals[t]
             if part.dora:
                 own = own * part.given["gain"]
             self._give(self._term_field(t, "lora_bias"), own * self.plan.scalings[t])

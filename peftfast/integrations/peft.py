@@ -17,6 +17,7 @@ from . import bitsandbytes as bnb
 from .patch_report import LayerReport, PatchReport
 from .peft_call import VERDICT, active_names, fused_or_stock
 from .peft_guards import FSDP, forget_backends, kernel_name, peft_version_reason, why_stock
+from .peft_guards import TESTED_PEFT as TESTED_PEFT
 
 logger = logging.getLogger("peftfast")
 

@@ -269,11 +269,13 @@ def _cpu_dy_grads(
 def _triton_dy_grads(
     dy: Tensor, s: Tensor, b: list[Tensor], rows: Tensor | None, scalings: list[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    sizes = (dy.shape[0], dy.shape[1], [one.shape[1] for one in b])
-    device, name = device_of(dy), dtype_name(dy.dtype)
-    config = (
-        configs.lora_terms_shrink(*sizes, name, name, False, device),
-        configs.lora_terms_weight_grad(*sizes, name, dtype_name(s.dtype), False, device),
+    config = configs.lora_terms_dy_grads(
+        dy.shape[0],
+        dy.shape[1],
+        [one.shape[1] for one in b],
+        dtype_name(dy.dtype),
+        dtype_name(s.dtype),
+        device_of(dy),
     )
     with on_device(dy):
         return kernels("lora_terms").lora_terms_dy_grads(dy, s, b, rows, scalings, dtype, config)
