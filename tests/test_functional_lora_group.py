@@ -151,6 +151,33 @@ def test_counts_of_a_group() -> None:
     }
 
 
+@pytest.mark.interpreter
+def test_launches_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most nine launches forward and fourteen backward for three projections, the products of the library among them."""
+    from triton.runtime.interpreter import GridExecutor
+
+    monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
+    launches: list[str] = []
+    launch = GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    case = GroupCase(PLAIN, shape=(40, 256))
+    tensors = tensors_of(case)
+    library = ("mm", "addmm", "addmm_", "cat", "randint")
+    with Calls() as forward:
+        ys = run(case, tensors, seeded=False)
+    first = len(launches)
+    dys = upstream(case, ys)
+    with Calls() as backward:
+        gradients(ys, tensors, dys)
+    assert first + sum(forward.compute[name] for name in library) <= 9, (launches, forward.compute)
+    assert len(launches) - first + sum(backward.compute[name] for name in library) <= 14, (launches, backward.compute)
+
+
 @pytest.mark.parametrize("named", ["all", "rows"])
 def test_counts_of_a_batch(named: str) -> None:
     forward, backward = calls_of(GroupCase(PLAIN, batch=True, named=named, shape=(33, 67)))

@@ -1,6 +1,7 @@
 """Modules that stand where an nn.Linear stood."""
 
 from .lora import LoRALinear, LoRANF4Linear
+from .lora_group import LoRALinears
 from .nf4 import NF4Linear
 
-__all__ = ["LoRALinear", "LoRANF4Linear", "NF4Linear"]
+__all__ = ["LoRALinear", "LoRALinears", "LoRANF4Linear", "NF4Linear"]
