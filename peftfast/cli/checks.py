@@ -122,6 +122,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _widened(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_widened(one) for one in value]
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return torch.float64 if isinstance(value, torch.dtype) else value
@@ -246,6 +248,54 @@ def _zo_linear_cases(random: torch.Generator, device: str) -> dict[str, list[Cas
     return {"zo_linear": rows}
 
 
+def _terms_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    """Three adapters, of which the rows of x name two and, with -1 and 3, none."""
+
+    def normal(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    ranks, seeds = [R, 8, 1], torch.tensor([987654321, 5, -7], dtype=torch.int64)
+    cases: dict[str, list[Case]] = {}
+    for compute in (torch.float32, torch.bfloat16):
+        for rows in (None, torch.tensor([2, -1, 0, 3, 0], dtype=torch.int32)):
+            name = f"{_short(compute)}, {'summed' if rows is None else 'by rows'}"
+            terms = (rows, seeds, [DROPOUT_P, 0.0, 0.5], [SCALING, 1.0, 2.0])
+            x, s, dy, base = (normal(compute, M, columns) for columns in (K, sum(ranks), N, N))
+            a, b = [normal(torch.float32, r, K) for r in ranks], [normal(torch.float32, N, r) for r in ranks]
+            biases = [normal(torch.float32, N) for _ in ranks]
+            expand = (base, s, b, biases, *terms)
+            calls: tuple[tuple[str, Callable[..., Any], tuple[Any, ...], int | None], ...] = (
+                ("lora_terms_shrink", lora.lora_terms_shrink, (x, a, *terms, compute), None),
+                ("lora_terms_expand", lora.lora_terms_expand, (*expand, torch.float32), None),
+                ("lora_terms_expand_", lora.lora_terms_expand, expand, 0),
+                ("lora_terms_weight_grad", lora.lora_terms_weight_grad, (s, x, ranks, *terms, torch.float32), None),
+                ("lora_terms_dy_grads", lora.lora_terms_dy_grads, (dy, s, b, rows, terms[3], torch.float32), None),
+            )
+            for operator, definition, arguments, written in calls:
+                case = _budgeted(name, definition, arguments, device, written)
+                cases.setdefault(operator, []).append(case)
+    return cases
+
+
+def _dora_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    seed = torch.tensor([987654321], dtype=torch.int64)
+    cases: dict[str, list[Case]] = {}
+    for compute in (torch.float32, torch.bfloat16):
+        base, plain, dy, z = (torch.randn((M, N), generator=random).to(compute) for _ in range(4))
+        s, b = torch.randn((M, R), generator=random).to(compute), torch.randn((N, R), generator=random)
+        gain, bias = torch.rand(N, generator=random) + 0.5, torch.randn(N, generator=random)
+        calls: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
+            ("lora_dora_expand", lora.lora_dora_expand, (base, None, s, b, bias, gain, bias, SCALING, compute)),
+            ("lora_dora_expand", lora.lora_dora_expand, (base, plain, s, b, None, gain, None, SCALING, compute)),
+            ("lora_gain_grads", lora.lora_gain_grads, (dy, z, gain)),
+            ("lora_dropout_add", lora.lora_dropout_add, (base, dy, seed, DROPOUT_P, compute)),
+            ("lora_dropout_add", lora.lora_dropout_add, (None, dy, seed, DROPOUT_P, torch.float32)),
+        )
+        for operator, definition, arguments in calls:
+            cases.setdefault(operator, []).append(_budgeted(_short(compute), definition, arguments, device))
+    return cases
+
+
 def cases(device: str) -> dict[str, list[Case]]:
     """The calls of every operator, by its name, with the budgets of this device."""
     random = torch.Generator().manual_seed(0)
@@ -253,6 +303,8 @@ def cases(device: str) -> dict[str, list[Case]]:
         **_philox_cases(),
         **_nf4_cases(random),
         **_lora_cases(random, device),
+        **_terms_cases(random, device),
+        **_dora_cases(random, device),
         **_sparse_delta_cases(random, device),
         **_zeroth_order_cases(random),
         **_zo_linear_cases(random, device),
