@@ -140,6 +140,7 @@ class Op:
         baseline: the provider that is measured twice, to show the noise.
         ranked, dropped, tokens, sparse, routed: whether it has a rank, a dropout rate, rows of x, a density of the support, several
             adapters in one batch.
+        still: inputs -> inputs at which random numbers do not show; there a provider that draws its own is checked.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Op:
     tokens: bool = True
     sparse: bool = False
     routed: bool = False
+    still: Callable[[Inputs], Inputs] | None = None
 
 
 OPS: dict[str, Op] = {}

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .numerics import convert, multiply_add, narrow, widen
-from .partials import divide, partials_of, reduce_partials
+from .partials import divide, partials_of, reduce_partials, reduce_two
 from .philox import keep_scale, keep_threshold, keep_tile
 
 COMPUTE_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -459,8 +459,7 @@ def lora_dy_grads(
         b.stride(1),
         **_blocks(config),
     )
-    reduce_partials(ds_partials, ds, scaling)
-    reduce_partials(db_partials, db, scaling)
+    reduce_two(ds_partials, ds, scaling, db_partials, db, scaling)
     return ds, db
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..configs.device import Device
 from . import native
-from .dispatch import Verdict
+from .dispatch import Verdict, requested_backend
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,6 +43,12 @@ def triton_available() -> Verdict:
 
 def cpu_available() -> Verdict:
     return native.cpu_available()
+
+
+def undisturbed() -> bool:
+    """Whether a caller may join operators into one of the C++ library: it is there, no backend is asked for by name, and no dispatch
+    mode watches, which would not see the single ones."""
+    return requested_backend() is None and torch._C._len_torch_dispatch_stack() == 0 and native.cpu_available()[0]
 
 
 def takes_cpu(*tensors: Tensor | None) -> Verdict:

@@ -3,9 +3,15 @@
 import importlib
 from typing import Any
 
-_MODULES = {"SparseAdamW": ".sparse_adamw", "SparseSM3": ".sparse_sm3", "MeZO": ".mezo"}
+_MODULES = {
+    "MeZO": ".mezo",
+    "SparseAdamW": ".sparse_adamw",
+    "SparseSM3": ".sparse_sm3",
+    "replay": ".seed_log",
+    "trainable_scales": ".quantised",
+}
 
-__all__ = ["MeZO", "SparseAdamW", "SparseSM3"]  # noqa: F822
+__all__ = ["MeZO", "SparseAdamW", "SparseSM3", "replay", "trainable_scales"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:
