@@ -57,6 +57,12 @@ def parser() -> arguments.Parser:
     parse.add_argument(
         "--quick", action="store_true", help="a few steps of each thing, in less than a minute; proves no speed"
     )
+    parse.add_argument(
+        "--method",
+        choices=("qlora", "mezo"),
+        default="qlora",
+        help="mezo: by forward passes alone (default: %(default)s)",
+    )
     parse.add_argument("--seed", type=arguments.integer(0), default=0)
     parse.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: cuda where there is one)")
     parse.add_argument("--batch-size", type=at_least_one, help=f"default: {BATCH_SIZE}; quick: {QUICK_BATCH_SIZE}")
@@ -79,6 +85,10 @@ def main(argv: Sequence[str]) -> int:
     device = arguments.device_name(options.device)
     out = arguments.writable_directory("--out", options.out)
     arguments.quiet_libraries()
+    if options.method == "mezo":
+        from . import mezo
+
+        return mezo.main(options, directory, device, out)
     run = Run(options, directory, device, out)
     try:
         agrees = run.all()
