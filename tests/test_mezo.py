@@ -491,6 +491,9 @@ BAD_ARGUMENTS: dict[str, tuple[type, str, Callable[[], Any]]] = {
     "clip": (ValueError, "clip: expected", lambda: MeZO([W], clip=0.0)),
     "density": (ValueError, "density: expected", lambda: MeZO([W], density=1.5)),
     "sparse inplace": (ValueError, "density: Sparse MeZO needs", lambda: MeZO([W], density=0.5, mode="inplace")),
+    "rank": (ValueError, "rank: expected an int", lambda: MeZO([W], rank=0)),
+    "rank inplace": (ValueError, "rank: expected mode", lambda: MeZO([W], rank=1, mode="inplace")),
+    "rank and density": (ValueError, "rank: expected mode", lambda: MeZO([W], rank=1, density=0.5)),
     "nothing": (ValueError, "params: expected at least one", lambda: MeZO([])),
     "frozen": (ValueError, "params: expected at least one", lambda: MeZO(nn.Linear(2, 2).requires_grad_(False))),
     "a tensor": (TypeError, "params: expected a module", lambda: MeZO(W)),
@@ -591,6 +594,57 @@ def test_extra_memory_is_a_layer_s() -> None:
     optimizer = MeZO(model, lr=0.0)
     optimizer.step(lambda: model(torch.ones(1, 64, device=DEVICE)).mean())
     assert len(alive) == 20 and most[0] <= 2
+
+
+def low_rank_z(p: Tensor, seed: int, tensor_id: int, rank: int) -> Tensor:
+    """By the definition in the docstring; dense where a side is not larger than the rank."""
+    if p.dim() != 2 or min(p.shape) <= rank:
+        return F.perturbation(p.shape, seed, tensor_id=tensor_id, device=DEVICE).double()
+    rows, columns = p.shape
+    both = F.perturbation(((rows + columns) * rank,), seed, tensor_id=tensor_id, device=DEVICE).double()
+    return both[: rows * rank].reshape(rows, rank) @ both[rows * rank :].reshape(columns, rank).T / rank**0.5
+
+
+@pytest.mark.parametrize(("tied", "paired"), [(False, False), (True, False), (False, True)])
+def test_low_rank_directions(tied: bool, paired: bool) -> None:
+    """Against the formula in float64: layers by factors, a table, a copied matrix, vectors, a head smaller than the rank."""
+    model = net(tied=tied, gain=not paired)
+    before = state(model)
+    optimizer = MeZO(model, lr=1e-2, eps=1e-2, seed=5, rank=8, directions=2, weight_decay=0.1)
+    mine = [p.detach().clone().double() for p in model.parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    wide = copy.deepcopy(model).double()
+
+    def loss(values: list[Tensor]) -> Tensor:
+        outputs = torch.func.functional_call(wide, dict(zip(names, values, strict=True)), (TOKENS,))
+        return nn.functional.cross_entropy(outputs, LABELS)
+
+    for step in range(2):
+        updates = [torch.zeros_like(p) for p in mine]
+        for i in range(2):
+            seed = (5 + (2 * step + i) * SEED_STEP) % 2**64
+            z = [low_rank_z(p, seed, k, 8) for k, p in enumerate(mine)]
+            plus, minus = (loss([p + s * 1e-2 * d for p, d in zip(mine, z, strict=True)]) for s in (1, -1))
+            for update, d in zip(updates, z, strict=True):
+                update += (plus - minus) / 2e-2 * d / 2
+        for p, update in zip(mine, updates, strict=True):
+            p.mul_(1 - 1e-3).sub_(1e-2 * update)
+        optimizer.step(paired_closure(model) if paired else closure_of(model), paired=paired)
+    for p, right, old in zip(model.parameters(), mine, before, strict=True):
+        torch.testing.assert_close(p.detach().double(), right, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(p.detach(), old)
+
+
+def test_low_rank_writes_no_moved_weight() -> None:
+    model = nn.Linear(64, 48, device=DEVICE)
+    x = torch.randn(8, 64, device=DEVICE)
+    optimizer = MeZO(model, lr=0.0, rank=4, weight_decay=0.0)
+    before = state(model)
+    optimizer.step(lambda: model(x).mean())
+    with Calls() as calls:
+        optimizer.step(lambda: model(x).mean())
+    assert calls.compute["lora_shrink"] == 2 and calls.compute["lora_expand_"] == 3  # the third is the update
+    assert same(model, before)
 
 
 def test_state_dict_continues_a_run() -> None:

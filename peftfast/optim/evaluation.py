@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from . import in_flight
+from . import in_flight, low_rank
 from .arguments import Closure, loss_of, same_random_numbers
 
 
@@ -18,6 +18,7 @@ class Evaluations:
     eps: float
     distribution: str
     directions: int
+    rank: int | None
     two_sided: bool
     paired_fallbacks: list[str]
     _parameters: list[Tensor]
@@ -93,7 +94,7 @@ class ExactEvaluations(Evaluations):
         assert self._layout is not None
         layout = self._layout
         direction = in_flight.Direction(
-            seed, scale, self._eps, self._ids, self._thresholds, self._rademacher, paired=paired
+            seed, scale, self._eps, self._ids, self._thresholds, self._rademacher, self.rank, paired=paired
         )
         self._move_copies(layout, seed, scale)
         with in_flight.perturbing(layout, direction):
@@ -111,19 +112,26 @@ class ExactEvaluations(Evaluations):
         return losses
 
     def _move_copies(self, layout: in_flight.Layout, seed: Tensor, scale: Tensor) -> None:
-        if layout.copied:
+        dense = [k for k, i in enumerate(layout.copied) if not low_rank.serves(self._parameters[i], self.rank)]
+        if dense:
+            indices = [layout.copied[k] for k in dense]
             limits = None
             if self._thresholds is not None:
-                limits = torch.cat([self._thresholds[i : i + 1] for i in layout.copied])
+                limits = torch.cat([self._thresholds[i : i + 1] for i in indices])
             F.perturb_(
-                [self._parameters[i].detach() for i in layout.copied],
+                [self._parameters[i].detach() for i in indices],
                 seed,
                 scale,
                 distribution=self.distribution,
-                tensor_ids=[self._ids[i] for i in layout.copied],
+                tensor_ids=[self._ids[i] for i in indices],
                 thresholds=limits,
-                sources=self._saved,
+                sources=[self._saved[k] for k in dense],
             )
+        for k, i in enumerate(layout.copied):
+            if self.rank is not None and k not in dense:
+                target = self._parameters[i].detach()
+                target.copy_(self._saved[k])
+                low_rank.move_(target, seed, scale, self._ids[i], self.rank, self._rademacher)
 
     def _found_outside(self, closures: Sequence[Closure], rewind: Callable[[], None], paired: bool) -> bool:
         """Other layers were called than ever before: whether some weight is now read where it was not moved. The closure is watched
