@@ -230,6 +230,65 @@ def test_both_sides_see_the_same_dropout() -> None:
     assert not torch.equal(again[2], again[3])
 
 
+@pytest.mark.parametrize("mode", ["exact", "inplace"])
+@pytest.mark.parametrize(
+    "options", [{}, {"two_sided": False}, {"directions": 2}, {"two_sided": False, "directions": 2}], ids=str
+)
+def test_a_step_draws_as_much_as_one_call(mode: str, options: dict[str, Any]) -> None:
+    """Random numbers go on from step to step: the first step's mask is not the second's, whatever is evaluated in between."""
+    model = net(dropout=0.5)
+    optimizer = MeZO(model, lr=1e-4, seed=1, mode=mode, **options)
+    torch.manual_seed(4)
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+    after = torch.get_rng_state()
+    torch.manual_seed(4)
+    for _ in range(2):
+        closure_of(model)()
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_a_compiled_model() -> None:
+    plain, inner = net(gain=False), net(gain=False)
+    compiled = torch.compile(inner, backend="aot_eager")
+    optimizers = [MeZO(model, lr=1e-2, eps=1e-2, seed=3) for model in (plain, inner)]
+    for _ in range(2):
+        optimizers[0].step(closure_of(plain))
+        optimizers[1].step(closure_of(compiled))
+    assert optimizers[1].copied == []
+    for p, q in zip(plain.parameters(), inner.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_an_autocast_around_the_step_remembers_no_weight() -> None:
+    """Its cache holds 16-bit copies of parameters, which would stay where the copied ones were before."""
+    x = torch.randn(4, 8, device=DEVICE)
+    results = []
+    for outside in (False, True):
+        weight = nn.Parameter(torch.linspace(-1, 1, 64, device=DEVICE).reshape(8, 8))
+        optimizer = MeZO([weight], lr=1e-2, eps=0.1, seed=1)
+
+        def loss(weight: Tensor = weight) -> Tensor:
+            return (x @ weight).float().square().mean()
+
+        def autocast_loss(loss: Callable[[], Tensor] = loss) -> Tensor:
+            with torch.autocast(DEVICE.type, dtype=BF16):
+                return loss()
+
+        for _ in range(3):
+            if outside:
+                with torch.autocast(DEVICE.type, dtype=BF16), torch.enable_grad():
+                    loss()  # fills the cache
+                    optimizer.step(loss)
+            else:
+                optimizer.step(autocast_loss)
+        results.append(weight.detach().clone())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], torch.linspace(-1, 1, 64, device=DEVICE).reshape(8, 8))
+
+
 def test_perturbed_weights_are_rounded_once() -> None:
     layer = nn.Linear(16, 16, bias=False).to(BF16).to(DEVICE)
     seen = []
@@ -576,6 +635,23 @@ def test_a_step_launches_little_and_computes_no_normal_of_torch() -> None:
     assert not {"normal_", "randn", "clone", "copy_"} & set(calls.compute), calls.compute
     assert "_local_scalar_dense" not in calls.compute or calls.compute["_local_scalar_dense"] <= 64
     assert plain.compute["addmm"] * 2 == calls.compute["addmm"]
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device() -> None:
+    model = net(BF16)
+    optimizer = MeZO(model, lr=1e-3, seed=8, weight_decay=0.1, momentum=0.5, momentum_window=2, clip=1.0)
+    closure = closure_of(model)
+    optimizer.step(closure)
+    optimizer.step(closure)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step(closure)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    optimizer.check()
 
 
 def test_extra_memory_is_a_layer_s() -> None:

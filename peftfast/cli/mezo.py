@@ -68,10 +68,11 @@ def held_out_loss(model: nn.Module, batches: list[Batch]) -> float:
 Step = Callable[[], Any]
 
 
-def probe(device: str, build_step: Callable[[], Step], steps: int) -> tuple[float, int | None]:
+def probe(device: str, build_step: Callable[[], Step], steps: int, rehearse: bool) -> tuple[float, int | None]:
     """(seconds of the median step, peak of memory above the loaded model) of a fresh model's first steps, what the optimiser then
-    allocates and keeps among it. A copy that is thrown away goes first and takes what the libraries allocate once."""
-    build_step()()
+    allocates and keeps among it. With ``rehearse`` a copy that is thrown away goes first and takes what the libraries allocate once."""
+    if rehearse:
+        build_step()()
     step = build_step()
     seconds: list[float] = []
 
@@ -124,8 +125,8 @@ def main(options: argparse.Namespace, directory: str, device: str, out: Path) ->
             optimizer = mezo_of(kind, model, options.seed)
             return lambda: optimizer.step(lambda: model(**largest).loss)
 
-        forward_seconds, peak = probe(device, forward_step, probe_steps)
-        backward_seconds, backward_peak = probe(device, backward_step, probe_steps)
+        forward_seconds, peak = probe(device, forward_step, probe_steps, not options.quick)
+        backward_seconds, backward_peak = probe(device, backward_step, probe_steps, not options.quick)
 
         model = build(kind, directory, device, options.seed)
         before = held_out_loss(model, evaluation)

@@ -35,6 +35,7 @@ class Evaluations:
 
     def _run(self, closures: Sequence[Closure], paired: bool = False) -> Tensor:
         """float64 ``[micro-batches]``, or ``[2, micro-batches]`` of a paired closure."""
+        torch.clear_autocast_cache()  # an autocast around the step would remember copied weights where they were before
         losses = [loss_of(closure(), self._device, 2 if paired else 1) for closure in closures]
         stacked = torch.stack(losses)
         return stacked.T.contiguous() if paired else stacked.reshape(-1)
@@ -64,9 +65,10 @@ class ExactEvaluations(Evaluations):
                     if paired:
                         sides.append(self._evaluate(closures, seed, self._eps, rewind, paired=True))
                     else:
-                        plus = self._evaluate(closures, seed, self._eps, rewind)
-                        rewind()
-                        minus = base if not self.two_sided else self._evaluate(closures, seed, self._minus_eps, rewind)
+                        plus, minus = self._evaluate(closures, seed, self._eps, rewind), base
+                        if self.two_sided:
+                            rewind()
+                            minus = self._evaluate(closures, seed, self._minus_eps, rewind)
                         sides.append(torch.stack((plus, minus)))  # type: ignore[arg-type]
                     if i + 1 < self.directions:
                         rewind()
@@ -100,8 +102,6 @@ class ExactEvaluations(Evaluations):
         with in_flight.perturbing(layout, direction):
             losses = self._run(closures, paired)
         calls = frozenset(direction.called)
-        if not layout.known_calls:
-            layout.known_calls.add(calls)
         if calls not in layout.known_calls and self._found_outside(closures, rewind, paired):
             rewind()
             return self._evaluate(closures, seed, scale, rewind, paired)
@@ -155,10 +155,10 @@ class ExactEvaluations(Evaluations):
         for module in list(new.modules):
             new.modules[module] = [held for held in new.modules[module] if held.index not in set(new.copied)]
         new.modules = {module: helds for module, helds in new.modules.items() if helds}
-        new.known_calls = set(old.known_calls)
+        new.known_calls |= old.known_calls
         changed = set(new.copied) != set(old.copied)
         if changed:
-            new.known_calls = set()
+            new.known_calls = {frozenset(id(module) for module in new.modules)}
             self._saved = []
         self._keep_copies()
         return changed

@@ -129,7 +129,8 @@ def discover(run: Callable[[], Any], parameters: Sequence[Tensor]) -> Layout:
                 modules.setdefault(owner, []).append(Held(name, index))
         else:
             copied.append(index)
-    return Layout(modules, copied, watch.random, watch.outside)
+    # Every module here was called: that is the first set of calls that is known to be served.
+    return Layout(modules, copied, watch.random, watch.outside, {frozenset(id(module) for module in modules)})
 
 
 def _swappable(module: nn.Module) -> bool:
