@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import functional, nn
     from .integrations import PatchReport, patch, report, unpatch
+    from .integrations.adapter_files import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
-__all__ = ["PatchReport", "__version__", "functional", "nn", "patch", "report", "unpatch"]
+__all__ = [
+    "PatchReport",
+    "__version__",
+    "functional",
+    "load_adapter",
+    "nn",
+    "patch",
+    "report",
+    "save_adapter",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("functional", "nn"):
         return importlib.import_module(f".{name}", __name__)
+    if name in ("load_adapter", "save_adapter"):
+        return getattr(importlib.import_module(".integrations.adapter_files", __name__), name)
     if name in __all__:
         return getattr(importlib.import_module(".integrations", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

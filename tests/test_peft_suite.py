@@ -1,0 +1,150 @@
+"""PEFT's own tests of its LoRA and SHiRA layers, out of its source distribution, with every model patched.
+
+What passes stock passes patched; what fails is compared with a list. ``--full`` adds more files and runs all of it stock as well.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import peft
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = ROOT / "tests" / "support" / "peft_suite"
+SHA256 = {"0.21.2": "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e"}
+NEEDED = ("attr", "datasets", "diffusers", "parameterized", "scipy", "sklearn")
+LAYERS = "tests/test_custom_models.py"
+SMALL = ("initialization", "lora_variants", "lorafa", "mixed", "shira")
+MORE = ("helpers", "low_level_api", "lora_conversion", "lora_intruders", "loraplus", "mapping", "other")
+LONGEST = 600  # seconds for a part; each takes 20 to 40 of one core
+
+# Files, the expression for -k, the shard, the fewest tests that must pass (PEFT 0.21.2: 5,697 in custom_models, 283 in the small ones),
+# the fewest calls that must have run fused.
+PARTS = {
+    "layers 1/3": ((LAYERS,), "lora or shira", "1/3", 1700, 150),
+    "layers 2/3": ((LAYERS,), "lora or shira", "2/3", 1700, 150),
+    "layers 3/3": ((LAYERS,), "lora or shira", "3/3", 1700, 150),
+    "small files": (tuple(f"tests/test_{name}.py" for name in SMALL), "lora or mixed or shira", "1/1", 280, 30),
+}
+FULL_PARTS = {
+    "more files": (tuple(f"tests/test_{name}.py" for name in MORE), "", "1/1", 50, 10),
+}
+
+
+def exceptions() -> dict[str, str]:
+    """Name of a test -> "stock" or "patched"."""
+    lines = (SUITE / "exceptions.txt").read_text().splitlines()
+    rows = [[part.strip() for part in line.split("|")] for line in lines if line and not line.startswith("#")]
+    assert all(len(row) == 3 and row[0] in ("stock", "patched") and row[2] for row in rows), rows
+    return {test: arm for arm, test, _ in rows}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution: as `make` has put it into .venv, or fetched now."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"PEFT's tests need {', '.join(missing)}: pip install -r requirements.txt")
+    name = f"peft-{peft.__version__}"
+    archive = Path(sys.prefix, "peft-sdist", f"{name}.tar.gz")
+    folder = tmp_path_factory.mktemp("peft")
+    if not archive.exists():
+        archive = folder / archive.name
+        options = ("--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder))
+        command = [sys.executable, "-m", "pip", "download", *options, f"peft=={peft.__version__}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            reason = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            reason = ["no answer in 60 s"]
+        if not archive.exists():
+            pytest.skip(f"PEFT's source distribution cannot be had: {' '.join(reason)}")
+    expected = SHA256.get(peft.__version__)
+    assert expected is None or hashlib.sha256(archive.read_bytes()).hexdigest() == expected, f"{archive} is not PEFT's"
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    # The sdist lacks it, and the tests import their neighbours relatively.
+    (folder / name / "tests" / "__init__.py").touch()
+    return folder / name
+
+
+def run(source: Path, outcomes: Path, files: tuple[str, ...], words: str, shard: str, *more: str) -> dict:
+    """One run of a selection in a process of its own: what failed, how many passed, how many calls ran fused."""
+    quiet = ("-o", "addopts=", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "--timeout=120")
+    select = (*files, *(("-k", words) if words else ()), "--shard", shard, "--outcomes", str(outcomes))
+    dropped = ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER_COUNT", "PEFTFAST_BACKEND")
+    environment = {key: value for key, value in os.environ.items() if key not in dropped}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUITE)]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "patch_every_model", *quiet, *select, *more]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=LONGEST)
+    assert outcomes.exists(), f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return json.loads(outcomes.read_text()) | {"said": done.stdout[-6000:]}
+
+
+def check(source: Path, tmp_path: Path, part: tuple, full: bool) -> None:
+    files, words, shard, fewest, fewest_fused = part
+    known = exceptions()
+    patched = run(source, tmp_path / "patched.json", files, words, shard)
+    # Unknown failures, and known ones that are gone: either way the list has to be looked at. Whatever a shard leaves out is not asked.
+    assert set(patched["failed"]) <= set(known), patched["said"]
+    assert patched["passed"] >= fewest
+    assert patched["fused_calls"] >= fewest_fused
+    if full:
+        stock = run(source, tmp_path / "stock.json", files, words, shard, "--stock")
+        assert stock["fused_calls"] == 0
+        assert set(stock["failed"]) == {test for test in patched["failed"] if known[test] == "stock"}, stock["said"]
+        assert stock["passed"] == patched["passed"] + sum(known[test] == "patched" for test in patched["failed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+def test_peft_s_own_tests(name: str, source: Path, tmp_path: Path, full: bool) -> None:
+    check(source, tmp_path, PARTS[name], full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_PARTS)
+def test_more_of_peft_s_own_tests(name: str, source: Path, tmp_path: Path, full: bool) -> None:
+    if not full:
+        pytest.skip("only with --full")
+    check(source, tmp_path, FULL_PARTS[name], full)
+
+
+def test_the_list_of_exceptions_is_what_it_was() -> None:
+    """It may not grow in silence: whoever adds a line changes these numbers too."""
+    arms = list(exceptions().values())
+    assert (arms.count("patched"), arms.count("stock")) == (0, 1)
+
+
+def test_the_listed_failure_is_one(source: Path, tmp_path: Path) -> None:
+    """A listed test that passes by now has to leave the list."""
+    test = next(iter(exceptions()))
+    assert run(source, tmp_path / "listed.json", (test,), "", "1/1")["failed"] == [test]
+
+
+def test_a_planted_fault_is_seen(source: Path, tmp_path: Path) -> None:
+    """The run would notice a fused layer that computes something else."""
+    (tmp_path / "planted_fault.py").write_text(
+        "from peftfast.integrations import peft as integration\n"
+        "fused = integration._fused_forward\n"
+        "integration._fused_forward = lambda layer, *rest, **named: 1.01 * fused(layer, *rest, **named)\n"
+    )
+    shutil_free = source / "planted_fault.py"
+    shutil_free.write_text((tmp_path / "planted_fault.py").read_text())
+    try:
+        words = "test_merge_layers and MLP and lora"
+        outcome = run(source, tmp_path / "planted.json", (LAYERS,), words, "1/6", "-p", "planted_fault")
+    finally:
+        shutil_free.unlink()
+    assert outcome["failed"], outcome["said"]
