@@ -78,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--max-length: the model reads at most 512 tokens, got {options.max_length}")
     device = arguments.device_name(options.device)
     out = arguments.writable_directory("--out", options.out)
+    os.environ["HF_HUB_OFFLINE"] = "1"
     arguments.quiet_libraries()
     run = Run(options, directory, device, out)
     try:

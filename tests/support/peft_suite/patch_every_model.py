@@ -1,7 +1,7 @@
 """A pytest plugin for PEFT's own tests: every model that PEFT adapts is patched as soon as its adapters are in.
 
 Loaded by ``-p patch_every_model`` with this folder on the path, since PEFT's tests are a package named ``tests`` too. ``--stock`` runs
-the same selection unpatched, ``--shard 1/3`` every third test, and ``--outcomes FILE`` writes what failed and how many calls ran fused.
+the same selection unpatched, ``--shard 1/3`` a third of the tests, ``--outcomes FILE`` writes what failed and how many calls ran fused.
 """
 
 import functools
@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peftfast")
     group.addoption("--stock", action="store_true", help="do not patch")
     group.addoption("--shard", default="1/1", help="K/N: the tests whose names fall into part K of N")
+    group.addoption("--leave-out", type=Path, help="file with the names of tests that are not run, one a line")
     group.addoption("--outcomes", type=Path, help="JSON file to write")
 
 
@@ -38,7 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
         return result
 
     peft.tuners.tuners_utils.BaseTuner.inject_adapter = inject_and_patch
-    _count("lora_linear")
+    for name in ("lora_linear", "lora_linears", "multi_lora_linear"):
+        if hasattr(integration.F, name):
+            _count(name)
 
 
 def _count(name: str) -> None:
@@ -56,7 +59,11 @@ def _count(name: str) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, parts = map(int, config.getoption("--shard").split("/"))
-    chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part - 1]
+    path = config.getoption("--leave-out")
+    left_out = set(path.read_text().splitlines()) if path is not None else set()
+    chosen = [
+        item for item in items if item.nodeid not in left_out and zlib.crc32(item.nodeid.encode()) % parts == part - 1
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
