@@ -1,6 +1,6 @@
 """PEFT's own tests of its LoRA and SHiRA layers, out of its source distribution, with every model patched.
 
-What passes stock passes patched; what fails is compared with a list. ``--full`` adds more files and runs all of it stock as well.
+What passes stock passes patched; what fails is compared with a list. ``--full`` runs all of it stock as well.
 """
 
 import hashlib
@@ -21,7 +21,6 @@ SHA256 = {"0.21.2": "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc85620345
 NEEDED = ("attr", "datasets", "diffusers", "parameterized", "scipy", "sklearn")
 LAYERS = "tests/test_custom_models.py"
 SMALL = ("initialization", "lora_variants", "lorafa", "mixed", "shira")
-MORE = ("helpers", "low_level_api", "lora_conversion", "lora_intruders", "loraplus", "mapping", "other")
 HUB_TESTS = 16  # tests in exceptions.txt that need the hub
 LONGEST = 600  # seconds for a part; each takes 20 to 40 of one core
 
@@ -31,9 +30,6 @@ PARTS = {
     "layers 1/2": ((LAYERS,), "lora or shira", "1/2", 2700, 250),
     "layers 2/2": ((LAYERS,), "lora or shira", "2/2", 2700, 250),
     "small files": (tuple(f"tests/test_{name}.py" for name in SMALL), "lora or mixed or shira", "1/1", 280, 30),
-}
-FULL_PARTS = {
-    "more files": (tuple(f"tests/test_{name}.py" for name in MORE), "", "1/1", 50, 10),
 }
 
 
@@ -123,14 +119,6 @@ def test_peft_s_own_tests(name: str, source: Path, tmp_path: Path, full: bool) -
     check(source, tmp_path, PARTS[name], full)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FULL_PARTS)
-def test_more_of_peft_s_own_tests(name: str, source: Path, tmp_path: Path, full: bool) -> None:
-    if not full:
-        pytest.skip("only with --full")
-    check(source, tmp_path, FULL_PARTS[name], full)
-
-
 def test_the_list_of_exceptions_is_what_it_was() -> None:
     """It may not grow in silence: whoever adds a line changes these numbers too."""
     kinds = list(exceptions().values())
@@ -145,7 +133,9 @@ def test_a_planted_fault_is_seen(source: Path, tmp_path: Path) -> None:
         "fused = integration.F.lora_linear\n"
         "integration.F.lora_linear = lambda x, *rest, **named: 1.01 * fused(x, *rest, **named)\n"
     )
-    words = "target_first_layer_same_type_0_Lora_x2"
+    words = "test_lora_pissa_linear_init_default"
     more = ("-p", "planted_fault")
-    outcome = run(source, tmp_path / "planted.json", ("tests/test_mixed.py",), words, "1/1", *more, path=(tmp_path,))
+    outcome = run(
+        source, tmp_path / "planted.json", ("tests/test_initialization.py",), words, "1/1", *more, path=(tmp_path,)
+    )
     assert outcome["failed"], outcome["said"]

@@ -1,8 +1,8 @@
 """The output directory of a fine-tuning: a PEFT adapter and, until the training is over, what is needed to go on with it.
 
-``OUT`` is replaced whole at each save (:mod:`.atomic`), so that the adapter and the state beside it are always of one step. The state lies
-in ``OUT/checkpoint``: a checkpoint of transformers' Trainer and, written last, ``complete.json``, which says that the rest is whole,
-of which step it is and of which command. Without that marker a checkpoint is not read.
+``OUT`` is replaced whole at each save (:mod:`.atomic`), so that the adapter and the state beside it are always of one step. The state
+lies in ``OUT/checkpoint``: a checkpoint of transformers' Trainer and, written last, ``complete.json``, which says that the rest is
+whole, of which step it is and of which command. Without that marker a checkpoint is not read.
 """
 
 import argparse
@@ -81,7 +81,8 @@ def check_same(out: Path, wanted: dict[str, Any]) -> int:
                     f"--resume: the checkpoint in {out} is of another --data: its contents are not the same"
                 )
             raise UserError(
-                f"--resume: the checkpoint in {out} is of --{name} {before.get(name)}, not of {now.get(name)}; expected the same options"
+                f"--resume: the checkpoint in {out} is of --{name} {before.get(name)}, not of {now.get(name)}; "
+                "expected the same options"
             )
     return int(said["step"])
 

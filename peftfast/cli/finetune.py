@@ -40,8 +40,8 @@ OWN_ARGUMENTS = {
 
 DESCRIPTION = """\
 Trains a PEFT LoRA adapter on a file of JSON lines and writes a PEFT directory. What the lines hold says what is trained. TRL's formats:
-{"text": "..."}, {"messages": [{"role": ..., "content": ...}, ...]} and {"prompt": ..., "completion": ...} train a causal language model;
-{"text": "...", "label": "..."} trains a sequence classifier (labels are strings or whole numbers). A local --model needs no network.
+{"text": "..."}, {"messages": [{"role": ..., "content": ...}, ...]} and {"prompt": ..., "completion": ...} train a causal language
+model; {"text": "...", "label": "..."} trains a sequence classifier (labels are strings or whole numbers). A local --model needs no network.
 
 Any other flag of transformers.TrainingArguments is taken by its own name, such as --optim or --dataloader_num_workers."""
 
@@ -176,7 +176,7 @@ def training_arguments(rest: Sequence[str]) -> dict[str, Any]:
         return {}
     from transformers import HfArgumentParser, TrainingArguments
 
-    parse = HfArgumentParser(TrainingArguments)
+    parse = HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
 
     def fail(message: str) -> NoReturn:
         raise UserError(f"{message} (see `python -m peftfast finetune --help`)")
