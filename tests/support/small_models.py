@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, HIDDEN, INTERMEDIATE = 256, 64, 256
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": 2}
 MASK = 1  # a byte that no text has
-# The MLP's layers that write the intermediate features, and the one that reads them.
+# The MLP's layers that write the intermediate features.
 WRITERS = ("gate_proj", "up_proj", "intermediate.dense")
-READERS = ("down_proj", "layers.0.output.dense", "layer.0.output.dense", "layer.1.output.dense")
 
 
 def base(shape: str) -> nn.Module:
@@ -79,6 +78,19 @@ def reorder(model: nn.Module, *, adapters: bool) -> None:
             if adapters and is_reader(name) and hasattr(module, "lora_A"):
                 weight = module.lora_A["default"].weight
                 weight.copy_(weight[:, order])
+            if adapters and hasattr(module, "shira_indices"):
+                _reorder_support(module, order, is_reader(name), name.endswith(WRITERS))
+
+
+def _reorder_support(layer: nn.Module, order: torch.Tensor, reads: bool, writes: bool) -> None:
+    """Move SHiRA's positions with the features that they belong to, and keep them in row-major order. The values are zero still."""
+    moved = torch.empty_like(order)
+    moved[order] = torch.arange(len(order))
+    rows, columns = layer.shira_indices["default"].long()
+    rows, columns = (moved[rows] if writes else rows), (moved[columns] if reads else columns)
+    flat = torch.sort(rows * layer.in_features + columns).values
+    kept = layer.shira_indices["default"]
+    kept.copy_(torch.stack([flat // layer.in_features, flat % layer.in_features]).to(kept.dtype))
 
 
 def adapted(shape: str, method: str, dtype: torch.dtype, *, reordered: bool = False) -> nn.Module:
