@@ -1,4 +1,4 @@
-"""torch.compile over a patched Llama-shaped block: one graph, forward and backward, any sequence length; every operator passes opcheck."""
+"""torch.compile over a patched Llama-shaped block: one graph, forward and backward, any sequence length. opcheck of every operator."""
 
 from pathlib import Path
 

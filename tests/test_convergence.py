@@ -8,10 +8,10 @@ others 10 unless ``--full`` is given.
 QLoRA with products in bfloat16 runs under autocast, as Trainer's ``bf16=True`` has it. Without autocast PEFT multiplies the adapter in
 float32, and the fused layer in the layer's compute dtype: that is another precision and not another order.
 
-In bfloat16 stock rounds base, adapter and their sum, and the fused layer the sum alone: not the order differs but the roundings do, more
-of them than another order changes (Qwen, QLoRA, 60 steps: 1.0e-3 apart where reordered stock runs are 1.6e-4 to 2.9e-4, and stock is
-1.7e-3 from its float32 run, patched 1.4e-3). There the patched run has to be nearer to stock than stock is to float32, and no farther
-from float32 than half as much again as stock.
+In bfloat16 stock rounds base, adapter and their sum, and the fused layer the sum alone: not the order differs but the roundings do,
+more of them than another order changes (Qwen, QLoRA, 60 steps: 1.0e-3 apart where reordered stock runs are 1.6e-4 to 2.9e-4, and
+stock is 1.7e-3 from its float32 run, patched 1.4e-3). There the patched run has to be nearer to stock than stock is to float32, and
+no farther from float32 than half as much again as stock.
 """
 
 import pytest

@@ -39,9 +39,12 @@ OWN_ARGUMENTS = {
 }
 
 DESCRIPTION = """\
-Trains a PEFT LoRA adapter on a file of JSON lines and writes a PEFT directory. What the lines hold says what is trained. TRL's formats:
-{"text": "..."}, {"messages": [{"role": ..., "content": ...}, ...]} and {"prompt": ..., "completion": ...} train a causal language
-model; {"text": "...", "label": "..."} trains a sequence classifier (labels are strings or whole numbers). A local --model needs no network.
+Trains a PEFT LoRA adapter on a file of JSON lines and writes a PEFT directory. What the lines hold says what is trained.
+TRL's formats train a causal language model:
+  {"text": "..."}
+  {"messages": [{"role": ..., "content": ...}, ...]}
+  {"prompt": ..., "completion": ...}
+and {"text": "...", "label": "..."} trains a sequence classifier (labels are strings or whole numbers). A local --model needs no network.
 
 Any other flag of transformers.TrainingArguments is taken by its own name, such as --optim or --dataloader_num_workers."""
 

@@ -25,8 +25,9 @@ TOLERANCE = 1e-3
 PROBE_TOKENS = 64
 
 DESCRIPTION = """\
-Writes base + adapter as one model. The base is read in float32 (four bytes a parameter), merged by PEFT, and the merged model must give the
-logits of the model with its adapter beside it. It is written in --dtype or in 4 bits, read back, and each tensor compared bit for bit."""
+Writes base + adapter as one model. The base is read in float32 (four bytes a parameter), merged by PEFT, and the merged model must
+give the logits of the model with its adapter beside it. It is written in --dtype or in 4 bits, read back, and each tensor compared
+bit for bit."""
 
 
 def parser() -> arguments.Parser:
