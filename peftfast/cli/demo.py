@@ -86,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--max-length: the model reads at most 512 tokens, got {options.max_length}")
     device = arguments.device_name(options.device)
     out = arguments.writable_directory("--out", options.out)
+    os.environ["HF_HUB_OFFLINE"] = "1"
     arguments.quiet_libraries()
     if options.method in SPARSE_METHODS:
         from . import demo_sparse
