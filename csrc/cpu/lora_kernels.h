@@ -345,5 +345,5 @@ static void dropout_add(const Matrix& base, const Matrix& x, const Dropout& drop
     }
 }
 
-static const LoraKernels lora_table = {kWidth,  kExpandVecs * kWidth, pack,       sweep_scratch, sweep,
-                                       combine, expand,               gain_grads, dropout_add};
+static const LoraKernels lora_table = {kWidth, kExpandVecs * kWidth, pack,       sweep_scratch, sweep, combine,
+                                       expand, gain_grads,           dropout_add};
