@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftfast.configs import device as devices
-from peftfast.configs import lora, nf4, philox
+from peftfast.configs import lora, lora_terms, nf4, philox
 from peftfast.configs.device import Device, measured
 
 H200 = Device("NVIDIA H200", (9, 0), 132)
@@ -35,6 +35,26 @@ def test_there_is_always_a_choice(device: Device, M: int, R: int) -> None:
             pair = lora.lora_dy_grads(M, size, R, compute, narrow, device)
             assert (pair.one_pass is None) == (R > lora.LARGEST_ONE_PASS_RANK)
             assert (pair.ds_pass is None) == (pair.db_pass is None) == (pair.one_pass is not None)
+
+
+@pytest.mark.parametrize("device", (H200, *UNKNOWN), ids=lambda device: str(device.capability))
+@pytest.mark.parametrize("ranks", [[16, 16, 16], [1], [3, 500], [0, 8], [16] * 300])
+def test_there_is_always_a_choice_of_several(device: Device, ranks: list[int]) -> None:
+    matrix = {(case.key, case.op) for case, _ in lora_terms.launch_matrix(device)}
+    for wide, compute in lora_terms.DTYPES:
+        for M, size in ((0, 8), (1, 4096), (8192, 53), (8192, 4096)):
+            shrink = lora_terms.lora_terms_shrink(M, size, ranks, wide, compute, True, device)
+            grad = lora_terms.lora_terms_weight_grad(M, size, ranks, wide, compute, False, device)
+            assert 1 <= shrink.splits <= max(1, size // shrink.block_c)
+            assert 1 <= grad.splits <= max(1, M // grad.block_m)
+            lora_terms.lora_terms_expand(M, size, ranks, wide, compute, True, device)
+            assert lora_terms.lora_terms_dy_grads(M, size, ranks, compute, compute, device)[0].block_r <= 32
+            lora_terms.lora_dora_expand(M, size, ranks[0], wide, compute, device)
+            assert lora_terms.lora_gain_grads(M, size, device).splits >= 1
+            assert (
+                lora_terms._case("lora_terms_shrink", M, ranks, wide, compute, True).key,
+                "lora_terms_shrink",
+            ) in matrix
 
 
 def test_a_sum_is_cut_until_the_gpu_is_full() -> None:

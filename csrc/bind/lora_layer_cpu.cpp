@@ -1,5 +1,6 @@
-// A LoRA layer's forward and backward on a dense base as one operator each: the same library product and the same passes
-// as one by one, bit for bit, without the way through Python between them. Every tensor is contiguous, x [.., K] and dy
+// A LoRA layer's forward and backward on a dense base as one operator each: the same library product and the same
+// passes as one by one, bit for bit, without the way through Python between them. Every tensor is contiguous, x [.., K]
+// and dy
 // [.., N] of any number of dimensions, and base, x and result have one dtype.
 #include <torch/csrc/stable/ops.h>
 

@@ -25,8 +25,8 @@ struct Dropout {
     double scale() const { return !active() ? 1.0 : threshold == 0 ? 0.0 : 65536.0 / threshold; }
 };
 
-// One adapter of a call: `ranks` columns of S and dS from `column` on. `rows`, ascending, are the rows of x that it acts
-// on; all of them where it is null. `w` and `bias` are what the pass takes or writes, as it says.
+// One adapter of a call: `ranks` columns of S and dS from `column` on. `rows`, ascending, are the rows of x that it
+// acts on; all of them where it is null. `w` and `bias` are what the pass takes or writes, as it says.
 struct Term {
     Matrix w, bias;
     Dropout dropout;
@@ -45,8 +45,8 @@ struct Terms {
 // One pass over x, whatever the number of terms.
 void lora_shrink(const Matrix& x, const Terms& terms, const Matrix& out, ParallelFor pool);
 
-// What DoRA adds to an expand: with z = base + adapters, out = gain * z + bias, and + plain - base where plain has data;
-// z is written where it has data. gain and bias are rows of N, bias may have no data.
+// What DoRA adds to an expand: with z = base + adapters, out = gain * z + bias, and + plain - base where plain has
+// data; z is written where it has data. gain and bias are rows of N, bias may have no data.
 struct Dora {
     Matrix gain, bias, plain, z;
 };

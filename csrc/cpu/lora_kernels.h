@@ -84,12 +84,22 @@ static void pack(const Matrix& view, int64_t width, float* dst, int64_t begin, i
     }
 }
 
-// A tile of x as float32, in rows of kTileColumns with zeros up to a whole vector. Returns where it is: x itself where
-// nothing has to be done to it.
-static const float* stage(const Sweep& s, int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile,
-                          int64_t* ld) {
+// One row of a tile under a mask; dst may be src.
+static inline void mask_row(const Sweep& s, const Dropout& dropout, int64_t row, int64_t column, int64_t columns,
+                            const float* src, float* dst) {
+    const int64_t counters = ceil_div(s.x.columns, philox::kDrawsPerCounter);
+    uint8_t bits[kTileColumns / 8 + 8];
+    keep_bytes(bits, dropout.seed, (uint64_t)(row * counters + column / 8), ceil_div(columns, 8),
+               (uint32_t)dropout.threshold);
+    for (int64_t j = 0; j < columns; j += kWidth) vec_store(dst + j, vec_keep(vec_load(src + j), bits, j));
+}
+
+// A tile of x as float32, in rows of kTileColumns with zeros up to a whole vector, under `dropout` unless that is null.
+// Returns where it is: x itself where nothing has to be done to it.
+static const float* stage(const Sweep& s, const Dropout* dropout, int64_t row, int64_t rows, int64_t column,
+                          int64_t columns, float* tile, int64_t* ld) {
     const Matrix& x = s.x;
-    if (!s.rows && x.dtype == DType::f32 && x.stride_column == 1 && columns % kWidth == 0) {
+    if (!dropout && !s.rows && x.dtype == DType::f32 && x.stride_column == 1 && columns % kWidth == 0) {
         *ld = x.stride_row;
         return (const float*)x.data + row * x.stride_row + column;
     }
@@ -97,25 +107,12 @@ static const float* stage(const Sweep& s, int64_t row, int64_t rows, int64_t col
     const int64_t padded = ceil_div(columns, kWidth) * kWidth;
     for (int64_t i = 0; i < rows; ++i) {
         float* dst = tile + i * kTileColumns;
-        widen(x.data, x.dtype, s.row(row + i) * x.stride_row + column * x.stride_column, x.stride_column, columns, dst);
+        const int64_t at = s.row(row + i);
+        widen(x.data, x.dtype, at * x.stride_row + column * x.stride_column, x.stride_column, columns, dst);
         for (int64_t j = columns; j < padded; ++j) dst[j] = 0.0f;
+        if (dropout) mask_row(s, *dropout, at, column, columns, dst, dst);
     }
     return tile;
-}
-
-// The same tile under a mask, in rows of kTileColumns; dst may be the tile itself.
-static void mask_tile(const Sweep& s, const Dropout& dropout, int64_t row, int64_t rows, int64_t column,
-                      int64_t columns, const float* tile, int64_t ld, float* dst) {
-    const int64_t counters = ceil_div(s.x.columns, philox::kDrawsPerCounter);
-    const int64_t padded = ceil_div(columns, kWidth) * kWidth;
-    uint8_t bits[kTileColumns / 8 + 8];
-    for (int64_t i = 0; i < rows; ++i) {
-        keep_bytes(bits, dropout.seed, (uint64_t)(s.row(row + i) * counters + column / 8), ceil_div(columns, 8),
-                   (uint32_t)dropout.threshold);
-        for (int64_t j = 0; j < padded; j += kWidth) {
-            vec_store(dst + i * kTileColumns + j, vec_keep(vec_load(tile + i * ld + j), bits, j));
-        }
-    }
 }
 
 static int64_t sweep_scratch(int64_t ranks) { return kTileRows * (2 * kTileColumns + ranks * kWidth); }
@@ -145,17 +142,19 @@ static void sweep(const Sweep& s, int64_t task, float* scratch) {
             const int64_t columns = at_most(kTileColumns, column_end - column);
             const int64_t vectors = ceil_div(columns, kWidth);
             int64_t plain_ld;
-            const float* plain = stage(s, row, rows, column, columns, tile, &plain_ld);
+            const Dropout* own = s.count == 1 && s.products[0].dropout.active() ? &s.products[0].dropout : nullptr;
+            const float* plain = stage(s, own, row, rows, column, columns, tile, &plain_ld);
             float* own_lanes = lanes;
             for (int64_t i = 0; i < s.count; ++i) {
                 const Product& p = s.products[i];
                 const float* x = plain;
                 int64_t ld = plain_ld;
-                if (p.dropout.active()) {
-                    // The last product may spoil the tile.
-                    float* dst = plain == tile && i + 1 == s.count ? tile : masked;
-                    mask_tile(s, p.dropout, row, rows, column, columns, plain, plain_ld, dst);
-                    x = dst;
+                if (p.dropout.active() && !own) {
+                    for (int64_t m = 0; m < rows; ++m) {
+                        mask_row(s, p.dropout, s.row(row + m), column, columns, plain + m * plain_ld,
+                                 masked + m * kTileColumns);
+                    }
+                    x = masked;
                     ld = kTileColumns;
                 }
                 if (p.panel) dot_tile(x, ld, p.panel + column * p.ranks, rows, p.ranks, vectors, own_lanes);
@@ -345,5 +344,5 @@ static void dropout_add(const Matrix& base, const Matrix& x, const Dropout& drop
     }
 }
 
-static const LoraKernels lora_table = {kWidth,  kExpandVecs * kWidth, pack,       sweep_scratch, sweep,
-                                       combine, expand,               gain_grads, dropout_add};
+static const LoraKernels lora_table = {kWidth, kExpandVecs * kWidth, pack,       sweep_scratch, sweep, combine,
+                                       expand, gain_grads,           dropout_add};

@@ -56,5 +56,6 @@ def row_gain(
         else:
             crossed = ops.lora.lora_shrink(dense, a, None, 0.0, 2.0 * scaling, wide)
             squares = crossed + (b @ (a @ a.T)) * scaling**2
-            norm = (_squared_norms(held, dense, wide) + (squares * b).sum(1)).clamp_min_(0.0).sqrt_()
+            total = (squares * b) @ squares.new_ones(b.shape[1])  # a product: torch sums short rows slowly
+            norm = (_squared_norms(held, dense, wide) + total).clamp_min_(0.0).sqrt_()
     return magnitude.to(wide) / norm

@@ -160,7 +160,7 @@ def _check_own(prefix: str, shared: tuple[str, ...], x: Any, *arguments: Any) ->
         raise type(error)(text if text.startswith(shared) else prefix + text) from None
 
 
-def row_ids(rows: Any, x: Tensor, count: int) -> Tensor:
+def _row_ids(rows: Any, x: Tensor, count: int) -> Tensor:
     """int32 [M] of what the caller gave: one id for each index of x's leading dimension, or for each row."""
     if isinstance(rows, Tensor):
         if rows.dtype not in (torch.int32, torch.int64):
@@ -223,5 +223,5 @@ def multi_lora_linear(
         factors = (one.lora_a, one.lora_b, bias, one.lora_bias, None)
         numbers = (one.dropout_p, one.scaling, dtype, cast_weight)
         _check_own(f"adapters[{i}].", ("x:", "weight:", "bias:"), x, weight, *factors, *numbers)
-    ids = None if rows is None else row_ids(rows, x, len(adapters))
+    ids = None if rows is None else _row_ids(rows, x, len(adapters))
     return apply_group(x, [(weight, bias, None)], [adapters], ids, training, dtype, out_dtype)[0]

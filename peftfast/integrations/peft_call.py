@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import operator
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..functional.dora import forget_norms
 from ..functional.lora import LoRALinearFunction, draw_seed
-from ..functional.lora_multi import apply_group, row_ids
+from ..functional.lora_multi import apply_group
 from ..functional.precision import compute_dtype_of
 from ..nn.nf4 import is_bitsandbytes_4bit
 from . import bitsandbytes as bnb
@@ -77,6 +78,7 @@ class Verdict:
         self.statistics = None if self.state is None else (self.state.absmax, self.state.absmax.data_ptr())
         self.nf4 = bnb.weight_of(base) if self.four_bit else None
         self.dtype, self.device, self.width = base.weight.dtype, base.weight.device, base.in_features
+        self.device_type = self.device.type
         # One LoRA adapter on a dense base: what the short way serves.
         self.short = not self.four_bit and len(names) == 1 and not self.variants
 
@@ -131,7 +133,7 @@ def fused_or_stock(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[st
     if verdict is None:
         return _by_the_guards(layer, stock, x, args, kwargs)
     if verdict.short and type(x) is Tensor and x.dtype is verdict.dtype and x.device == verdict.device:
-        if x.dim() and x.shape[-1] == verdict.width and not torch.is_autocast_enabled(x.device.type):
+        if x.dim() and x.shape[-1] == verdict.width and not torch.is_autocast_enabled(verdict.device_type):
             name, a, b, lora_bias, dropout, _ = verdict.adapters[0]
             p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
             return LoRALinearFunction.apply(
@@ -162,15 +164,14 @@ def _by_the_guards(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[st
         if layer.merged:
             forget_norms(layer.base_layer.weight)  # PEFT writes merged weights behind their version counters
         return stock(x, *args, **kwargs)
-    rows = None
+    rows: tuple[str, ...] | None = None
     if mixed:
         asked = kwargs["adapter_names"]
         layer._check_forward_args(x, adapter_names=asked)
         names = [name for name in layer.lora_A if name in set(asked)]
         if not names:
             return stock(x, **kwargs)
-        index = {name: i for i, name in enumerate(names)}
-        rows = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32)
+        rows = tuple(asked)
         if any(name in layer.lora_variant for name in names):
             log_once("a batch that mixes adapters, one of them a PEFT variant")
             return stock(x, **kwargs)
@@ -187,7 +188,16 @@ def active_names(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _run(layer: Any, x: Tensor, names: Sequence[str], rows: Tensor | None, verdict: Verdict | None) -> Tensor:
+@functools.lru_cache(maxsize=256)
+def _row_ids(asked: tuple[str, ...], names: tuple[str, ...], rows_each: int, device: torch.device) -> Tensor:
+    """int32: for each row of x the index of its adapter in ``names``, -1 for none. Kept, since all layers of a model ask for the same:
+    one copy to the device a batch, and none in a captured graph."""
+    index = {name: i for i, name in enumerate(names)}
+    ids = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32)
+    return ids.repeat_interleave(rows_each).to(device)
+
+
+def _run(layer: Any, x: Tensor, names: Sequence[str], rows: tuple[str, ...] | None, verdict: Verdict | None) -> Tensor:
     base = layer.base_layer
     four_bit = is_bitsandbytes_4bit(base)
     compute_dtype = bnb.compute_dtype_for(base, x) if four_bit else None
@@ -201,7 +211,7 @@ def _run(layer: Any, x: Tensor, names: Sequence[str], rows: Tensor | None, verdi
         adapters.append(F.Adapter(a.weight, b.weight, layer.scaling[name], b.bias, p))
     if len(adapters) > 1 or rows is not None:
         dtype = compute_dtype_of(x, compute_dtype)
-        ids = None if rows is None else row_ids(rows, x, len(adapters))
+        ids = None if rows is None else _row_ids(rows, tuple(names), x.shape[1:-1].numel(), x.device)
         out_dtype = x.dtype if four_bit else dtype
         return apply_group(x, [(weight, base.bias, None)], [adapters], ids, training, dtype, out_dtype)[0]
     (one,) = adapters
