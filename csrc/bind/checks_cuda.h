@@ -15,10 +15,11 @@ inline void check_cuda(const Tensor& t, const char* name, int32_t device) {
                     t.get_device_index());
 }
 
-// Stream::nativeHandle would need torch 2.13.
+// Stream::nativeHandle would need torch 2.13, and torch's own check of a status is a macro of another name in 2.11.
 inline void* current_stream(int32_t device) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    const auto status = aoti_torch_get_current_cuda_stream(device, &stream);
+    STD_TORCH_CHECK(status == 0, "CUDA device ", device, ": torch did not give its current stream");
     return stream;
 }
 

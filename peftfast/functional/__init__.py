@@ -1,6 +1,18 @@
 """The public functions, signed like torch.nn.functional's."""
 
 from .lora import lora_linear
-from .nf4 import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
+from .nf4 import NF4Weight, nf4_dequantize, nf4_quantize
+from .nf4_linear import merged_dequantization, nf4_linear, shared_dequantization
+from .nf4_merge import nf4_merge, nf4_merge_dense
 
-__all__ = ["NF4Weight", "lora_linear", "nf4_dequantize", "nf4_linear", "nf4_quantize"]
+__all__ = [
+    "NF4Weight",
+    "lora_linear",
+    "merged_dequantization",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_merge",
+    "nf4_merge_dense",
+    "nf4_quantize",
+    "shared_dequantization",
+]

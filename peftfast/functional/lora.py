@@ -15,6 +15,7 @@ from torch.nn import functional
 from .. import ops
 from ..reference import lora as definition
 from .nf4 import NF4Weight, check_features, check_vector, dequantized, nf4_dequantize
+from .nf4_linear import adapted_product, keeps_dense, merged_product, merges
 from .precision import autocast_off, autocast_on, cache_signature, compute_dtype_of
 
 logger = logging.getLogger("peftfast")
@@ -71,23 +72,27 @@ class LoRALinearFunction(torch.autograd.Function):
         nested_absmax: Tensor | None,
         nested_code: Tensor | None,
         nested_offset: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        keep: bool = False,
+    ) -> tuple[Tensor, ...]:
         quantisation = (absmax, code, block_size, shape, nested_absmax, nested_code, nested_offset)
-        y = functional.linear(
-            x.to(compute_dtype),
-            _dense_weight(weight, quantisation, compute_dtype),
-            None if bias is None else bias.to(compute_dtype),
-        )
+        if absmax is not None and not keep:
+            adapter = (lora_a, lora_b, bias, lora_bias, seed, p, scaling)
+            done = adapted_product(x, weight, quantisation, *adapter, compute_dtype, out_dtype)
+            if done is not None:
+                return done
+        dense = _dense_weight(weight, quantisation, compute_dtype)
+        y = functional.linear(x.to(compute_dtype), dense, None if bias is None else bias.to(compute_dtype))
         s = ops.lora.lora_shrink(x, lora_a, seed, p, 1.0, compute_dtype)
-        return _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype), s
+        y = _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
+        return (y, s, dense) if keep else (y, s)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, lora_a, lora_b, bias, lora_bias, seed, p, scaling, compute_dtype, _, *quantisation = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, lora_a, lora_b, bias, lora_bias, seed, p, scaling, compute_dtype, _, *quantisation = inputs[:18]
         absmax, code, block_size, shape, *nested = quantisation
         needs_x, needs_weight, needs_a, needs_b = ctx.needs_input_grad[:4]
-        s = output[1]
-        ctx.mark_non_differentiable(s)
+        s, *kept = output[1:]
+        ctx.mark_non_differentiable(s, *kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             x if needs_a or needs_weight else None,
@@ -97,6 +102,7 @@ class LoRALinearFunction(torch.autograd.Function):
             s if needs_b else None,
             seed,
             *((absmax, code, *nested) if needs_x else (None,) * 5),
+            *kept,
         )
         ctx.p, ctx.scaling, ctx.compute_dtype = p, scaling, compute_dtype
         ctx.block_size, ctx.shape = block_size, shape
@@ -106,10 +112,11 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 18
-        x, weight, lora_a, lora_b, s, seed, absmax, code, *nested = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        x, weight, lora_a, lora_b, s, seed, absmax, code, *nested = ctx.saved_tensors[:11]
+        kept = ctx.saved_tensors[11:]
         needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
         dtype, p = ctx.compute_dtype, ctx.p
         ds: Any = None
@@ -123,7 +130,8 @@ class LoRALinearFunction(torch.autograd.Function):
             if needs_a:
                 da = ops.lora.lora_weight_grad(ds, x, seed, p, 1.0, ctx.a_dtype)
             if needs_x:
-                dx = dy @ _dense_weight(weight, (absmax, code, ctx.block_size, ctx.shape, *nested), dtype)
+                quantisation = (absmax, code, ctx.block_size, ctx.shape, *nested)
+                dx = dy @ (kept[0] if kept else _dense_weight(weight, quantisation, dtype))
                 dx = _add_product(dx, ds, lora_a.T, None, seed, p, 1.0, ctx.x_dtype)
             if needs_weight:
                 dweight = (dy.T @ x.to(dtype)).to(ctx.weight_dtype)
@@ -131,7 +139,7 @@ class LoRALinearFunction(torch.autograd.Function):
                 total = dy.sum(0, dtype=torch.float32 if dtype != torch.float64 else dtype)
                 dbias = total.to(ctx.bias_dtype) if needs_bias else None
                 dlora_bias = (total * ctx.scaling).to(ctx.lora_bias_dtype) if needs_lora_bias else None
-        return dx, dweight, da, db, dbias, dlora_bias, *(None,) * 12
+        return dx, dweight, da, db, dbias, dlora_bias, *(None,) * (len(ctx.needs_input_grad) - 6)
 
 
 def draw_seed(x: Tensor) -> Tensor:
@@ -282,9 +290,15 @@ def lora_linear(
                 seed=seed_tensor,
             )
             return y.to(out_dtype)
-        base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight, *_DENSE)
-        y, _ = LoRALinearFunction.apply(
-            x.reshape(-1, x.shape[-1]),
+        four_bit = isinstance(weight, NF4Weight)
+        rows = x.reshape(-1, x.shape[-1])
+        if four_bit and p == 0.0 and merges():
+            y = merged_product(rows, weight, lora_a, lora_b, bias, lora_bias, float(scaling), dtype)
+            return y.to(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+        base, *quantisation = weight.storage() if four_bit else (weight, *_DENSE)
+        keep = (True,) if four_bit and keeps_dense() and torch.is_grad_enabled() and x.requires_grad else ()
+        y, *_ = LoRALinearFunction.apply(
+            rows,
             base,
             lora_a,
             lora_b,
@@ -296,5 +310,6 @@ def lora_linear(
             dtype,
             out_dtype,
             *quantisation,
+            *keep,
         )
         return y.reshape(*x.shape[:-1], weight.shape[0])
