@@ -115,8 +115,9 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, weight, lora_a, lora_b, s, seed, absmax, code, *nested = ctx.saved_tensors[:11]
-        kept = ctx.saved_tensors[11:]
+        saved = ctx.saved_tensors  # once: under checkpointing each access would unpack again
+        x, weight, lora_a, lora_b, s, seed, absmax, code, *nested = saved[:11]
+        kept = saved[11:]
         needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
         dtype, p = ctx.compute_dtype, ctx.p
         ds: Any = None
