@@ -134,6 +134,8 @@ def _cuda(
     ranks = s.shape[1]
     splits = configs.nf4_linear_splits(x.shape[0], shape[0], shape[1], ranks, device_of(x))
     partial = torch.empty((splits, x.shape[0], shape[0] + ranks), dtype=torch.float32, device=x.device)
+    # The kernel rounds x and A from float32 to the compute dtype on the way; the other 16-bit dtype is cast before it.
+    x, lora_a = (t if t is None or t.dtype in (compute, torch.float32) else t.to(compute) for t in (x, lora_a))
     contiguous = [None if t is None else t.contiguous() for t in (bias, lora_a, lora_b, lora_bias)]
     nested = (nested_absmax, nested_code, nested_offset)
     torch.ops.peftfast_cuda.nf4_linear.default(
@@ -215,6 +217,8 @@ def _cuda_accepts(x: Tensor, *rest: Any) -> Verdict:
         ok, reason = _takes_dtypes(rest)
     if ok:
         ok, reason = cuda_serves(x.shape[0], rest[4][1], rest[3], rest[-2])
+    if ok and any(t is not None and t.data_ptr() % 16 for t in (x, rest[0], rest[9])):
+        ok, reason = False, "the CUDA kernel reads 16 bytes at a time, and x, packed or lora_a begins between two such"
     return ok, reason
 
 
