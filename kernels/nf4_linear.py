@@ -24,6 +24,7 @@ def _nf4_linear_kernel(
     M,
     N,
     K,
+    row_bytes,
     stride_xm,
     stride_xk,
     block_size,
@@ -32,45 +33,43 @@ def _nf4_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[M, N] = x Wᵀ + bias for one tile of BLOCK_N weight rows and all of up to BLOCK_M rows of x; K is even.
+    """y[M, N] = x Wᵀ + bias for one tile of BLOCK_N weight rows and all of up to BLOCK_M rows of x.
 
-    A byte holds an even column and the odd one after it: two products, of the even and of the odd columns of x, need no
-    interleaving of what was decoded. The weight is rounded to COMPUTE as the dequantiser rounds it.
+    BLOCK_K divides K and the block size, so that a step has one maximum a row. A byte holds an even column and the odd
+    one after it: two products, of the even and of the odd columns of x, need no interleaving of what was decoded. The
+    weight is rounded to COMPUTE as the dequantiser rounds it.
     """
+    HALF: tl.constexpr = BLOCK_K // 2
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
-    row = offs_n.to(tl.int64) * K
+    row = tl.where(mask_n, offs_n, 0).to(tl.int64)
+    bytes_row = packed_ptr + row[:, None] * row_bytes + tl.arange(0, HALF)[None, :]
+    x_row = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + tl.arange(0, BLOCK_K)[None, :] * stride_xk
     code = tl.load(code_ptr + tl.arange(0, 16))
+    if nested_absmax_ptr is not None:
+        offset = tl.load(nested_offset_ptr)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    HALF: tl.constexpr = BLOCK_K // 2
     for k in range(0, K, BLOCK_K):
-        pair = k // 2 + tl.arange(0, HALF)
-        mask = mask_n[:, None] & (pair < K // 2)[None, :]
-        element = row[:, None] + 2 * pair[None, :]
-        bytes_ = tl.load(packed_ptr + element // 2, mask=mask, other=0)
-        block = element // block_size
-        absmax = tl.load(absmax_ptr + block, mask=mask, other=0)
+        bytes_ = tl.load(bytes_row + k // 2)
+        block = (row * K + k) // block_size
+        absmax = tl.load(absmax_ptr + block)
         if nested_absmax_ptr is not None:
-            nested = tl.load(nested_absmax_ptr + block // _NESTED_BLOCK_SIZE, mask=mask, other=0.0)
-            absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + tl.load(nested_offset_ptr)
+            nested = tl.load(nested_absmax_ptr + block // _NESTED_BLOCK_SIZE)
+            absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
         high = tl.gather(code, (bytes_ >> 4).to(tl.int32).reshape(BLOCK_N * HALF), 0).reshape(BLOCK_N, HALF)
         low = tl.gather(code, (bytes_ & 15).to(tl.int32).reshape(BLOCK_N * HALF), 0).reshape(BLOCK_N, HALF)
-        even = narrow(tl.where(mask, high * absmax, 0.0), COMPUTE)
-        odd = narrow(tl.where(mask, low * absmax, 0.0), COMPUTE)
-        mask_x = (pair < K // 2)[:, None] & mask_m[None, :]
-        x_row = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
-        x_even = tl.load(x_row + (2 * pair)[:, None] * stride_xk, mask=mask_x, other=0.0)
-        x_odd = tl.load(x_row + (2 * pair + 1)[:, None] * stride_xk, mask=mask_x, other=0.0)
-        accumulator = multiply_add(even, convert(x_even, COMPUTE), accumulator)
-        accumulator = multiply_add(odd, convert(x_odd, COMPUTE), accumulator)
+        x = tl.load(x_row + k * stride_xk, mask=mask_m[:, None], other=0.0)
+        x_even, x_odd = tl.split(convert(x, COMPUTE).reshape(BLOCK_M, HALF, 2))
+        accumulator = multiply_add(narrow(high * absmax[:, None], COMPUTE), tl.trans(x_even), accumulator)
+        accumulator = multiply_add(narrow(low * absmax[:, None], COMPUTE), tl.trans(x_odd), accumulator)
     if bias_ptr is not None:
         accumulator += widen(tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0))[:, None]
     offs = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
     tl.store(y_ptr + offs, narrow(accumulator, y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def nf4_linear(
@@ -90,8 +89,8 @@ def nf4_linear(
 ) -> torch.Tensor:
     """x Wᵀ + bias into ``y``, contiguous ``[M, N]``; returns it.
 
-    x: ``[M, K]`` of any strides, rounded to ``compute`` on the way; K even. The weight's tensors are contiguous, bias is
-        ``[N]``. Sums are float32, in one order whatever the tile's neighbours do.
+    x: ``[M, K]`` of any strides, rounded to ``compute``, bfloat16 or float16, on the way. K is a multiple of the smaller
+        of the block size and ``config.block_k``. The weight's tensors are contiguous, bias is ``[N]``. Sums are float32.
     """
     N, K = shape
     M = x.shape[0]
@@ -111,13 +110,14 @@ def nf4_linear(
         M,
         N,
         K,
+        K // 2,
         x.stride(0),
         x.stride(1),
         block_size,
         COMPUTE=_TRITON_DTYPES[compute],
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_K=min(config.block_k, block_size),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

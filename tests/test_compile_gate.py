@@ -34,7 +34,7 @@ WIDE = {
 }
 QLORA, PEFT, HALF, SINGLE = lora.DTYPES[:4]
 # x, compute and output dtype of a product of a few rows.
-FEW_ROWS = (("float32", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16"), ("float32", "float32", "float32"))
+FEW_ROWS = (("float32", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16"), ("float16", "float16", "float16"))
 WHOLE = {"lora_shrink": 2**20, "lora_weight_grad": 64, "lora_dy_grads": 64}  # rows at which no sum is cut
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

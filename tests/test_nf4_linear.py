@@ -130,7 +130,12 @@ def test_linear(first: int) -> None:
 @pytest.mark.interpreter
 def test_linear_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
-    for case in (*TELLING, *[case for case in random_cases(40, seed=2) if case.K % 2 == 0 and case.K <= 256][:8]):
+    for case in (*TELLING, Case(M=3, N=70, K=256, x=F32, block_size=32, data=4), Case(M=20, K=128, compute=F16, block_size=256)):
+        check_linear(case)
+    served = random_cases(400, seed=2)
+    served = [case for case in served if ops.triton_serves(case.K, case.block_size, case.compute)[0] and case.M * case.N > 64]
+    assert len(served) > 10
+    for case in served[:8]:
         check_linear(case)
 
 
@@ -306,6 +311,8 @@ def test_where_few_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.most_rows(DEVICE.type, 192, 64, F64) == 0
     monkeypatch.setenv("PEFTFAST_BACKEND", "reference")
     assert ops.most_rows(DEVICE.type, 192, 64, BF16) == 0
+    assert ops.triton_serves(96, 64, BF16)[1] and ops.triton_serves(96, 32, F32)[1]
+    assert ops.triton_serves(96, 32, BF16) == (True, "")
     assert ops.cuda_serves(65, 256, 64, BF16)[1] and ops.cuda_serves(1, 200, 64, BF16)[1]
     assert ops.cuda_serves(1, 256, 64, F32)[1] and ops.cuda_serves(64, 256, 64, F16) == (True, "")
 

@@ -99,21 +99,27 @@ def adapter_route(device_type: str, casts: bool, keeps_dtype: bool) -> str:
     return route
 
 
+MOST_COLUMNS = 128  # of a step of the Triton kernel
+
+
 @dataclass(frozen=True)
 class LinearConfig:
     """Tile of the Triton product of a few rows: weight rows and columns, and the pipeline."""
 
     block_n: int = 32
-    block_k: int = 128
-    num_warps: int = 4
+    block_k: int = MOST_COLUMNS
+    num_warps: int = 2
     num_stages: int = 3
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "block_n", "block_k", "num_warps")
+        if self.block_k > MOST_COLUMNS:
+            raise ValueError(f"block_k: expected at most {MOST_COLUMNS}, got {self.block_k}")
 
 
 def nf4_linear(M: int, dtype: str, device: Device) -> LinearConfig:
-    """Narrow tiles, so that a weight of 4096 rows makes more programs than a GPU has multiprocessors. Not measured."""
+    """Narrow tiles, so that a weight of 4096 rows makes about as many programs as a GPU has multiprocessors, and two warps, whose
+    threads then read 16 bytes of a 64-element block's rows at once. Not measured."""
     rows = bucket(M, (16, 32, 64))
     return measured(device, "nf4_linear", f"{dtype} rows{rows}", LinearConfig) or LinearConfig()
 

@@ -237,9 +237,19 @@ def _triton_accepts(x: Tensor, *rest: Any) -> Verdict:
     ok, reason = takes_triton(x, *(one for one in rest if isinstance(one, Tensor)))
     if ok:
         ok, reason = _takes_dtypes(rest)
-    if ok and rest[4][1] % 2:
-        ok, reason = False, f"the Triton kernel takes an even K, got {rest[4][1]}"
+    if ok:
+        ok, reason = triton_serves(rest[4][1], rest[3], rest[-2])
     return ok, reason
+
+
+def triton_serves(k: int, block_size: int, compute: torch.dtype) -> Verdict:
+    """What the Triton kernel is made for: steps of whole blocks or within one, on tensor cores."""
+    if compute not in (torch.bfloat16, torch.float16):
+        return False, f"the Triton kernel multiplies on tensor cores in bfloat16 and float16, asked for {compute}"
+    step = min(block_size, configs.MOST_COLUMNS)
+    if k % step:
+        return False, f"the Triton kernel reads {step} columns at a time, which do not divide K = {k}"
+    return True, ""
 
 
 nf4_linear = Operator(
@@ -271,7 +281,9 @@ def _most_rows(device_type: str, k: int, block_size: int, compute: torch.dtype) 
             continue
         if row.backend == "cpu" and device_type != "cpu":
             continue
-        if row.backend == "triton" and (k % 2 or not (device_type == "cuda" or requested == "triton")):
+        if row.backend == "triton" and not triton_serves(k, block_size, compute)[0]:
+            continue
+        if row.backend == "triton" and not (device_type == "cuda" or requested == "triton"):
             continue
         return configs.FEW_ROWS[row.backend]
     return 0
