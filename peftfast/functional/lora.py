@@ -15,7 +15,7 @@ from torch.nn import functional
 from .. import ops
 from ..reference import lora as definition
 from .nf4 import NF4Weight, check_features, check_vector, dequantized, nf4_dequantize
-from .nf4_linear import adapted_product, keeps_dense, merged_product, merges
+from .nf4_product import adapted_product, keeps_dense, merged_product, merges
 from .precision import autocast_off, autocast_on, cache_signature, compute_dtype_of
 
 logger = logging.getLogger("peftfast")

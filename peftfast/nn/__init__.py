@@ -2,5 +2,6 @@
 
 from .lora import LoRALinear, LoRANF4Linear
 from .nf4 import NF4Linear
+from .nf4_checkpoint import load_nf4, nf4_weights
 
-__all__ = ["LoRALinear", "LoRANF4Linear", "NF4Linear"]
+__all__ = ["LoRALinear", "LoRANF4Linear", "NF4Linear", "load_nf4", "nf4_weights"]
