@@ -67,7 +67,9 @@ class Guarded:
         return self.tensor
 
 
-def stored(shape: tuple[int, ...], block_size: int, nested: bool, data: int = 0, quant_type: str = "nf4") -> tuple[Any, ...]:
+def stored(
+    shape: tuple[int, ...], block_size: int, nested: bool, data: int = 0, quant_type: str = "nf4"
+) -> tuple[Any, ...]:
     """packed, absmax, code and the three nested tensors."""
     code = definition.code_table(quant_type, CPU)
     packed, absmax = definition.nf4_quantize(awkward(shape, F32, data).cpu(), block_size, code)
@@ -77,7 +79,15 @@ def stored(shape: tuple[int, ...], block_size: int, nested: bool, data: int = 0,
     return packed, index, code, nested_absmax, definition.nested_code_table(CPU), offset
 
 
-def dequantize(library: ctypes.CDLL, weight: tuple[Any, ...], block_size: int, shape: tuple[int, int], rows: slice, spare: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    library: ctypes.CDLL,
+    weight: tuple[Any, ...],
+    block_size: int,
+    shape: tuple[int, int],
+    rows: slice,
+    spare: int,
+    dtype: torch.dtype,
+) -> Tensor:
     n, k = shape
     first, last, _ = rows.indices(n)
     buffer = Guarded((last - first, k + spare), dtype)
@@ -107,14 +117,30 @@ def check_dequantize(library: ctypes.CDLL, **fixed: Any) -> None:
 def check_quantize(library: ctypes.CDLL) -> None:
     draw = random.Random(1)
     for data in range(150):
-        shape, block_size = draw.choice([(33, 64), (7, 9), (130, 96), (1, 1), (5, 1000)]), draw.choice(definition.BLOCK_SIZES)
+        shape, block_size = (
+            draw.choice([(33, 64), (7, 9), (130, 96), (1, 1), (5, 1000)]),
+            draw.choice(definition.BLOCK_SIZES),
+        )
         dtype, code = draw.choice(DTYPES), definition.code_table(draw.choice(definition.QUANT_TYPES), CPU)
         weight = awkward(shape, dtype, data).cpu()
         if data % 4 == 0:  # an address that 16 does not divide
             weight = torch.cat((weight.new_zeros(1), weight.reshape(-1)))[1:].view(shape)
         bounds, order = definition.code_bounds(code)
-        packed, absmax = Guarded(((weight.numel() + 1) // 2, 1), torch.uint8), Guarded((-(-weight.numel() // block_size),), F32)
-        call(library.nf4_quantize, weight, dtype, weight.numel(), block_size, bounds, order.to(torch.uint8), packed.tensor, absmax.tensor)
+        packed, absmax = (
+            Guarded(((weight.numel() + 1) // 2, 1), torch.uint8),
+            Guarded((-(-weight.numel() // block_size),), F32),
+        )
+        call(
+            library.nf4_quantize,
+            weight,
+            dtype,
+            weight.numel(),
+            block_size,
+            bounds,
+            order.to(torch.uint8),
+            packed.tensor,
+            absmax.tensor,
+        )
         expected = definition.nf4_quantize(weight, block_size, code)
         wrong = sum((one.check() != other).sum().item() for one, other in zip((packed, absmax), expected, strict=True))
         assert wrong == 0, f"{shape} {block_size} {dtype}: {wrong} values differ"
@@ -130,7 +156,9 @@ def check_nest(library: ctypes.CDLL) -> None:
             index, absmax = Guarded((count,), torch.uint8), Guarded((-(-count // 256),), F32)
             call(library.nf4_nest, values, count, bounds, snapped, index.tensor, absmax.tensor)
             expected = definition.quantize_nested(values, code, snapped)
-            wrong = sum((one.check() != other).sum().item() for one, other in zip((index, absmax), expected, strict=True))
+            wrong = sum(
+                (one.check() != other).sum().item() for one, other in zip((index, absmax), expected, strict=True)
+            )
             assert wrong == 0, f"{count} {snapped}: {wrong} values differ"
 
 
@@ -148,7 +176,9 @@ LINEAR = [
 def check_linear(library: ctypes.CDLL) -> None:
     for case, splits in LINEAR:
         arguments = arguments_of(case)
-        x, packed, absmax, code, block_size, _, *nested, bias, lora_a, lora_b, lora_bias, scaling, compute, out = arguments
+        x, packed, absmax, code, block_size, _, *nested, bias, lora_a, lora_b, lora_bias, scaling, compute, out = (
+            arguments
+        )
         partial = Guarded((splits, case.M, case.N + case.R), F32)
         s, y = Guarded((case.M, case.R), compute), Guarded((case.M, case.N), out)
         adapter = [(t, F32 if t is None else t.dtype) for t in (bias, lora_a, lora_b, lora_bias)]
@@ -160,7 +190,9 @@ def check_linear(library: ctypes.CDLL) -> None:
             *(scaling, compute, splits, partial.tensor, s.tensor, y.tensor, out),
         )
         partial.check()
-        rows = zip(("y", "s"), (y.check(), s.check()), expected_of(arguments, False), expected_of(arguments, True), strict=True)
+        rows = zip(
+            ("y", "s"), (y.check(), s.check()), expected_of(arguments, False), expected_of(arguments, True), strict=True
+        )
         for name, actual, composed, exact in rows:
             assert_within_budget(f"{name} of {case}", actual, composed, exact)
 

@@ -302,10 +302,16 @@ def bad_calls() -> list[tuple[str, Callable[[], None]]]:
             "nested_code: expected 256",
             lambda: ops.nf4_dequantize(packed, bytes_, code, 64, absmax, table[:255], absmax, 64, 0, weight),
         ),
-        ("out: expected a contiguous", lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, 0, weight.T[:, :])),
+        (
+            "out: expected a contiguous",
+            lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, 0, weight.T[:, :]),
+        ),
         ("out: expected rows within", lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, 1, weight)),
         ("out: expected rows within", lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, -1, weight[:4])),
-        ("out: expected rows within", lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, 0, weight[:, :5])),
+        (
+            "out: expected rows within",
+            lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, 0, weight[:, :5]),
+        ),
         ("count: expected", lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, -1, 0, weight)),
         ("out: expected a contiguous", lambda: ops.dropout_mask(SEED, 0.5, torch.empty(3, 2, dtype=torch.bool).T)),
         ("out: expected dtype", lambda: ops.dropout_mask(SEED, 0.5, poisoned(2, 2))),

@@ -67,7 +67,10 @@ def test_load(options: dict[str, Any], meta: bool, tmp_path: Path) -> None:
     assert torch.equal(model(tokens), theirs(tokens))
     for name in ("up", "down"):
         given = F.NF4Weight.from_bitsandbytes(theirs.block[name].weight)
-        assert torch.equal(model.block[name].weight, given.packed) and model.block[name].quant_type == options["quant_type"]
+        assert (
+            torch.equal(model.block[name].weight, given.packed)
+            and model.block[name].quant_type == options["quant_type"]
+        )
     load_nf4(Model(), tmp_path)  # a folder
 
 
@@ -128,7 +131,9 @@ assert torch.equal(model(torch.arange(10).repeat(4)[None]), torch.load({str(tmp_
     head = "from typing import Any\n\nimport torch\nfrom torch import nn\n\n\n"
     script = script.replace("from tests.test_nf4_checkpoint_model import Model\n", head + model)
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
 
 

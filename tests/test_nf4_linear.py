@@ -49,7 +49,9 @@ def arguments_of(case: Case) -> tuple[Any, ...]:
         return torch.randn(shape, generator=generator).to(DEVICE)
 
     rows = torch.rand(case.N, 1, generator=generator).to(DEVICE) * 2 + 0.1
-    weight = F.nf4_quantize(normal(case.N, case.K) * rows / max(case.K, 1) ** 0.5, block_size=case.block_size, double_quant=case.nested)
+    weight = F.nf4_quantize(
+        normal(case.N, case.K) * rows / max(case.K, 1) ** 0.5, block_size=case.block_size, double_quant=case.nested
+    )
     x = normal(case.M, case.K).to(case.x)
     lora_a, lora_b = normal(case.R, case.K) / max(case.K, 1) ** 0.5, normal(case.N, case.R) / max(case.R, 1) ** 0.5
     adapter = [lora_a.to(case.adapter), lora_b.to(case.adapter)]
@@ -64,11 +66,15 @@ def arguments_of(case: Case) -> tuple[Any, ...]:
 
 def expected_of(arguments: tuple[Any, ...], exact: bool) -> tuple[Tensor, Tensor]:
     """By torch's operators in the compute dtype, or in float64 with the weight a float32 product unrounded."""
-    x, packed, absmax, code, block_size, shape, *nested, bias, lora_a, lora_b, lora_bias, scaling, compute, out = arguments
+    x, packed, absmax, code, block_size, shape, *nested, bias, lora_a, lora_b, lora_bias, scaling, compute, out = (
+        arguments
+    )
     dtype = F32 if exact else compute
     dense = definition.nf4_dequantize(packed, absmax, code, block_size, tuple(shape), dtype, *nested)
     if exact:
-        x, dense, bias, lora_a, lora_b, lora_bias = (None if t is None else t.double() for t in (x, dense, bias, lora_a, lora_b, lora_bias))
+        x, dense, bias, lora_a, lora_b, lora_bias = (
+            None if t is None else t.double() for t in (x, dense, bias, lora_a, lora_b, lora_bias)
+        )
     y, s = definition.nf4_linear(x if exact else x.to(compute), dense, bias, lora_a, lora_b, lora_bias, scaling)
     y = y if exact else y.to(out)
     return y, x.new_empty((x.shape[0], 0)) if s is None else s
@@ -130,10 +136,16 @@ def test_linear(first: int) -> None:
 @pytest.mark.interpreter
 def test_linear_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
-    for case in (*TELLING, Case(M=3, N=70, K=256, x=F32, block_size=32, data=4), Case(M=20, K=128, compute=F16, block_size=256)):
+    for case in (
+        *TELLING,
+        Case(M=3, N=70, K=256, x=F32, block_size=32, data=4),
+        Case(M=20, K=128, compute=F16, block_size=256),
+    ):
         check_linear(case)
     served = random_cases(400, seed=2)
-    served = [case for case in served if ops.triton_serves(case.K, case.block_size, case.compute)[0] and case.M * case.N > 64]
+    served = [
+        case for case in served if ops.triton_serves(case.K, case.block_size, case.compute)[0] and case.M * case.N > 64
+    ]
     assert len(served) > 10
     for case in served[:8]:
         check_linear(case)
@@ -223,8 +235,10 @@ MUTANTS = [
         "lora_bias unscaled": _argument(12, lambda bias: bias / 0.75),
         "scaling missing": _argument(13, lambda scaling: 1.0),
         "scaling twice": _argument(13, lambda scaling: scaling * scaling),
-        "s scaled": lambda run, *given: ((lambda y, s: (y, s * given[13]))(*run(*given))),
-        "last row of the weight forgotten": lambda run, *given: ((lambda y, s: (torch.cat((y[:, :-1], y[:, -1:] * 0), 1), s))(*run(*given))),
+        "s scaled": lambda run, *given: (lambda y, s: (y, s * given[13]))(*run(*given)),
+        "last row of the weight forgotten": lambda run, *given: (
+            lambda y, s: (torch.cat((y[:, :-1], y[:, -1:] * 0), 1), s)
+        )(*run(*given)),
     }.items()
 ]
 
@@ -291,7 +305,9 @@ def test_routes_make_the_calls_that_they_name(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setitem(configs.ADAPTER_ROUTES, DEVICE.type, route)
         with torch.autocast(DEVICE.type, BF16), torch.no_grad(), Calls() as calls:
             layer(x, weight, leaves)
-        seen[route] = {name: count for name, count in calls.compute.items() if "mm" in name or "lora_" in name or "nf4" in name}
+        seen[route] = {
+            name: count for name, count in calls.compute.items() if "mm" in name or "lora_" in name or "nf4" in name
+        }
     assert seen["expand"] == {"nf4_dequantize_out": 1, "addmm": 1, "lora_shrink": 1, "lora_expand_": 1}
     assert seen["accumulate"] == {"nf4_dequantize_out": 1, "addmm": 1, "addmm_": 1, "lora_shrink": 1}
     assert seen["concatenate"] == {"nf4_dequantize_out": 1, "addmm": 1, "lora_shrink": 1}
@@ -320,7 +336,9 @@ def test_where_few_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [3, 70])
 def test_compiles_whole(rows: int) -> None:
     x, weight, leaves = layer_tensors(rows)
-    compiled = torch.compile(lambda x: layer(x, weight, leaves) + F.nf4_linear(x, weight), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x: layer(x, weight, leaves) + F.nf4_linear(x, weight), backend="aot_eager", fullgraph=True
+    )
     expected = layer(x, weight, leaves) + F.nf4_linear(x, weight)
     torch.testing.assert_close(compiled(x), expected)
     dy = torch.ones_like(expected)

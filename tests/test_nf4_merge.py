@@ -22,13 +22,19 @@ def adapter(n: int, k: int, r: int = 4, dtype: torch.dtype = F32) -> tuple[Tenso
 
 
 def weight_of(n: int, k: int, dtype: torch.dtype = BF16, **options: Any) -> F.NF4Weight:
-    return F.nf4_quantize((torch.randn(n, k, generator=torch.Generator().manual_seed(k)) / k**0.5).to(dtype).to(DEVICE), **options)
+    return F.nf4_quantize(
+        (torch.randn(n, k, generator=torch.Generator().manual_seed(k)) / k**0.5).to(dtype).to(DEVICE), **options
+    )
 
 
 @pytest.mark.parametrize("shape", [(33, 64), (37, 96), (5, 33), (70, 130), (1, 1), (129, 20)])
 @pytest.mark.parametrize("slab", [1, 700, 2**24])
-@pytest.mark.parametrize("options", [{}, {"block_size": 128, "double_quant": False}, {"block_size": 4096, "quant_type": "fp4"}])
-def test_merge_is_requantising(shape: tuple[int, int], slab: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"block_size": 128, "double_quant": False}, {"block_size": 4096, "quant_type": "fp4"}]
+)
+def test_merge_is_requantising(
+    shape: tuple[int, int], slab: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In any number of slabs: the bytes of the whole dense weight, added to and quantised."""
     monkeypatch.setattr(merging, "_SLAB", slab)
     nf4 = weight_of(*shape, **options)
@@ -42,7 +48,9 @@ def test_merge_is_requantising(shape: tuple[int, int], slab: int, options: dict[
     assert dense.dtype == F32 and merged.dtype == nf4.dtype
     for one, other in zip(merged.storage(), expected.storage(), strict=True):
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
-    assert all(torch.equal(*pair) for pair in zip(before, (t for t in nf4.storage() if isinstance(t, Tensor)), strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(before, (t for t in nf4.storage() if isinstance(t, Tensor)), strict=True)
+    )
     full = F.nf4_merge_dense(nf4, a, b, SCALING)
     assert full.dtype == BF16 and torch.equal(full, dense.to(BF16))
     assert torch.equal(F.nf4_merge_dense(nf4, a, b, SCALING, dtype=F32), dense)
@@ -88,7 +96,12 @@ def ours_on(layer: Any) -> LoRANF4Linear:
     """Our layer on a copy of the same base and adapter."""
     import copy
 
-    ours = LoRALinear.from_linear(copy.deepcopy(layer.base_layer), r=4, lora_alpha=layer.lora_alpha["default"], lora_bias=layer.lora_bias["default"])
+    ours = LoRALinear.from_linear(
+        copy.deepcopy(layer.base_layer),
+        r=4,
+        lora_alpha=layer.lora_alpha["default"],
+        lora_bias=layer.lora_bias["default"],
+    )
     assert isinstance(ours, LoRANF4Linear)
     ours.lora_A.data = layer.lora_A["default"].weight.data.to(ours.lora_A.dtype)
     ours.lora_B.data = layer.lora_B["default"].weight.data.to(ours.lora_B.dtype)
@@ -116,7 +129,9 @@ def test_merge_is_pefts(dtype: torch.dtype, options: dict[str, Any], alpha: floa
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
     assert ours.nf4.dtype == dtype and torch.equal(ours.bias, layer.base_layer.bias)
     ours.unmerge()
-    assert all(torch.equal(*pair) for pair in zip(kept, (t for t in ours.nf4.storage() if isinstance(t, Tensor)), strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(kept, (t for t in ours.nf4.storage() if isinstance(t, Tensor)), strict=True)
+    )
     assert torch.equal(ours(x), before)
 
 
@@ -146,7 +161,9 @@ def test_lora_bias_is_merged_as_it_is_computed(alpha: float) -> None:
 @pytest.mark.parametrize("dtype", [None, F32, BF16])
 def test_merged_linear(bias: bool, dora: bool, dtype: torch.dtype | None) -> None:
     torch.manual_seed(0)
-    layer = LoRALinear.from_linear(NF4Linear.from_linear(nn.Linear(96, 48, bias=bias)), r=4, lora_bias=True, use_dora=dora)
+    layer = LoRALinear.from_linear(
+        NF4Linear.from_linear(nn.Linear(96, 48, bias=bias)), r=4, lora_bias=True, use_dora=dora
+    )
     nn.init.normal_(layer.lora_B, std=0.3)
     nn.init.normal_(layer.lora_bias)
     packed = layer.weight.clone()
@@ -154,7 +171,9 @@ def test_merged_linear(bias: bool, dora: bool, dtype: torch.dtype | None) -> Non
     assert type(linear) is nn.Linear and linear.weight.dtype == (dtype or F32) and not linear.weight.requires_grad
     x = torch.randn(30, 96)
     tolerance = 1e-5 if dtype != BF16 else 0.05
-    torch.testing.assert_close(linear(x.to(linear.weight.dtype)).float(), layer(x).detach(), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        linear(x.to(linear.weight.dtype)).float(), layer(x).detach(), atol=tolerance, rtol=tolerance
+    )
     assert torch.equal(layer.weight, packed) and not layer.merged
     with pytest.raises(TypeError, match="dtype: expected a floating dtype"):
         layer.merged_linear(torch.int8)

@@ -135,7 +135,10 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "out shape": ("out: expected contiguous floating", call(out=out[:, :63])),
         "out shape, too many rows": ("out: expected contiguous floating", call(out=torch.empty(9, 64, device=DEVICE))),
         "out of three dimensions": ("out: expected contiguous floating", call(out=out[None])),
-        "out rows overlap": ("which do not overlap", call(out=torch.empty(520, device=DEVICE).as_strided((8, 64), (63, 1)))),
+        "out rows overlap": (
+            "which do not overlap",
+            call(out=torch.empty(520, device=DEVICE).as_strided((8, 64), (63, 1))),
+        ),
         "first_row": ("first_row: expected 0 to 1", call(out=out[:7], first_row=2)),
         "first_row below": ("first_row: expected 0 to 1", call(out=out[:7], first_row=-1)),
         "nest dtype": ("values: expected a float32", lambda: ops.nf4_nest(out.double()[0], table, False)),

@@ -51,10 +51,10 @@ inline Slab check_slab(const Tensor& out, int64_t count, int64_t first_row) {
     STD_TORCH_CHECK(out.dim() == 2 && out.stride(1) == 1 && (out.stride(0) >= out.size(1) || out.size(0) < 2),
                     "out: expected a contiguous tensor, or rows of consecutive elements, got shape ", shape_of(out));
     const int64_t rows = out.size(0), width = out.size(1);
-    STD_TORCH_CHECK(first_row >= 0 && (rows == 0 || width == 0 ||
-                                       (count % width == 0 && first_row <= count / width - rows)),
-                    "out: expected rows within the weight's ", count, " elements, got shape ", shape_of(out),
-                    " from row ", first_row);
+    STD_TORCH_CHECK(
+        first_row >= 0 && (rows == 0 || width == 0 || (count % width == 0 && first_row <= count / width - rows)),
+        "out: expected rows within the weight's ", count, " elements, got shape ", shape_of(out), " from row ",
+        first_row);
     if (rows == 0 || width == 0) return {0, 0, 1, 1};
     return {first_row * width, (first_row + rows) * width, width, out.stride(0)};
 }

@@ -54,11 +54,10 @@ void nf4_quantize(const Tensor& weight, int64_t block_size, const Tensor& bounds
     check_cpu(order, "order");
     check_cpu(packed, "packed");
     check_cpu(absmax, "absmax");
-    cpu::nf4_quantize(weight.const_data_ptr(), dtype, weight.numel(), block_size,
-                      static_cast<const float*>(bounds.const_data_ptr()),
-                      static_cast<const uint8_t*>(order.const_data_ptr()),
-                      static_cast<uint8_t*>(packed.mutable_data_ptr()), static_cast<float*>(absmax.mutable_data_ptr()),
-                      torch_pool);
+    cpu::nf4_quantize(
+        weight.const_data_ptr(), dtype, weight.numel(), block_size, static_cast<const float*>(bounds.const_data_ptr()),
+        static_cast<const uint8_t*>(order.const_data_ptr()), static_cast<uint8_t*>(packed.mutable_data_ptr()),
+        static_cast<float*>(absmax.mutable_data_ptr()), torch_pool);
 }
 
 void nf4_nest(const Tensor& values, const Tensor& bounds, bool snapped, Tensor index, Tensor absmax) {
@@ -102,8 +101,8 @@ void nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, con
     problem.K = x.size(1);
     problem.N = y.size(1);
     problem.x = matrix_of(x, "x", problem.M, problem.K);
-    problem.weight = weight_of(packed, absmax, code, block_size, nested_absmax, nested_code, nested_offset,
-                               problem.N * problem.K);
+    problem.weight =
+        weight_of(packed, absmax, code, block_size, nested_absmax, nested_code, nested_offset, problem.N * problem.K);
     problem.bias = vector_of(bias, "bias", problem.N);
     if (lora_a.has_value()) {
         problem.R = lora_a->dim() == 2 ? lora_a->size(0) : 0;

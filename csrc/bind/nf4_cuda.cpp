@@ -121,14 +121,16 @@ void nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, con
                 const Optional& bias, const Optional& lora_a, const Optional& lora_b, const Optional& lora_bias,
                 double scaling, Tensor partial, Tensor s, Tensor y) {
     const int32_t device = x.get_device_index();
-    STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && partial.dim() == 3, "x, y, partial: expected 2, 2 and 3 dimensions");
+    STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && partial.dim() == 3,
+                    "x, y, partial: expected 2, 2 and 3 dimensions");
     STD_TORCH_CHECK(lora_a.has_value() == lora_b.has_value(), "lora_a, lora_b: expected both or none");
     STD_TORCH_CHECK(lora_a.has_value() || !lora_bias.has_value(), "lora_bias: expected an adapter with it");
     cuda::Nf4Linear problem = {};
     problem.M = x.size(0);
     problem.K = x.size(1);
     problem.N = y.size(1);
-    STD_TORCH_CHECK(problem.M <= cuda::kLinearRows, "x: expected at most ", cuda::kLinearRows, " rows, got ", problem.M);
+    STD_TORCH_CHECK(problem.M <= cuda::kLinearRows, "x: expected at most ", cuda::kLinearRows, " rows, got ",
+                    problem.M);
     STD_TORCH_CHECK(problem.K % cuda::kLinearColumns == 0, "x: expected a multiple of ", cuda::kLinearColumns,
                     " columns, got ", problem.K);
     check_power_of_two(block_size);

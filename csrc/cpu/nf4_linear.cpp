@@ -10,7 +10,7 @@ constexpr int64_t kTileRows = 32;
 
 struct Nf4LinearKernels {
     void (*prepare_row)(const Nf4Linear& problem, int64_t m, bool sorted, float* exact, void* x);
-    void (*shrink)(const Nf4Linear& problem, const float* exact, int64_t stride, int64_t r, float* row, float* s,
+    void (*shrink)(const Nf4Linear& problem, const float* exact, int64_t stride, int64_t r, float* scratch, float* s,
                    int64_t stride_s);
     void (*linear_rows)(const Nf4Linear& problem, bool sorted, const void* x, const float* s, int64_t padded,
                         float* scratch, int64_t begin, int64_t end);
@@ -43,9 +43,7 @@ namespace peftfast::cpu::avx512_bf16 {
 
 namespace peftfast::cpu {
 
-static bool divides(int64_t group, const Nf4Linear& p) {
-    return p.K % group == 0 && p.weight.block_size % group == 0;
-}
+static bool divides(int64_t group, const Nf4Linear& p) { return p.K % group == 0 && p.weight.block_size % group == 0; }
 
 static const Nf4LinearKernels& kernels_for(const Nf4Linear& p) {
 #if defined(PEFTFAST_HAS_DOT_BF16)

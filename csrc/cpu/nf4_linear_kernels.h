@@ -111,11 +111,11 @@ static inline void decode(const uint8_t* bytes, const Values& values, Vec* even,
 #endif
 constexpr int64_t kGroup = 2 * kLanes;  // columns that are decoded together
 
-constexpr int kRowsAtOnce = 8;         // of x
+constexpr int kRowsAtOnce = 8;  // of x
 
-// Row m of x in float32 as it is, and rounded to the compute dtype into x. Where `sorted`, x is made of up to eight rows
-// each, within them of groups, within those of rows, and a group has its even columns before its odd ones: that is the
-// order in which the products read it.
+// Row m of x in float32 as it is, and rounded to the compute dtype into x. Where `sorted`, x is made of up to eight
+// rows each, within them of groups, within those of rows, and a group has its even columns before its odd ones: that is
+// the order in which the products read it.
 static void prepare_row(const Nf4Linear& p, int64_t m, bool sorted, float* exact, void* x) {
     widen_row(p.x, m, p.K, exact);
     if (!sorted) {
@@ -153,10 +153,19 @@ static float dot(const float* a, const float* b, int64_t count) {
     return sum;
 }
 
-// Column r of S from row r of A, which is widened into `row`. `s` keeps what was stored, in float32.
-static void shrink(const Nf4Linear& p, const float* exact, int64_t stride, int64_t r, float* row, float* s,
+// A row in float32: where it lies, or widened into `scratch`.
+static inline const float* float_row(const FloatMatrix& matrix, int64_t row, int64_t count, float* scratch) {
+    if (matrix.dtype == DType::f32 && matrix.column_stride == 1) {
+        return (const float*)matrix.data + row * matrix.row_stride;
+    }
+    widen_row(matrix, row, count, scratch);
+    return scratch;
+}
+
+// Column r of S from row r of A, which may need `scratch`. `s` keeps what was stored, in float32.
+static void shrink(const Nf4Linear& p, const float* exact, int64_t stride, int64_t r, float* scratch, float* s,
                    int64_t stride_s) {
-    widen_row(p.lora_a, r, p.K, row);
+    const float* row = float_row(p.lora_a, r, p.K, scratch);
     for (int64_t m = 0; m < p.M; ++m) {
         const float value = rounded(dot(exact + m * stride, row, p.K), p.compute);
         s[m * stride_s + r] = value;
@@ -174,8 +183,8 @@ struct Maxima {
     int64_t begin;
 };
 
-// Adds the products of kM rows of x with weight rows n .. n + kN over columns begin .. end to out[m * kN + row]. A group
-// lies in one block; kAligned: so do blocks in rows.
+// Adds the products of kM rows of x with weight rows n .. n + kN over columns begin .. end to out[m * kN + row]. A
+// group lies in one block; kAligned: so do blocks in rows.
 template <int kM, int kN, bool kAligned>
 static void add_products(const Nf4Linear& p, const Element* x, const Maxima& maxima, int64_t n, int64_t begin,
                          int64_t end, float* out) {
@@ -225,14 +234,45 @@ static void add_products(const Nf4Linear& p, const Element* x, const Maxima& max
     for (int i = 0; i < kM * kN; ++i) out[i] += vec_sum(kOdd > 0 ? vec_add(sums[i], sums[i + kOdd]) : sums[i]);
 }
 
+// The same for one row of x where a group is a block, one weight row after the other: the packed bytes are then a
+// single stream, which the processor reads ahead of. Eight groups at a time hide the latency of decoding and adding.
+static void add_row_products(const Nf4Linear& p, const Element* x, const Maxima& maxima, int64_t n, int64_t begin,
+                             int64_t end, float* out) {
+    constexpr int kGroups = 8;
+    const int64_t first = n * p.K + begin;
+    const uint8_t* bytes = p.weight.packed + first / 2;
+    const float* maximum = maxima.values + (first / kGroup - maxima.begin);
+    x += begin;
+    Vec sums[kGroups];
+    for (int i = 0; i < kGroups; ++i) sums[i] = vec_zero();
+    int64_t groups = (end - begin) / kGroup;
+    for (; groups >= kGroups; groups -= kGroups) {
+        for (int i = 0; i < kGroups; ++i) {
+            Weights even, odd;
+            decode(bytes + i * (kGroup / 2), block_values(p.weight.code, maximum[i]), &even, &odd);
+            sums[i] = multiply_add(even, x + i * kGroup, sums[i]);
+            sums[i] = multiply_add(odd, x + i * kGroup + kLanes, sums[i]);
+        }
+        bytes += kGroups * (kGroup / 2), maximum += kGroups, x += kGroups * kGroup;
+    }
+    for (; groups > 0; --groups) {
+        Weights even, odd;
+        decode(bytes, block_values(p.weight.code, *maximum), &even, &odd);
+        sums[0] = multiply_add(odd, x + kLanes, multiply_add(even, x, sums[0]));
+        bytes += kGroup / 2, ++maximum, x += kGroup;
+    }
+    for (int i = 1; i < kGroups; ++i) sums[0] = vec_add(sums[0], sums[i]);
+    out[0] += vec_sum(sums[0]);
+}
+
 typedef void (*AddProducts)(const Nf4Linear& p, const Element* x, const Maxima& maxima, int64_t n, int64_t begin,
                             int64_t end, float* out);
 // Weight rows at once, by rows of x: as many as leave the sums in registers.
 constexpr int kTwo = kWidth >= 16 ? 2 : 1, kFour = 2 * kTwo;
 static const int kWeightRows[kRowsAtOnce] = {kFour, kFour, kTwo, kTwo, kTwo, kTwo, kTwo, kTwo};
-#define PEFTFAST_BY_ROWS(aligned)                                                                           \
-    {add_products<1, kFour, aligned>, add_products<2, kFour, aligned>, add_products<3, kTwo, aligned>,      \
-     add_products<4, kTwo, aligned>,  add_products<5, kTwo, aligned>,  add_products<6, kTwo, aligned>,      \
+#define PEFTFAST_BY_ROWS(aligned)                                                                      \
+    {add_products<1, kFour, aligned>, add_products<2, kFour, aligned>, add_products<3, kTwo, aligned>, \
+     add_products<4, kTwo, aligned>,  add_products<5, kTwo, aligned>,  add_products<6, kTwo, aligned>, \
      add_products<7, kTwo, aligned>,  add_products<8, kTwo, aligned>}
 static const AddProducts kSeveral[2][kRowsAtOnce] = {PEFTFAST_BY_ROWS(false), PEFTFAST_BY_ROWS(true)};
 #undef PEFTFAST_BY_ROWS
@@ -242,8 +282,8 @@ static const AddProducts kSingle[kRowsAtOnce] = {
     add_products<5, 1, false>, add_products<6, 1, false>, add_products<7, 1, false>, add_products<8, 1, false>};
 
 // One value of y from the base product. s and b are padded with zeros to `padded` ranks, a multiple of the width.
-static void finish(const Nf4Linear& p, int64_t m, int64_t n, float value, const float* s, const float* b,
-                   int64_t padded) {
+static inline void finish(const Nf4Linear& p, int64_t m, int64_t n, float value, const float* s, const float* b,
+                          int64_t padded) {
     if (p.bias.data != nullptr) value += element_of(p.bias, n * p.bias.column_stride);
     if (p.R > 0) {
         Vec sum = vec_zero();
@@ -269,8 +309,9 @@ static void multiply_tile(const Nf4Linear& p, const Element* x, const Maxima& ma
     const int64_t size = p.weight.block_size;
     int64_t part = 16384 / ((int64_t)sizeof(Element) * many) / 512 * 512;
     part = part < 512 ? 512 : part > kPart ? kPart : part;
-    const AddProducts several = kSeveral[p.K % size == 0][many - 1];
-    const int rows = kWeightRows[many - 1];
+    const bool stream = many == 1 && size == kGroup;
+    const AddProducts several = stream ? add_row_products : kSeveral[p.K % size == 0][many - 1];
+    const int rows = stream ? 1 : kWeightRows[many - 1];
     float sums[kRowsAtOnce * 4];
     for (int64_t i = 0; i < (end - begin) * kRowsAtOnce; ++i) products[i] = 0.0f;
     for (int64_t k = 0; k < p.K; k += part) {
@@ -318,9 +359,14 @@ static void linear_rows(const Nf4Linear& p, bool sorted, const void* x, const fl
             multiply_rows(p, (const float*)x + m * p.K, many, begin, end, weight, products);
         }
         for (int64_t n = begin; n < end; ++n) {
-            if (p.R > 0) widen_row(p.lora_b, n, p.R, b);
+            const float* row = b;
+            if (p.R == padded) {
+                row = float_row(p.lora_b, n, p.R, b);
+            } else if (p.R > 0) {
+                widen_row(p.lora_b, n, p.R, b);
+            }
             for (int i = 0; i < many; ++i) {
-                finish(p, m + i, n, products[(n - begin) * kRowsAtOnce + i], s, b, padded);
+                finish(p, m + i, n, products[(n - begin) * kRowsAtOnce + i], s, row, padded);
             }
         }
     }

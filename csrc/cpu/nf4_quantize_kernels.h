@@ -76,16 +76,13 @@ static inline void pack_block(const void* data, DType dtype, int64_t begin, int6
     const __m256 scales = _mm256_set1_ps(scale);
     const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)order));
     for (int64_t i = begin; i < end; i += 32) {
-        const __m256i first =
-            _mm256_packus_epi32(rank_eight(load_vec(data, dtype, i), scales, bounds),
-                                rank_eight(load_vec(data, dtype, i + 8), scales, bounds));
-        const __m256i second =
-            _mm256_packus_epi32(rank_eight(load_vec(data, dtype, i + 16), scales, bounds),
-                                rank_eight(load_vec(data, dtype, i + 24), scales, bounds));
+        const __m256i first = _mm256_packus_epi32(rank_eight(load_vec(data, dtype, i), scales, bounds),
+                                                  rank_eight(load_vec(data, dtype, i + 8), scales, bounds));
+        const __m256i second = _mm256_packus_epi32(rank_eight(load_vec(data, dtype, i + 16), scales, bounds),
+                                                   rank_eight(load_vec(data, dtype, i + 24), scales, bounds));
         // The packs work in halves: 0-3, 8-11, 16-19, 24-27 | 4-7, ... in groups of four bytes.
         const __m256i mixed = _mm256_packus_epi16(first, second);
-        const __m256i ranks =
-            _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        const __m256i ranks = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         const __m256i index = _mm256_shuffle_epi8(codes, ranks);
         const __m256i pairs = _mm256_maddubs_epi16(index, _mm256_set1_epi16(0x0110));
         const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);

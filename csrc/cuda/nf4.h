@@ -28,7 +28,8 @@ struct Nf4Slab {
 const char* launch_nf4_dequantize(const Nf4Weight& weight, const Nf4Slab& slab, void* out, DType dtype, void* stream);
 
 // Packed bytes [ceil(count / 2)] and maxima [ceil(count / block_size)] of a contiguous weight, in one launch. `bounds`:
-// the 15 middles between neighbouring codes; `order`: the code's index of each rank. block_size: a power of two from 32.
+// the 15 middles between neighbouring codes; `order`: the code's index of each rank. block_size: a power of two
+// from 32.
 const char* launch_nf4_quantize(const void* weight, DType dtype, int64_t count, int64_t block_size, const float* bounds,
                                 const uint8_t* order, uint8_t* packed, float* absmax, void* stream);
 
@@ -36,16 +37,16 @@ const char* launch_nf4_quantize(const void* weight, DType dtype, int64_t count, 
 const char* launch_nf4_nest(const float* values, int64_t count, const float* bounds, bool snapped, uint8_t* index,
                             float* absmax, void* stream);
 
-constexpr int kLinearRows = 64;       // of x at most
-constexpr int kLinearColumns = 128;   // which divide K: what a warp multiplies at a time
-constexpr int kLinearTileRows = 64;   // of the weight or of A, to a block of threads
+constexpr int kLinearRows = 64;      // of x at most
+constexpr int kLinearColumns = 128;  // which divide K: what a warp multiplies at a time
+constexpr int kLinearTileRows = 64;  // of the weight or of A, to a block of threads
 
 struct Nf4Linear {
     int64_t M, N, K, R;
-    const void* x;  // [M, K]
-    DType x_dtype;       // the compute dtype or float32; so is a_dtype
-    Nf4Weight weight;    // [N, K]; 16-byte aligned, the block size a power of two from 32
-    const void* bias;    // [N], or null
+    const void* x;     // [M, K]
+    DType x_dtype;     // the compute dtype or float32; so is a_dtype
+    Nf4Weight weight;  // [N, K]; 16-byte aligned, the block size a power of two from 32
+    const void* bias;  // [N], or null
     DType bias_dtype;
     const void* lora_a;  // [R, K]
     DType a_dtype;
@@ -62,8 +63,8 @@ struct Nf4Linear {
     DType y_dtype;
 };
 
-// y = x Wᵀ + bias + scaling (S Bᵀ + lora_bias), S = x Aᵀ, everything contiguous, in two launches: products of K's parts,
-// then their sums in a fixed order with what is added to them. No atomics and no host synchronisation.
+// y = x Wᵀ + bias + scaling (S Bᵀ + lora_bias), S = x Aᵀ, everything contiguous, in two launches: products of K's
+// parts, then their sums in a fixed order with what is added to them. No atomics and no host synchronisation.
 const char* launch_nf4_linear(const Nf4Linear& problem, void* stream);
 
 }  // namespace peftfast::cuda

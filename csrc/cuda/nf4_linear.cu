@@ -9,12 +9,12 @@ namespace {
 // them waste little. A thread reads 32 consecutive elements of two weight rows, which are its share of eight tiles:
 // which 16 columns a tile multiplies does not matter as long as weight and x agree.
 constexpr int kThreads = 128;
-constexpr int kChunk = 32;                          // columns of a thread; four threads make kLinearColumns
-constexpr int kReplicas = 16;                       // of the decoding table
+constexpr int kChunk = 32;     // columns of a thread; four threads make kLinearColumns
+constexpr int kReplicas = 16;  // of the decoding table
 // Blocks an SM: at most 128 registers, and 168 where there are 32 sums.
 constexpr int blocks_of(int tiles) { return tiles < 8 ? 4 : 3; }
 constexpr int kFinishThreads = 128, kFinishRows = 8;  // of the second launch: columns and rows of y to a block
-constexpr int kRanks = 64;                          // of S that it holds at a time
+constexpr int kRanks = 64;                            // of S that it holds at a time
 
 template <DType kType>
 __device__ __forceinline__ float element_of(const void* data, int64_t i) {
@@ -79,7 +79,8 @@ __device__ __forceinline__ void decode_word(uint32_t word, float maximum, const 
 
 // Products of one part of K for 64 rows of the weight, or of A past the weight's last tile; kTiles * 8 rows of x.
 template <DType kCompute, int kTiles>
-__global__ void __launch_bounds__(kThreads, blocks_of(kTiles)) multiply_part(Nf4Linear p, int shift, int64_t steps_each) {
+__global__ void __launch_bounds__(kThreads, blocks_of(kTiles))
+    multiply_part(Nf4Linear p, int shift, int64_t steps_each) {
     __shared__ float2 decode[256 * kReplicas];
     __shared__ float nested_code[256];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;

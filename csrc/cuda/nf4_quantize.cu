@@ -159,7 +159,8 @@ const char* launch_nf4_nest(const float* values, int64_t count, const float* bou
     if (count == 0) return nullptr;
     const int64_t each = kThreads / 32 * nf4::kNestedBlock;
     const unsigned grid = static_cast<unsigned>((count + each - 1) / each);
-    nest_groups<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(values, count, bounds, snapped, index, absmax);
+    nest_groups<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(values, count, bounds, snapped, index,
+                                                                          absmax);
     return launched();
 }
 

@@ -97,7 +97,9 @@ def _nf4_cases(random: torch.Generator) -> dict[str, list[Case]]:
 
 def _few_rows(*given: Any) -> tuple[Tensor, Tensor]:
     """The definition of nf4_linear; the weight in float64 is the float32 product unrounded."""
-    x, packed, absmax, code, block_size, shape, *nested, bias, lora_a, lora_b, lora_bias, scaling, compute, dtype = given
+    x, packed, absmax, code, block_size, shape, *nested, bias, lora_a, lora_b, lora_bias, scaling, compute, dtype = (
+        given
+    )
     if compute == torch.float64:
         absmax = absmax if nested[0] is None else nf4.unnest_absmax(absmax, *(t.float() for t in nested))
         dense = nf4.nf4_dequantize(packed, absmax.float(), code.float(), block_size, shape, torch.float32)
@@ -121,7 +123,10 @@ def _few_rows_cases(random: torch.Generator, device: str) -> dict[str, list[Case
     arguments = (normal(M, k), *storage, *nested, *adapter)
     cases = [
         _budgeted(name, _few_rows, (*arguments, compute, dtype), device)
-        for name, compute, dtype in (("qlora", torch.bfloat16, torch.float32), ("float16", torch.float16, torch.float16))
+        for name, compute, dtype in (
+            ("qlora", torch.bfloat16, torch.float32),
+            ("float16", torch.float16, torch.float16),
+        )
     ]
     return {"nf4_linear": cases}
 

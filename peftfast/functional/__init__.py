@@ -2,8 +2,8 @@
 
 from .lora import lora_linear
 from .nf4 import NF4Weight, nf4_dequantize, nf4_quantize
-from .nf4_product import merged_dequantization, nf4_linear, shared_dequantization
 from .nf4_merging import nf4_merge, nf4_merge_dense
+from .nf4_product import merged_dequantization, nf4_linear, shared_dequantization
 
 __all__ = [
     "NF4Weight",

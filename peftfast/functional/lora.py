@@ -15,7 +15,7 @@ from torch.nn import functional
 from .. import ops
 from ..reference import lora as definition
 from .nf4 import NF4Weight, check_features, check_vector, dequantized, nf4_dequantize
-from .nf4_product import adapted_product, keeps_dense, merged_product, merges
+from .nf4_product import adapted_product, keeps_dense, product_without_gradient
 from .precision import autocast_off, autocast_on, cache_signature, compute_dtype_of
 
 logger = logging.getLogger("peftfast")
@@ -291,13 +291,18 @@ def lora_linear(
                 seed=seed_tensor,
             )
             return y.to(out_dtype)
-        four_bit = isinstance(weight, NF4Weight)
         rows = x.reshape(-1, x.shape[-1])
-        if four_bit and p == 0.0 and merges():
-            y = merged_product(rows, weight, lora_a, lora_b, bias, lora_bias, float(scaling), dtype)
-            return y.to(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
-        base, *quantisation = weight.storage() if four_bit else (weight, *_DENSE)
-        keep = (True,) if four_bit and keeps_dense() and torch.is_grad_enabled() and x.requires_grad else ()
+        if isinstance(weight, NF4Weight) and p == 0.0 and not torch.is_grad_enabled():
+            adapter = (lora_a, lora_b, bias, lora_bias, float(scaling))
+            done = product_without_gradient(rows, weight, *adapter, dtype, out_dtype)
+            if done is not None:
+                return done.reshape(*x.shape[:-1], weight.shape[0])
+        base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight, *_DENSE)
+        keep = (
+            (True,)
+            if quantisation[0] is not None and keeps_dense() and torch.is_grad_enabled() and x.requires_grad
+            else ()
+        )
         y, *_ = LoRALinearFunction.apply(
             rows,
             base,

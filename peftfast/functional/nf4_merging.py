@@ -21,7 +21,9 @@ def _check(nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor) -> None:
         raise ValueError(f"nf4: expected a weight of shape (N, K), got {tuple(nf4.shape)}")
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
         if not isinstance(factor, Tensor) or not factor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating tensor, got {getattr(factor, 'dtype', type(factor).__name__)}")
+            raise TypeError(
+                f"{name}: expected a floating tensor, got {getattr(factor, 'dtype', type(factor).__name__)}"
+            )
         if factor.device != nf4.device:
             raise ValueError(f"{name}: expected on {nf4.device} beside nf4, got on {factor.device}")
     n, k = nf4.shape

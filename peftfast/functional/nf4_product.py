@@ -61,16 +61,12 @@ def keeps_dense() -> bool:
     return _switches["shared"]
 
 
-def merges() -> bool:
-    return _switches["merged"] and not torch.is_grad_enabled()
-
-
 def takes_few_rows(x: Tensor, block_size: int, compute_dtype: torch.dtype) -> bool:
     """Whether this many rows are for the operator that decodes on the way. No rows are left to the library."""
     return 0 < x.shape[0] <= ops.nf4_linear.most_rows(x.device.type, x.shape[1], block_size, compute_dtype)
 
 
-def merged_product(
+def product_without_gradient(
     x: Tensor,
     weight: NF4Weight,
     lora_a: Tensor,
@@ -79,12 +75,20 @@ def merged_product(
     lora_bias: Tensor | None,
     scaling: float,
     compute_dtype: torch.dtype,
-) -> Tensor:
-    """x (W̃ + scaling B A)ᵀ + bias + scaling lora_bias, for :func:`merged_dequantization`."""
+    out_dtype: torch.dtype,
+) -> Tensor | None:
+    """y where nothing is dropped and no gradient is recorded: of a few rows past autograd, whose bookkeeping takes as long as a
+    quarter of the product; merged as :func:`merged_dequantization` says; None where neither applies."""
+    if takes_few_rows(x, weight.block_size, compute_dtype):
+        adapter = (bias, lora_a, lora_b, lora_bias, scaling)
+        return ops.nf4_linear.nf4_linear(x, *weight.storage(), *adapter, compute_dtype, out_dtype)[0]
+    if not _switches["merged"]:
+        return None
     packed, *quantisation = weight.storage()
     dense = dequantized(packed, tuple(quantisation), compute_dtype)
     dense.addmm_(lora_b.to(compute_dtype), lora_a.to(compute_dtype), alpha=scaling)
-    return functional.linear(x.to(compute_dtype), dense, _whole_bias(bias, lora_bias, scaling, compute_dtype))
+    total = _whole_bias(bias, lora_bias, scaling, compute_dtype)
+    return functional.linear(x.to(compute_dtype), dense, total).to(out_dtype)
 
 
 def _whole_bias(
@@ -249,7 +253,12 @@ def nf4_linear(
     dtype = compute_dtype_of(x, compute_dtype)
     out_dtype = x.dtype if compute_dtype is not None else dtype
     with autocast_off(x.device.type):
-        rows = x.reshape(-1, x.shape[-1])
-        keep = keeps_dense() and torch.is_grad_enabled() and x.requires_grad
-        y, _ = NF4LinearFunction.apply(rows, bias, *nf4.storage(), dtype, out_dtype, keep)
-        return y.reshape(*x.shape[:-1], nf4.shape[0])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        records = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if not records and takes_few_rows(rows, nf4.block_size, dtype):
+            # Past autograd, whose bookkeeping takes as long as a quarter of the product.
+            y, _ = ops.nf4_linear.nf4_linear(rows, *nf4.storage(), bias, None, None, None, 1.0, dtype, out_dtype)
+        else:
+            keep = keeps_dense() and records and x.requires_grad
+            y, _ = NF4LinearFunction.apply(rows, bias, *nf4.storage(), dtype, out_dtype, keep)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], nf4.shape[0])

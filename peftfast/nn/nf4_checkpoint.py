@@ -59,7 +59,9 @@ def _tensors(checkpoint: Any) -> Mapping[str, Tensor]:
     return tensors
 
 
-def load_nf4(model: nn.Module, checkpoint: Any, *, compute_dtype: torch.dtype | None = None, strict: bool = True) -> nn.Module:
+def load_nf4(
+    model: nn.Module, checkpoint: Any, *, compute_dtype: torch.dtype | None = None, strict: bool = True
+) -> nn.Module:
     """Load a checkpoint that bitsandbytes wrote: each nn.Linear whose weight it holds in 4 bits becomes an :class:`NF4Linear` on that
     storage, everything else is loaded as ``load_state_dict`` does. In place; the model is returned.
 

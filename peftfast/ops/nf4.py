@@ -120,7 +120,9 @@ def check_rows(out: Tensor, shape: Sequence[int], first_row: int) -> None:
     )
     require(
         0 <= first_row <= shape[0] - out.shape[0],
-        lambda: f"first_row: expected 0 to {shape[0] - out.shape[0]} for {out.shape[0]} of {shape[0]} rows, got {first_row}",
+        lambda: (
+            f"first_row: expected 0 to {shape[0] - out.shape[0]} for {out.shape[0]} of {shape[0]} rows, got {first_row}"
+        ),
     )
 
 
@@ -138,7 +140,16 @@ def _compiled_out(library: str):  # type: ignore[no-untyped-def]
         first_row: int = 0,
     ) -> None:
         getattr(torch.ops, library).nf4_dequantize.default(
-            packed, absmax, code, block_size, nested_absmax, nested_code, nested_offset, math.prod(shape), first_row, out
+            packed,
+            absmax,
+            code,
+            block_size,
+            nested_absmax,
+            nested_code,
+            nested_offset,
+            math.prod(shape),
+            first_row,
+            out,
         )
 
     return run
@@ -160,7 +171,17 @@ def _triton_out(
     config = configs.nf4_dequantize(case, device_of(out))
     with on_device(packed):
         kernels("nf4").nf4_dequantize(
-            packed, absmax, code, block_size, math.prod(shape), out, first_row, nested_absmax, nested_code, nested_offset, config
+            packed,
+            absmax,
+            code,
+            block_size,
+            math.prod(shape),
+            out,
+            first_row,
+            nested_absmax,
+            nested_code,
+            nested_offset,
+            config,
         )
 
 

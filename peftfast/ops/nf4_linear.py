@@ -64,7 +64,9 @@ def _check(
     for name, vector in (("bias", bias), ("lora_bias", lora_bias)):
         require(
             vector is None or (vector.is_floating_point() and vector.dim() == 1 and vector.shape[0] == n),
-            lambda name=name, vector=vector: f"{name}: expected floating [{n}], got {vector.dtype} {tuple(vector.shape)}",  # type: ignore[misc]
+            lambda name=name, vector=vector: (
+                f"{name}: expected floating [{n}], got {vector.dtype} {tuple(vector.shape)}"
+            ),  # type: ignore[misc]
         )
     for other in (x, bias, lora_a, lora_b, lora_bias):
         require(other is None or other.device == packed.device, lambda: f"expected all tensors on {packed.device}")
@@ -81,7 +83,9 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], shape[0]), dtype=dtype), x.new_empty((x.shape[0], ranks), dtype=compute)
 
 
-def _results(x: Tensor, n: int, lora_a: Tensor | None, compute: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _results(
+    x: Tensor, n: int, lora_a: Tensor | None, compute: torch.dtype, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     ranks = 0 if lora_a is None else lora_a.shape[0]
     y = torch.empty((x.shape[0], n), dtype=dtype, device=x.device)
     return y, torch.empty((x.shape[0], ranks), dtype=compute, device=x.device)
@@ -135,7 +139,8 @@ def _cuda(
     splits = configs.nf4_linear_splits(x.shape[0], shape[0], shape[1], ranks, device_of(x))
     partial = torch.empty((splits, x.shape[0], shape[0] + ranks), dtype=torch.float32, device=x.device)
     # The kernel rounds x and A from float32 to the compute dtype on the way; the other 16-bit dtype is cast before it.
-    x, lora_a = (t if t is None or t.dtype in (compute, torch.float32) else t.to(compute) for t in (x, lora_a))
+    x = x if x.dtype in (compute, torch.float32) else x.to(compute)
+    lora_a = lora_a if lora_a is None or lora_a.dtype in (compute, torch.float32) else lora_a.to(compute)
     contiguous = [None if t is None else t.contiguous() for t in (bias, lora_a, lora_b, lora_bias)]
     nested = (nested_absmax, nested_code, nested_offset)
     torch.ops.peftfast_cuda.nf4_linear.default(
@@ -167,7 +172,19 @@ def _triton(
     config = configs.nf4_linear(x.shape[0], dtype_name(compute), device_of(x))
     with on_device(x):
         kernels("nf4_linear").nf4_linear(
-            x, packed, absmax, code, block_size, tuple(shape), nested_absmax, nested_code, nested_offset, bias, compute, y, config
+            x,
+            packed,
+            absmax,
+            code,
+            block_size,
+            tuple(shape),
+            nested_absmax,
+            nested_code,
+            nested_offset,
+            bias,
+            compute,
+            y,
+            config,
         )
     if lora_a is not None and lora_b is not None:
         s = lora_ops.lora_shrink(x, lora_a, None, 0.0, 1.0, compute)

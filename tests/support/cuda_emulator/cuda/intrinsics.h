@@ -39,7 +39,8 @@ inline void multiply_tile(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, 
         for (unsigned k = 0; k < 16; ++k) {
             const uint32_t left = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)] >> (16 * (k % 2));
             const uint32_t right = all[column * 4 + k % 8 / 2].b[k / 8] >> (16 * (k % 2));
-            sum[i] += float_of(kCompute, static_cast<uint16_t>(left)) * float_of(kCompute, static_cast<uint16_t>(right));
+            sum[i] +=
+                float_of(kCompute, static_cast<uint16_t>(left)) * float_of(kCompute, static_cast<uint16_t>(right));
         }
     }
 }
