@@ -313,6 +313,30 @@ def test_routes_make_the_calls_that_they_name(monkeypatch: pytest.MonkeyPatch) -
     assert seen["concatenate"] == {"nf4_dequantize_out": 1, "addmm": 1, "lora_shrink": 1}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_slabs(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs of a weight in place of the whole: the budget holds, the last is shorter, and no buffer is larger than a slab."""
+    check_layer(70, F32, autocast)
+    case = Case(M=70, N=150, K=192)
+    x, *storage, bias, lora_a, lora_b, lora_bias, _, _, _ = arguments_of(case)
+    packed, absmax, code, block_size, shape, *nested = storage
+    weight = F.NF4Weight(packed, absmax, code, block_size, shape, F32, "nf4", *nested)
+    seen = {}
+    for limit in (0, 64 * 192 * 4):
+        monkeypatch.setitem(configs.SLAB_BYTES, DEVICE.type, limit)
+        with torch.autocast(DEVICE.type, BF16, enabled=autocast), torch.no_grad(), Calls() as calls:
+            y = F.nf4_linear(x, weight, bias)
+            z = layer(x, weight, [lora_a, lora_b, bias, lora_bias])
+            w = F.nf4_linear(x, weight)
+        slabs = 1 if limit == 0 else 3 if not autocast else 2
+        assert calls.compute["nf4_dequantize_out"] == 3 * slabs
+        seen[limit] = y, z, w
+    for one, other in zip(*seen.values(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert configs.slab_rows(DEVICE.type, 150, 192, 4) == 64 and configs.slab_rows(DEVICE.type, 64, 192, 4) == 64
+    assert configs.slab_rows("other", 150, 192, 4) == 150
+
+
 def test_few_rows_are_one_operator() -> None:
     x, weight, leaves = layer_tensors(3)
     with torch.no_grad(), Calls() as calls:

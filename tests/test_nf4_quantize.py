@@ -139,6 +139,42 @@ def test_bytes_are_bitsandbytes(
     assert_same_bytes(ours, quantize_as_bitsandbytes(weight, block_size, quant_type, nested))
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 40),
+    blocks=st.integers(1, 4),
+    block_size=st.sampled_from([32, 64, 128, 256, 1024]),
+    dtype=st.sampled_from([F32, BF16, F16]),
+    quant_type=st.sampled_from(definition.QUANT_TYPES),
+    nested=st.booleans(),
+    storage=st.sampled_from([torch.uint8, BF16, F32]),
+    spare=st.integers(0, 40),
+    data=st.integers(0, 2**31),
+)
+def test_values_are_bitsandbytes(
+    rows: int,
+    blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    quant_type: str,
+    nested: bool,
+    storage: torch.dtype,
+    spare: int,
+    data: int,
+) -> None:
+    """Dequantised by its CPU kernel where that is right (the width a multiple of the block), from bytes of any storage; ours whole, and
+    as rows of a wider buffer."""
+    bitsandbytes = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    weight = awkward((rows, blocks * block_size), dtype, data).cpu()
+    nf4 = F.nf4_quantize(weight, block_size=block_size, double_quant=nested, quant_type=quant_type)
+    given_weight = nf4.to_bitsandbytes(storage)
+    expected = bitsandbytes.dequantize_4bit(given_weight, given_weight.quant_state)
+    assert torch.equal(F.nf4_dequantize(F.NF4Weight.from_bitsandbytes(given_weight)), expected)
+    first = data % rows
+    out = torch.empty(rows - first, weight.shape[1] + spare, dtype=dtype)[:, spare:]
+    assert torch.equal(F.nf4_dequantize(nf4, out=out, first_row=first), expected[first:])
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.integers(0, 2**31), count=st.integers(2, 600))
 def test_nested_bytes_are_bitsandbytes_beside_its_grid(data: int, count: int) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from .. import ops
 from ..reference import lora as definition
 from .nf4 import NF4Weight, check_features, check_vector, dequantized, nf4_dequantize
-from .nf4_product import adapted_product, keeps_dense, product_without_gradient
+from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
 from .precision import autocast_off, autocast_on, cache_signature, compute_dtype_of
 
 logger = logging.getLogger("peftfast")
@@ -80,8 +80,12 @@ class LoRALinearFunction(torch.autograd.Function):
             done = adapted_product(x, weight, quantisation, *adapter, compute_dtype, out_dtype)
             if done is not None:
                 return done
-        dense = _dense_weight(weight, quantisation, compute_dtype)
-        y = functional.linear(x.to(compute_dtype), dense, None if bias is None else bias.to(compute_dtype))
+        dense = weight
+        if absmax is not None and not keep:
+            y = base_product(x, weight, quantisation, bias, compute_dtype)
+        else:
+            dense = _dense_weight(weight, quantisation, compute_dtype)
+            y = functional.linear(x.to(compute_dtype), dense, None if bias is None else bias.to(compute_dtype))
         s = ops.lora.lora_shrink(x, lora_a, seed, p, 1.0, compute_dtype)
         y = _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
         return (y, s, dense) if keep else (y, s)

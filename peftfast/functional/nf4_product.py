@@ -91,6 +91,29 @@ def product_without_gradient(
     return functional.linear(x.to(compute_dtype), dense, total).to(out_dtype)
 
 
+def base_product(
+    x: Tensor, packed: Tensor, quantisation: tuple[Any, ...], bias: Tensor | None, compute_dtype: torch.dtype
+) -> Tensor:
+    """x W̃ᵀ + bias in the compute dtype, of the weight dequantised whole, or slab by slab as ``configs.nf4.slab_rows`` says."""
+    absmax, code, block_size, shape, *nested = quantisation
+    n, k = shape
+    rows = configs.slab_rows(x.device.type, n, k, compute_dtype.itemsize)
+    x, bias = x.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
+    if rows >= n:
+        return functional.linear(x, dequantized(packed, quantisation, compute_dtype), bias)
+    y = torch.empty((x.shape[0], n), dtype=compute_dtype, device=x.device)
+    buffer = torch.empty((rows, k), dtype=compute_dtype, device=x.device)
+    for first in range(0, n, rows):
+        last = min(first + rows, n)
+        slab = buffer[: last - first]
+        ops.nf4.nf4_dequantize_out(packed, absmax, code, block_size, shape, *nested, slab, first)
+        if bias is None:
+            torch.mm(x, slab.T, out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last], x, slab.T, out=y[:, first:last])
+    return y
+
+
 def _whole_bias(
     bias: Tensor | None, lora_bias: Tensor | None, scaling: float, compute_dtype: torch.dtype
 ) -> Tensor | None:
@@ -190,9 +213,11 @@ class NF4LinearFunction(torch.autograd.Function):
         if not keep and takes_few_rows(x, block_size, compute_dtype):
             rest = (bias, None, None, None, 1.0, compute_dtype, out_dtype)
             return ops.nf4_linear.nf4_linear(x, packed, *quantisation, *rest)[0], None
+        if not keep:
+            return base_product(x, packed, quantisation, bias, compute_dtype).to(out_dtype), None
         weight = dequantized(packed, quantisation, compute_dtype)
         y = functional.linear(x.to(compute_dtype), weight, None if bias is None else bias.to(compute_dtype))
-        return y.to(out_dtype), weight if keep else None
+        return y.to(out_dtype), weight
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
