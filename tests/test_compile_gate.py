@@ -121,7 +121,9 @@ def _other_requests() -> list[dict[str, Any]]:
         for dtype, block_size in itertools.product(nf4.DTYPES, (64, 4096) if arch == 90 else (64,)):
             requests.append({"launcher": "nf4_quantize", "arch": arch, "dtype": dtype, "block_size": block_size})
         requests += [{"launcher": "nf4_nest", "arch": arch, "snapped": snapped} for snapped in (False, True)]
-        for m, (x, compute, out) in itertools.product((1, 16), FEW_ROWS if arch == 90 or FULL else FEW_ROWS[:1]):
+        for m, (x, compute, out) in itertools.product(
+            (1, 16) if arch == 90 else (16,), FEW_ROWS if arch == 90 or FULL else FEW_ROWS[:1]
+        ):
             few = {"launcher": "nf4_linear", "arch": arch, "x": x, "compute": compute, "out": out}
             requests.append(few | {"M": m, "nested": m == 16})
     return requests

@@ -44,7 +44,7 @@ def test_nf4_quantize(isa: str, quant_type: str, dtype: torch.dtype, shape: tupl
 
 
 @pytest.mark.parametrize("compute", [F32, BF16, F16])
-@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 7, 8, 9, 17])
+@pytest.mark.parametrize("M", [1, 2, 4, 7, 8, 17])
 @pytest.mark.parametrize(
     ("N", "K", "block_size"), [(33, 128, 64), (70, 96, 64), (3, 320, 128), (5, 33, 32), (4, 64, 4096)]
 )
