@@ -1,4 +1,4 @@
-# demo · test · lint · bench: each makes .venv when it is missing. With NOVENV=1 PYTHON=python3 the machine's own
+# demo · test · lint · bench · gpu: each makes .venv when it is missing. With NOVENV=1 PYTHON=python3 the machine's own
 # packages are used instead, without a network.
 PYTHON ?= python3
 ifeq ($(NOVENV),1)
@@ -14,7 +14,7 @@ endif
 BUILD = $$($(RUN) -c "import shutil, torch; print('cpu,cuda' if torch.version.cuda and shutil.which('nvcc') else 'cpu')")
 WORKERS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV_READY)
 	$(RUN) -m peftfast demo $(ARGS)
@@ -32,6 +32,13 @@ bench: $(VENV_READY)
 	mkdir -p bench-out
 	$(RUN) -m benchmarks.run --out bench-out/run.json $(ARGS)
 	$(RUN) -m benchmarks.plot bench-out/run.json --out bench-out
+	$(RUN) -m benchmarks.end_to_end --out bench-out/end_to_end.json $(filter --quick,$(ARGS))
+
+# Everything that a GPU can say, in nine minutes: make gpu OUT=dir [STAGES="tests verify"] [COMMIT=rev] [ARGS=--quick]. It builds csrc
+# itself, for the GPU at hand.
+OUT ?= gpu-out
+gpu: $(if $(filter 1,$(NOVENV)),,$(VENV_READY))
+	$(RUN) -m benchmarks.gpu --out $(OUT) $(if $(STAGES),--stages $(STAGES)) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 .venv/ready: requirements.txt setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -d .venv || $(PYTHON) -m venv .venv

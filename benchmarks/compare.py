@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.compare OLD.json NEW.json`` compares two files of run's; ``compare OLD.json [run's options]`` a file with a
 run made now; ``compare --base REV [run's options]`` this tree with a git revision: both are measured by this tree's benchmarks, in the
-order base, tree, tree, base, so that a drift of the machine falls on both. Exit status 1 where a row got slower or lost its speed.
+order base, tree, tree, base, so that a drift of the machine falls on both; ``compare --recorded [run's options]`` this tree with
+what is filed for this device under results/. Exit status 1 where a row got slower or lost its speed.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 
 import peftfast
 
-from . import table
+from . import machine, record, table
 from .machine import ROOT
 from .run import KEY
 
@@ -57,7 +58,8 @@ class Change:
 
 
 def rows_by_key(report: Report) -> dict[tuple[Any, ...], dict[str, Any]]:
-    return {tuple(row[name] for name in KEY): row for row in report["rows"]}
+    # Rows filed before a size was added do not have it: 0, as where an operator has none.
+    return {tuple(row.get(name, 0) for name in KEY): row for row in report["rows"]}
 
 
 def compare(old: Report, new: Report) -> list[Change]:
@@ -131,6 +133,15 @@ def against_revision(revision: str, arguments: Sequence[str]) -> tuple[Report, R
     return merge(runs[0], runs[3]), merge(runs[1], runs[2])
 
 
+def recorded(report: Report, results: Path = record.RESULTS) -> Report:
+    """What is filed under ``results`` for the device of ``report``, all operators together; their rows may be of several commits."""
+    folder = results / machine.slug(report["machine"])
+    found = record.reports_in(folder) if folder.is_dir() else []
+    if not found:
+        raise SystemExit(f"nothing is filed for this device: expected results in {folder}")
+    return {**found[0], "rows": [row for each in found for row in each["rows"]]}
+
+
 def text(changes: Sequence[Change], everything: bool = False) -> str:
     """The rows that changed, the slowest first."""
     shown = [c for c in changes if everything or c.slower or c.faster or c.lost]
@@ -152,10 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parse.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="OLD, or OLD and NEW")
     parse.add_argument("--base", metavar="REV", help="a git revision to measure this tree against")
+    parse.add_argument("--recorded", action="store_true", help="compare with the results filed for this device")
     parse.add_argument("--all", action="store_true", help="print unchanged rows too")
     # Files and compare's own options come first; from the first other option on, everything is run's.
     own, rest = [], list(sys.argv[1:] if argv is None else argv)
-    while rest and (not rest[0].startswith("-") or rest[0] in ("--base", "--all", "-h", "--help")):
+    while rest and (not rest[0].startswith("-") or rest[0] in ("--base", "--recorded", "--all", "-h", "--help")):
         own.append(rest.pop(0))
         if own[-1] == "--base" and rest:
             own.append(rest.pop(0))
@@ -163,7 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in args.files:
         if not path.is_file():
             parse.error(f"no file {path}")
-    if args.base is not None and not args.files:
+    if args.recorded and args.base is None and not args.files:
+        new = measure(Path(peftfast.__file__).resolve().parents[1], rest)
+        old = recorded(new)
+    elif args.recorded:
+        parse.error("--recorded stands alone, before run's options")
+    elif args.base is not None and not args.files:
         old, new = against_revision(args.base, rest)
     elif args.base is None and len(args.files) == 2 and not rest:
         old, new = (json.loads(path.read_text()) for path in args.files)

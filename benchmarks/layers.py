@@ -244,6 +244,20 @@ def _unsloth_refuses(case: Case) -> str:
     return "has no fused form with dropout" if case.dropout else ""
 
 
+def _lorafusion(case: Case, inputs: Inputs) -> Work:
+    from lorafusion.ops.lora_v1 import fused_linear_lora
+
+    def call(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        return fused_linear_lora(x[None], inputs["weight"], a, b, SCALING, dropout_p=case.dropout)[0]
+
+    return _layer(inputs, call)
+
+
+def _lorafusion_refuses(case: Case) -> str:
+    return "serves CUDA tensors" if case.device == "cpu" else ""
+
+
 def providers(nf4: bool) -> tuple[Provider, ...]:
     stock = ("peft", "bitsandbytes") if nf4 else ("peft",)
     refuses = bitsandbytes_refuses if nf4 else (lambda _: "")
@@ -258,6 +272,8 @@ def providers(nf4: bool) -> tuple[Provider, ...]:
         Provider("unsloth", _unsloth, ("unsloth",), _unsloth_refuses, **own),
         Provider("frozen", _frozen, computes=FROZEN),
     )
+    if not nf4:
+        found += (Provider("lorafusion", _lorafusion, ("lorafusion",), _lorafusion_refuses, **own),)
     if nf4:
         frozen4 = Provider("bitsandbytes", _bitsandbytes, ("bitsandbytes",), bitsandbytes_refuses, computes=FROZEN)
         found += (frozen4,)

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -94,6 +95,13 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "gpu": _cuda(device) if device.startswith("cuda") else None,
         "load_at_start": load_average(),
     }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all: a run that is stopped while it writes leaves the older file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
 
 
 def slug(description: dict[str, Any]) -> str:

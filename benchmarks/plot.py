@@ -31,16 +31,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 ON_ROOFLINE = ("peftfast", "torch", "torch.compile", "peft", "bitsandbytes", "frozen")
 
 
-def _series(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["dtype"], row["m"], row["rank"], row["dropout"]
-
-
 def _speed(row: dict[str, Any], seconds: float, flops: bool) -> float:
     return (row["flops"] if flops else row["bytes"]) / seconds / 1e9
 
 
-def _heading(mode: str, dtype: str, m: int, rank: int, dropout: float) -> str:
+def _heading(mode: str, dtype: str, m: int, rank: int, dropout: float, density: float, adapters: int) -> str:
     parts = [mode, dtype, *([f"M={m}"] if m else []), *([f"r={rank}"] if rank else [])]
+    parts += [*([f"density {density:g}"] if density else []), *([f"{adapters} adapters"] if adapters else [])]
     return ", ".join([*parts, *([f"dropout {dropout:g}"] if dropout else [])])
 
 
@@ -60,6 +57,20 @@ def _bars(axis: Any, rows: Sequence[dict[str, Any]], flops: bool, limit: float) 
     axis.set_xlabel("GFLOP/s" if flops else "GB/s")
 
 
+def _places(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, int], float]:
+    """Where each N x K stands on the axis: at N K, those of one product side by side."""
+    shapes = sorted({(row["n"], row["k"]) for row in rows}, key=lambda shape: (shape[0] * shape[1], shape))
+    found: dict[tuple[int, int], float] = {}
+    for n, k in shapes:
+        beside = sum(1 for other in found if other[0] * other[1] == n * k)
+        found[n, k] = n * k * 1.3**beside
+    return found
+
+
+def _series(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["dtype"], row["m"], row["rank"], row["dropout"], row.get("density", 0), row.get("adapters", 0)
+
+
 def plot_op(op: str, rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """One panel for each mode and each dtype, M, rank and dropout: GFLOP/s where the matrix unit sets the limit, else GB/s."""
     from matplotlib import pyplot
@@ -73,37 +84,40 @@ def plot_op(op: str, rows: Sequence[dict[str, Any]], path: Path, title: str) -> 
     for axis in axes.flat:
         axis.set_visible(False)
     filled = dict.fromkeys(modes, 0)
-    for (mode, dtype, m, rank, dropout), members in panels.items():
+    for (mode, *series), members in panels.items():
         axis = axes[filled[mode]][modes.index(mode)]
         filled[mode] += 1
         axis.set_visible(True)
         # The whole operator's limit: a provider of the frozen part alone has its own, lower one.
         whole = [row for row in members if row["computes"] == "whole"] or members
         flops = all(row["bound"] == "matrix" for row in whole)
-        sizes = {row["n"] * row["k"]: _speed(row, row["limit_s"], flops) for row in whole}
+        places = _places(members)
+        sizes = {places[row["n"], row["k"]]: _speed(row, row["limit_s"], flops) for row in whole}
         if len(sizes) == 1:
             _bars(axis, members, flops, *sizes.values())
-            axis.set_title(_heading(mode, dtype, m, rank, dropout), fontsize=9)
+            axis.set_title(_heading(mode, *series), fontsize=9)
             continue
         axis.plot(sorted(sizes), [sizes[size] for size in sorted(sizes)], "k--", label="limit of this machine")
         names = {row["provider"] for row in members}
         for name in [*(name for name in COLOURS if name in names), *sorted(names - set(COLOURS))]:
             timed = [row for row in members if row["provider"] == name and row["p50"] is not None]
-            timed.sort(key=lambda row: row["n"] * row["k"])
+            timed.sort(key=lambda row: places[row["n"], row["k"]])
             if not timed:
                 continue
             label = name if timed[0]["computes"] == "whole" else f"{name} (no adapter)"
             middle = [_speed(row, row["p50"], flops) for row in timed]
             low = [value - _speed(row, row["p80"], flops) for value, row in zip(middle, timed, strict=True)]
             high = [_speed(row, row["p20"], flops) - value for value, row in zip(middle, timed, strict=True)]
-            x = [row["n"] * row["k"] for row in timed]
+            x = [places[row["n"], row["k"]] for row in timed]
             bars = [[max(0.0, value) for value in side] for side in (low, high)]
             axis.errorbar(x, middle, bars, marker="o", ms=4, capsize=2, color=COLOURS.get(name, "0.6"), label=label)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xlabel("N K, elements of the weight" if op != "dropout_mask" else "N K of the layer")
+        axis.set_xticks(list(places.values()), [f"{n}x{k}" for n, k in places], rotation=30, ha="right", fontsize=7)
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        axis.set_xlabel("N x K, along N K" if op != "dropout_mask" else "N x K of the layer")
         axis.set_ylabel("GFLOP/s" if flops else "GB/s")
-        axis.set_title(_heading(mode, dtype, m, rank, dropout), fontsize=9)
+        axis.set_title(_heading(mode, *series), fontsize=9)
         axis.grid(True, which="both", alpha=0.25)
     handles = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)

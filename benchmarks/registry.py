@@ -26,7 +26,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: an operator at one size, dtype and dropout rate, on one device, in one mode."""
+    """One problem: an operator at one size, dtype and dropout rate, on one device, in one mode. A size that it does not have is 0."""
 
     op: str
     shape: str
@@ -38,6 +38,8 @@ class Case:
     dropout: float
     device: str
     mode: str
+    density: float = 0.0
+    adapters: int = 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -136,7 +138,9 @@ class Op:
             case's dtype what the error is held against.
         cost: (case, computes) -> :class:`Cost`.
         baseline: the provider that is measured twice, to show the noise.
-        statistical: results are random: each provider brings an ``error`` instead of results to compare.
+        ranked, dropped, tokens, sparse, routed: whether it has a rank, a dropout rate, rows of x, a density of the support, several
+            adapters in one batch.
+        still: inputs -> inputs at which random numbers do not show; there a provider that draws its own is checked.
     """
 
     name: str
@@ -150,6 +154,9 @@ class Op:
     ranked: bool = True
     dropped: bool = True
     tokens: bool = True
+    sparse: bool = False
+    routed: bool = False
+    still: Callable[[Inputs], Inputs] | None = None
 
 
 OPS: dict[str, Op] = {}

@@ -4,25 +4,29 @@ Without arguments: everything that fits this device, in minutes. ``--quick``: on
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import gc
-import json
+import itertools
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import limits, machine, memory, registry, shapes, table, timing
+from . import dram, limits, machine, memory, registry, shapes, table, timing
 from .registry import MODES, Case, Op, Provider, Work
 from .verify import Check, Gate
 
 SCHEMA = 1
-KEY = ("op", "provider", "shape", "m", "n", "k", "rank", "dtype", "dropout", "device", "mode")
+SIZES = ("m", "n", "k", "rank", "density", "adapters")
+KEY = ("op", "provider", "shape", *SIZES, "dtype", "dropout", "device", "mode")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # What a run without options measures. A CPU multiplies a thousand times slower than a GPU.
 DEFAULTS: dict[str, dict[str, list[Any]]] = {
@@ -47,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--rank", nargs="+", type=int, default=[16])
     parse.add_argument("--tokens", nargs="+", type=int, help="rows of x")
     parse.add_argument("--dropout", nargs="+", type=float, default=[0.1])
+    parse.add_argument("--density", nargs="+", type=float, default=[0.01], help="part of the weight that is trained")
+    parse.add_argument("--adapters", nargs="+", type=int, default=[8], help="adapters in one batch")
     parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parse.add_argument(
         "--threads",
@@ -58,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--quick", action="store_true", help="one small shape, few rounds, no torch.compile: within a minute"
     )
+    parse.add_argument("--dram", action="store_true", help="count the bytes that each row moves, with ncu (CUDA)")
     parse.add_argument("--verify-only", action="store_true", help="the error gate without timing")
     parse.add_argument("--out", type=Path, metavar="FILE.json", help="write the rows and where they come from")
     parse.add_argument("--list", action="store_true", help="operators, their providers, and which are missing here")
@@ -81,12 +88,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.shapes = [shape for text in args.shapes or defaults["shapes"] for shape in shapes.parse(text)]
     except ValueError as error:
         parse.error(f"--shapes: {error}")
-    for name, low in (("rank", 1), ("tokens", 1), ("threads", 1)):
+    for name, low in (("rank", 1), ("tokens", 1), ("adapters", 1), ("threads", 1)):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < low:
             parse.error(f"--{name}: expected at least {low}, got {values}")
     if not all(0 <= p < 1 for p in args.dropout):
         parse.error(f"--dropout: expected probabilities in [0, 1), got {args.dropout}")
+    if not all(0 < density <= 1 for density in args.density):
+        parse.error(f"--density: expected parts in (0, 1], got {args.density}")
     if args.seconds is None:
         args.seconds = 0.05 if args.quick else 0.3
     if args.out is not None and not args.out.resolve().parent.is_dir():
@@ -101,16 +110,22 @@ def first_line(error: Exception) -> str:
 
 def problems(op: Op, args: argparse.Namespace) -> Iterator[Case]:
     """The distinct cases of an operator, without a mode: sizes that it does not have are 0."""
+    sizes = itertools.product(
+        args.shapes,
+        args.dtype,
+        args.tokens if op.tokens else [0],
+        args.rank if op.ranked else [0],
+        args.dropout if op.dropped else [0.0],
+        args.density if op.sparse else [0.0],
+        args.adapters if op.routed else [0],
+    )
     seen = set()
-    for shape in args.shapes:
-        for dtype in args.dtype:
-            for m in args.tokens if op.tokens else [0]:
-                for rank in args.rank if op.ranked else [0]:
-                    for p in args.dropout if op.dropped else [0.0]:
-                        case = Case(op.name, shape.name, m, shape.n, shape.k, rank, DTYPES[dtype], p, args.device, "")
-                        if case not in seen and not (op.name == "dropout_mask" and p == 0):
-                            seen.add(case)
-                            yield case
+    for shape, dtype, m, rank, p, density, adapters in sizes:
+        size = (m, shape.n, shape.k, rank, DTYPES[dtype], p)
+        case = Case(op.name, shape.name, *size, args.device, "", density, adapters)
+        if case not in seen and not (op.name == "dropout_mask" and p == 0):
+            seen.add(case)
+            yield case
 
 
 def why_left_out(provider: Provider, case: Case, args: argparse.Namespace, default_backend: str) -> str:
@@ -134,6 +149,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, progress: Callable[[str], None]) -> None:
         self.args, self.progress = args, progress
         self.rows: list[dict[str, Any]] = []
+        self.stopped = False
         self.left_out: dict[tuple[str, str, str], None] = {}
         self.limits = limits.measure(args.device, [DTYPES[name] for name in args.dtype])
         self.calibration = limits.Calibration(args.device)
@@ -141,7 +157,7 @@ class Run:
         self.clock = "CUDA events" if cuda else "processor time" if args.threads == 1 else "wall"
         self.settings = timing.Settings(args.threads, args.seconds, 0.002 if args.quick else 0.005)
 
-    def wanted(self, op: Op, case: Case) -> list[Provider]:
+    def providers(self, op: Op, case: Case) -> list[Provider]:
         backend = default_backend(op.providers, case)
         kept = []
         for provider in op.providers:
@@ -160,7 +176,7 @@ class Run:
         gate = Gate(op, case, inputs)
         modes = [mode for mode in op.modes if mode in self.args.mode]
         checks: dict[str, dict[str, Check]] = {mode: {} for mode in modes}
-        providers = self.wanted(op, case)
+        providers = self.providers(op, case)
         for provider in providers:
             self.progress(f"{op.name} {case.shape}: {provider.name}")
             try:
@@ -241,6 +257,7 @@ class Run:
             "noise": None,
             "bytes": cost.bytes,
             "flops": cost.flops,
+            "dram_bytes": None,
             "limit_s": None,
             "bound": "",
             "percent_of_limit": None,
@@ -270,6 +287,7 @@ class Run:
             "limits": dataclasses.asdict(self.limits),
             "drift": drift,
             "settings": {"seconds_a_row": self.settings.row_s, "quick": self.args.quick, "clock": self.clock},
+            "stopped": self.stopped,
             "left_out": [dict(zip(("op", "provider", "reason"), key, strict=True)) for key in self.left_out],
             "rows": self.rows,
         }
@@ -311,18 +329,40 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         bar = None
     else:
         bar = tqdm(total=len(cases), unit="case", file=sys.stderr, mininterval=0.2, disable=None)
-    session = Run(args, bar.set_description if bar is not None else lambda _: None)
-    for op, case in cases:
-        session.problem(op, case)
+    with timing.side_stream(args.device):
+        session = Run(args, bar.set_description if bar is not None else lambda _: None)
+        try:
+            for op, case in cases:
+                session.problem(op, case)
+                if bar is not None:
+                    bar.update()
+        except KeyboardInterrupt:  # what was measured until then is reported
+            session.stopped = True
         if bar is not None:
-            bar.update()
-    if bar is not None:
-        bar.close()
-    return session.report()
+            bar.close()
+        return session.report()
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a time limit) ends a run as Ctrl-C does: with what was measured until then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 where a provider of peftfast's is over its budget or fails; 2 for bad arguments."""
+    """Exit status: 0; 1 where a provider of peftfast's is over its budget or fails; 2 for bad arguments; 130 where it was stopped, the
+    rows until then written."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # bitsandbytes asks for a kernel from the hub when it is imported on a CPU with AVX512-BF16, and warns that it has none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -330,11 +370,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print_list(registry.OPS, args)
         return 0
-    report = execute(args)
+    with terminate_as_interrupt():
+        report = execute(args)
+    if args.dram:
+        dram.add(report, args)
     print_report(report)
     if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        machine.write_json(args.out, report)
         print(f"written to {args.out}")
+    if report["stopped"]:
+        print(f"stopped: {len(report['rows'])} rows were measured", file=sys.stderr)
+        return 130
     ours = [row for row in report["rows"] if row["provider"].startswith("peftfast") and not row["within_budget"]]
     failed = [
         e for e in report["left_out"] if e["provider"].startswith("peftfast") and e["reason"].startswith("failed")

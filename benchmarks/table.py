@@ -29,6 +29,7 @@ def size(count: int | None) -> str:
 
 
 HEADER = ("provider", "median", "20-80 %", "of limit", "noise", "error/budget", "saved MiB", "peak MiB", "scratch MiB")
+DRAM = "DRAM MiB"
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -47,6 +48,8 @@ def title(row: dict[str, Any]) -> str:
     text = f"{row['op']} {row['mode']}  {row['shape']} N={row['n']} K={row['k']}"
     text += f" M={row['m']}" if row["m"] else ""
     text += f" r={row['rank']}" if row["rank"] else ""
+    text += f" density {row['density']:g}" if row.get("density") else ""
+    text += f" {row['adapters']} adapters" if row.get("adapters") else ""
     text += f" {row['dtype']}"
     return text + (f" dropout {row['dropout']:g}" if row["dropout"] else "")
 
@@ -65,5 +68,10 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         limit = members[0]
         text = f"{heading}; limit {time(limit['limit_s'])} ({limit['bound']})"
         ordered = sorted(members, key=lambda row: (row["p50"] is None, row["p50"] or 0))
-        blocks.append(f"{text}\n{aligned(HEADER, [cells(row) for row in ordered])}")
+        header, lines = HEADER, [cells(row) for row in ordered]
+        if any(row.get("dram_bytes") is not None for row in ordered):
+            text += f", {size(limit['bytes'])} MiB"
+            header = (*HEADER, DRAM)
+            lines = [(*line, size(row.get("dram_bytes"))) for line, row in zip(lines, ordered, strict=True)]
+        blocks.append(f"{text}\n{aligned(header, lines)}")
     return "\n\n".join(blocks)

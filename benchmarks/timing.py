@@ -192,20 +192,27 @@ def _cpu_clock(runner: Runner, settings: Settings) -> _Clock:
     return _Clock(read, _rounds(once * (number + TIMER_WARM_UP), settings), number, False)
 
 
+def side_stream(device: str) -> AbstractContextManager[Any]:
+    """Where everything of a CUDA run happens: the default stream cannot be captured, and a backward runs on the stream of its forward,
+    which for the backward alone lies before the capture."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.startswith("cuda") else nullcontext()
+
+
 def _cuda_clock(runner: Runner, settings: Settings) -> _Clock:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, fills the allocator, settles library heuristics
-        for _ in range(3):
-            for step in runner.steps:
-                step()
+    stream = torch.cuda.current_stream()
+    for _ in range(3):  # compiles, fills the allocator, settles library heuristics
+        for step in runner.steps:
+            step()
     torch.cuda.synchronize()
-    graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
-    note = ""
+    graph: torch.cuda.CUDAGraph | None = None
+    note = "no graph: on the default stream"
+    if stream != torch.cuda.default_stream():
+        graph, note = torch.cuda.CUDAGraph(), ""
     try:
-        with torch.cuda.graph(graph, stream=stream):
-            for step in runner.steps:
-                step()
+        if graph is not None:
+            with torch.cuda.graph(graph, stream=stream):
+                for step in runner.steps:
+                    step()
     except (
         Exception
     ) as error:  # whatever a provider does that a graph cannot hold; it is timed without one, and says so
@@ -221,11 +228,10 @@ def _cuda_clock(runner: Runner, settings: Settings) -> _Clock:
 
     def stretch(number: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(stream):
-            begin.record()
-            for _ in range(number):
-                cycle()
-            end.record()
+        begin.record()
+        for _ in range(number):
+            cycle()
+        end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e-3
 

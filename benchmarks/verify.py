@@ -36,7 +36,7 @@ class Gate:
 
     def __init__(self, op: Op, case: Case, inputs: Inputs) -> None:
         self._op, self._case, self._inputs = op, case, inputs
-        self._known: dict[tuple[str, float], tuple[Results, Results]] = {}
+        self._known: dict[tuple[str, float, bool], tuple[Results, Results]] = {}
 
     def _variant(self, provider: Provider) -> tuple[Case, Inputs]:
         case, inputs = self._case, self._inputs
@@ -44,10 +44,13 @@ class Gate:
             case = dataclasses.replace(case, dropout=0.0)
         if "seed" in inputs and case.dropout:
             inputs = {**inputs, "seed": dropout_seed(case)}
+        if provider.own_mask and self._op.still is not None:
+            inputs = self._op.still(inputs)
         return case, inputs
 
-    def _expected(self, case: Case, inputs: Inputs, computes: str) -> tuple[Results, Results]:
-        key = (computes, case.dropout)
+    def _expected(self, case: Case, inputs: Inputs, provider: Provider) -> tuple[Results, Results]:
+        computes = provider.computes
+        key = (computes, case.dropout, provider.own_mask)
         if key not in self._known:
             exact = self._op.formula(case, inputs, computes, torch.float64)
             self._known[key] = exact, self._op.formula(case, inputs, computes, case.torch_dtype)
@@ -56,7 +59,7 @@ class Gate:
     def check(self, provider: Provider, forward_only: bool) -> Check:
         """Run ``provider`` once and compare every result, gradients too unless ``forward_only``, with the exact one."""
         case, inputs = self._variant(provider)
-        exact, composed = self._expected(case, inputs, provider.computes)
+        exact, composed = self._expected(case, inputs, provider)
         with provider.active():
             work = provider.build(case, inputs)
             results = work.forward()

@@ -82,4 +82,21 @@ PEFTFAST_HD float float_from_f16(uint16_t half) {
 #endif
 }
 
+// Stochastic rounding as peftfast/reference/zeroth_order.py defines it: `draw`, in 65536ths, carries the bits that go.
+// Written without branches, for the loops that are vectorised.
+PEFTFAST_HD uint16_t bf16_from_float_by(float value, uint32_t draw) {
+    const uint32_t bits = float_bits(value);
+    const uint32_t rounded = (bits + draw) >> 16;
+    return (bits & 0x7fffffffu) >= 0x7f7f0000u ? bf16_from_float(value) : static_cast<uint16_t>(rounded);
+}
+
+PEFTFAST_HD uint16_t f16_from_float_by(float value, uint32_t draw) {
+    const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude + (draw >> 3) - 0x38000000u) >> 13;
+    const bool is_small = magnitude < 0x38800000u;  // below 2^-14
+    const uint32_t small = (static_cast<uint32_t>(bits_float(is_small ? magnitude : 0u) * 0x1p40f) + draw) >> 16;
+    const uint32_t rounded = (is_small ? small : normal) | ((bits >> 16) & 0x8000u);
+    return magnitude >= 0x477fe000u ? f16_from_float(value) : static_cast<uint16_t>(rounded);
+}
+
 }  // namespace peftfast

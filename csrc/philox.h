@@ -2,7 +2,11 @@
 // counter = (q low, q high, tensor id, stream).
 #pragma once
 
-#include "host_device.h"
+#include "narrow.h"
+
+#if !defined(__CUDACC__)
+#include <math.h>
+#endif
 
 namespace peftfast::philox {
 
@@ -11,8 +15,33 @@ constexpr uint32_t kMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kWeyl1 = 0xBB67AE85u;
 constexpr int kRounds = 10;
+constexpr uint32_t kStreamGaussian = 0;
 constexpr uint32_t kStreamDropout = 1;
+constexpr uint32_t kStreamRounding = 2;
+constexpr uint32_t kStreamRademacher = 3;
 constexpr int64_t kDrawsPerCounter = 8;  // 16-bit draws in the four words of one counter
+
+constexpr int64_t kNormalsPerCounter = 4;
+constexpr int64_t kSignsPerCounter = 128;
+
+// The polynomials of reference/philox.py, where their ranges and errors stand; no arrays, which device code cannot see.
+constexpr float kLog0 = -0x1.fffffep+0f;
+constexpr float kLog1 = 0x1.000074p+0f;
+constexpr float kLog2 = -0x1.555b4cp-1f;
+constexpr float kLog3 = 0x1.ff6ae4p-2f;
+constexpr float kLog4 = -0x1.973aa8p-2f;
+constexpr float kLog5 = 0x1.6082b0p-2f;
+constexpr float kLog6 = -0x1.4e9af2p-2f;
+constexpr float kLog7 = 0x1.a91cbcp-3f;
+constexpr float kSin0 = 0x1.921fb6p-1f;
+constexpr float kSin1 = -0x1.4abbbap-4f;
+constexpr float kSin2 = 0x1.465ec6p-9f;
+constexpr float kSin3 = -0x1.2d9bb8p-15f;
+constexpr float kCos0 = -0x1.3bd3a2p-2f;
+constexpr float kCos1 = 0x1.03b162p-6f;
+constexpr float kCos2 = -0x1.4ea9e8p-12f;
+constexpr float kTwoLn2 = 0x1.62e430p+0f;
+constexpr uint32_t kSqrtHalfBits = 0x3f3504f3u;
 
 struct Words {
     uint32_t word[4];
@@ -58,5 +87,39 @@ PEFTFAST_HD uint32_t keep_bits(const Words& words, uint32_t threshold) {
     }
     return bits;
 }
+
+struct Pair {
+    float first, second;
+};
+
+// Box-Muller; products and sums are compiled without contraction (-fmad=false, -ffp-contract=off), the square root is
+// the correctly rounded one.
+PEFTFAST_HD Pair normal_pair(uint32_t radius_word, uint32_t angle_word) {
+    const float t = static_cast<float>(radius_word) + 0.5f;
+    const uint32_t from_root = float_bits(t) - kSqrtHalfBits;
+    const int32_t exponent = static_cast<int32_t>(from_root) >> 23;
+    const float f = bits_float((from_root & 0x7fffffu) + kSqrtHalfBits) - 1.0f;
+    float log = ((kLog7 * f + kLog6) * f + kLog5) * f + kLog4;
+    log = (((log * f + kLog3) * f + kLog2) * f + kLog1) * f + kLog0;
+    const float squared_radius = f * log + static_cast<float>(32 - exponent) * kTwoLn2;
+#if defined(__CUDA_ARCH__)
+    const float radius = __fsqrt_rn(squared_radius);
+#else
+    const float radius = sqrtf(squared_radius);
+#endif
+    const uint32_t turned = angle_word + (1u << 29);
+    const float y = static_cast<float>(static_cast<int32_t>(angle_word << 2)) * 0x1p-31f;
+    const float square = y * y;
+    const float sine = y * (((kSin3 * square + kSin2) * square + kSin1) * square + kSin0);
+    const float cosine = square * ((kCos2 * square + kCos1) * square + kCos0) + 1.0f;
+    const bool odd = (turned & (1u << 30)) != 0;
+    const uint32_t cosine_sign = (turned + (1u << 30)) & (1u << 31), sine_sign = turned & (1u << 31);
+    const float first = bits_float(float_bits(odd ? sine : cosine) ^ cosine_sign);
+    const float second = bits_float(float_bits(odd ? cosine : sine) ^ sine_sign);
+    return Pair{radius * first, radius * second};
+}
+
+// Bit i of a word of stream 3 as a sign: -1 where it is set.
+PEFTFAST_HD float sign_of(uint32_t word, int bit) { return bits_float(0x3f800000u | (((word >> bit) & 1u) << 31)); }
 
 }  // namespace peftfast::philox

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .numerics import convert, multiply_add, narrow, widen
-from .partials import divide, partials_of, reduce_partials
+from .partials import divide, partials_of, reduce_partials, reduce_two
 from .philox import keep_scale, keep_threshold, keep_tile
 
 COMPUTE_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -137,9 +137,10 @@ def _lora_expand_kernel(
         # Always true, and gone from the machine code; but it ties the mask to a loaded tile, so that the compiler
         # leaves it in the layout of the load, where a thread owns all columns of a counter. In the layout of the
         # product it owns two, and every counter is computed four times: 31 Philox calls a thread instead of 8, and
-        # spills (sm_80, sm_90, triton 3.7.1).
+        # spills (sm_80, sm_90, triton 3.6 and 3.7.1).
         BITS: tl.constexpr = tl.int16 if base.dtype.primitive_bitwidth == 16 else tl.int32
-        keep &= (base.to(BITS, bitcast=True) | 1) != 0
+        # The zero is of the tile's own width: triton 3.6 would lift the layout over the sign extension of a wider one.
+        keep &= (base.to(BITS, bitcast=True) | 1) != tl.full((), 0, BITS)
         delta = tl.where(keep, delta, 0.0)
     out_tile = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :].to(tl.int64) * stride_on
     tl.store(out_tile, narrow(widen(base) + delta, out_ptr.dtype.element_ty), mask=mask)
@@ -458,8 +459,7 @@ def lora_dy_grads(
         b.stride(1),
         **_blocks(config),
     )
-    reduce_partials(ds_partials, ds, scaling)
-    reduce_partials(db_partials, db, scaling)
+    reduce_two(ds_partials, ds, scaling, db_partials, db, scaling)
     return ds, db
 
 

@@ -1,10 +1,34 @@
-"""Philox4x32-10 in Triton: words, and the keep mask of dropout (the definition is peftfast.reference.philox)."""
+"""Philox4x32-10 in Triton: words, normals, signs, and the keep mask of dropout (the definition is peftfast.reference.philox)."""
 
 import torch
 import triton
 import triton.language as tl
 
+STREAM_GAUSSIAN = tl.constexpr(0)
 STREAM_DROPOUT = tl.constexpr(1)
+STREAM_ROUNDING = tl.constexpr(2)
+STREAM_RADEMACHER = tl.constexpr(3)
+
+_LOG = tuple(
+    map(
+        float.fromhex,
+        (
+            *("-0x1.fffffep+0", "0x1.000074p+0", "-0x1.555b4cp-1", "0x1.ff6ae4p-2"),
+            *("-0x1.973aa8p-2", "0x1.6082b0p-2", "-0x1.4e9af2p-2", "0x1.a91cbcp-3"),
+        ),
+    )
+)
+_LOG0, _LOG1, _LOG2, _LOG3, _LOG4, _LOG5, _LOG6, _LOG7 = map(tl.constexpr, _LOG)
+_SIN0, _SIN1, _SIN2, _SIN3 = (
+    tl.constexpr(float.fromhex(text))
+    for text in ("0x1.921fb6p-1", "-0x1.4abbbap-4", "0x1.465ec6p-9", "-0x1.2d9bb8p-15")
+)
+_COS0, _COS1, _COS2 = (
+    tl.constexpr(float.fromhex(text)) for text in ("-0x1.3bd3a2p-2", "0x1.03b162p-6", "-0x1.4ea9e8p-12")
+)
+_TWO_LN_2 = tl.constexpr(float.fromhex("0x1.62e430p+0"))
+_SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
+_TURN = tl.constexpr(2.0**-31)
 DRAW_RANGE = 1 << 16
 
 
@@ -28,6 +52,67 @@ def words_at(seed, q, tensor_id, stream):
     # Blocks, since tl.philox bitcasts its counters: a constant would arrive as a signed scalar.
     zero = low * 0
     return tl.philox(seed, low, high, zero + tensor_id.to(tl.uint32), zero + stream.to(tl.uint32))
+
+
+@triton.jit
+def box_muller(radius_word, angle_word):
+    """Two normals of two uint32 words. Each product and sum is rounded by itself: compile with enable_fp_fusion=False."""
+    t = radius_word.to(tl.float32) + 0.5
+    from_root = t.to(tl.int32, bitcast=True) - _SQRT_HALF_BITS
+    exponent = from_root >> 23
+    f = ((from_root & 0x7FFFFF) + _SQRT_HALF_BITS).to(tl.float32, bitcast=True) - 1.0
+    log = ((_LOG7 * f + _LOG6) * f + _LOG5) * f + _LOG4
+    log = (((log * f + _LOG3) * f + _LOG2) * f + _LOG1) * f + _LOG0
+    radius = tl.sqrt_rn(f * log + (32 - exponent).to(tl.float32) * _TWO_LN_2)
+    turned = angle_word + 0x20000000
+    y = (angle_word << 2).to(tl.int32, bitcast=True).to(tl.float32) * _TURN
+    square = y * y
+    sine = y * (((_SIN3 * square + _SIN2) * square + _SIN1) * square + _SIN0)
+    cosine = square * ((_COS2 * square + _COS1) * square + _COS0) + 1.0
+    odd = (turned & 0x40000000) != 0
+    first = tl.where(odd, sine, cosine).to(tl.uint32, bitcast=True) ^ ((turned + 0x40000000) & 0x80000000)
+    second = tl.where(odd, cosine, sine).to(tl.uint32, bitcast=True) ^ (turned & 0x80000000)
+    return radius * first.to(tl.float32, bitcast=True), radius * second.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def normal_tile(seed, first_counter, columns, tensor_id):
+    """The normals of the elements 4 * first_counter + columns.
+
+    Args:
+        seed: int64 scalar. tensor_id: int64 scalar.
+        first_counter: int64; ``columns`` a tl.arange, expanded, and kept apart from it for the reason that keep_tile gives: a thread
+            that owns the four columns of a counter computes its words once, and each root, sine and cosine once.
+    """
+    word0, word1, word2, word3 = words_at(
+        seed, first_counter + columns // 4, tensor_id, tl.full((), STREAM_GAUSSIAN, tl.int32)
+    )
+    lane = columns % 4
+    first, second = box_muller(tl.where(lane < 2, word0, word2), tl.where(lane < 2, word1, word3))
+    return tl.where(lane % 2 == 0, first, second)
+
+
+@triton.jit
+def sign_tile(seed, first_counter, columns, tensor_id):
+    """1 or -1 for the elements 128 * first_counter + columns."""
+    word0, word1, word2, word3 = words_at(
+        seed, first_counter + columns // 128, tensor_id, tl.full((), STREAM_RADEMACHER, tl.int32)
+    )
+    at = columns % 128 // 32
+    word = tl.where(at < 2, tl.where(at < 1, word0, word1), tl.where(at < 3, word2, word3))
+    bit = (word >> (columns % 32).to(tl.uint32)) & 1
+    return ((bit << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounding_tile(seed, first_counter, columns, tensor_id):
+    """16-bit draws of the elements 8 * first_counter + columns, uint32."""
+    word0, word1, word2, word3 = words_at(
+        seed, first_counter + columns // 8, tensor_id, tl.full((), STREAM_ROUNDING, tl.int32)
+    )
+    draw = columns % 8
+    word = tl.where(draw < 4, tl.where(draw < 2, word0, word1), tl.where(draw < 6, word2, word3))
+    return tl.where(draw % 2 == 0, word & 0xFFFF, word >> 16)
 
 
 @triton.jit

@@ -8,17 +8,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import functional, nn
+    from . import functional, nn, optim
+    from .functional import SparsePattern
     from .integrations import PatchReport, patch, report, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["PatchReport", "__version__", "functional", "nn", "patch", "report", "unpatch"]
+__all__ = ["PatchReport", "SparsePattern", "__version__", "functional", "nn", "optim", "patch", "report", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("functional", "nn"):
+    if name in ("functional", "nn", "optim"):
         return importlib.import_module(f".{name}", __name__)
+    if name == "SparsePattern":
+        return importlib.import_module(".functional", __name__).SparsePattern
     if name in __all__:
         return getattr(importlib.import_module(".integrations", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

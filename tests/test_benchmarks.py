@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from benchmarks import (
     compare,
+    dram,
     growth,
     layers,
     limits,
@@ -35,7 +37,7 @@ OPS = registry.load()
 FIELDS = {
     *run.KEY,
     *("p20", "p50", "p80", "rounds", "calls_a_round", "graph", "preempted", "note", "spread", "self_pair", "noise"),
-    *("bytes", "flops", "limit_s", "bound", "percent_of_limit", "computes", "copies"),
+    *("bytes", "flops", "dram_bytes", "limit_s", "bound", "percent_of_limit", "computes", "copies"),
     *("error", "budget", "worst_result", "checked_at_dropout", "within_budget"),
     *("peak_bytes", "saved_bytes", "scratch_bytes"),
 }
@@ -133,6 +135,9 @@ def test_every_operator_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert "`qlora_linear`, forward and backward" in text and "64x128" in text
     assert record.main(arguments) == 0 and readme.read_text() == text
+    listed = (tmp_path / "results" / "README.md").read_text()
+    assert all(f"`{op}`" in listed for op in OPS) and "`lora_shrink`" not in text
+    assert "torch.compile: compiles for seconds" in listed and "Nothing has been measured on a GPU" in listed
     readme.write_text("no markers")
     assert record.main(arguments) == 0 and readme.read_text() == "no markers"
 
@@ -279,6 +284,72 @@ def test_growth_finds_the_slope(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_growth_measures_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sweep"
+    words = ["--op", "lora_shrink", "--over", "rank", "--rank", "2", "8", "32", "--shapes", "64x128", "--tokens", "32"]
+    few = ["--out", str(out), "--provider", "peftfast", "torch", "--seconds", "0.02", "--device", "cpu"]
+    assert growth.main([*words, *few]) == 0
+    printed = capsys.readouterr().out
+    assert "2 8 32" in printed
+    assert {row["rank"] for row in json.loads((out / "growth-rank.json").read_text())["rows"]} == {2, 8, 32}
+    assert (out / "growth-rank-lora_shrink.png").is_file()
+    # The file that it wrote can be taken up again; run's options have no place beside it.
+    assert growth.main([str(out / "growth-rank.json"), "--over", "rank"]) == 0
+    for wrong in (["--over", "rank"], [str(out / "growth-rank.json"), "--over", "m"], ["no.json", "--over", "m"]):
+        with pytest.raises(SystemExit):
+            growth.main(wrong)
+    with pytest.raises(SystemExit):
+        growth.main([str(out / "growth-rank.json"), "--over", "rank", "--rank", "4"])
+
+
+def test_a_stopped_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, seen = run.Run.problem, []
+
+    def problem(self: run.Run, op: registry.Op, case: Case) -> None:
+        if seen:
+            os.kill(os.getpid(), signal.SIGTERM)  # a time limit
+        seen.append(case)
+        original(self, op, case)
+
+    monkeypatch.setattr(run.Run, "problem", problem)
+    report = measured(tmp_path, "--op", "lora_shrink", "lora_expand", "--provider", "peftfast", status=130)
+    assert report["stopped"] and {row["op"] for row in report["rows"]} == {"lora_shrink"}
+    arguments = [
+        str(tmp_path / "rows.json"),
+        "--results",
+        str(tmp_path / "results"),
+        "--readme",
+        str(tmp_path / "none"),
+    ]
+    with pytest.raises(SystemExit):
+        record.main(arguments)
+    assert record.main([*arguments, "--stopped"]) == 0
+
+
+def test_compare_with_what_is_filed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--op", "lora_shrink", "--provider", "peftfast")
+    now = measured(tmp_path, *words)
+    filed = copy.deepcopy(now)
+    for row in filed["rows"]:
+        row["p50"] /= 1000
+        del row["density"], row["adapters"]  # filed before they were added
+    record.file_report(filed, tmp_path / "results")
+    monkeypatch.setattr(compare, "measure", lambda *_: now)
+    recorded = compare.recorded
+    monkeypatch.setattr(compare, "recorded", lambda report: recorded(report, tmp_path / "results"))
+    assert compare.main(["--recorded", *words]) == 1
+    assert "SLOWER" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nothing is filed"):
+        recorded(now, tmp_path / "empty")
+
+
+def test_shapes_of_one_product_stand_side_by_side() -> None:
+    places = plot._places([{"n": n, "k": k} for n, k in ((64, 32), (32, 64), (8, 8), (64, 32))])
+    assert places[8, 8] == 64 and places[32, 64] == 2048 < places[64, 32]
+
+
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments, message in (
         (["--op", "nothing"], "--op: expected some of lora_linear"),
@@ -309,3 +380,33 @@ def test_table_shows_no_speed_over_budget() -> None:
         **{"peak_bytes": None, "scratch_bytes": None},
     }
     assert table.cells(row)[:2] == ("planted", "over budget")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_everything_is_timed_by_graph_replays(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    words = ["--op", "lora_linear", "qlora_linear", "nf4_dequantize", "--shapes", "1024", "--tokens", "256", "--quick"]
+    assert run.main([*words, "--provider", "peftfast", "torch", "frozen", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert {row["mode"] for row in report["rows"]} == {"fwd", "bwd", "full"}
+    for row in report["rows"]:
+        assert row["graph"], (row["provider"], row["mode"], row["note"])
+        assert row["copies"] > 1 and row["peak_bytes"] > 0
+        # Events around replays: no call of these sizes takes less than a launch, or a hundred times the limit's time.
+        assert row["limit_s"] / 2 < row["p50"] < 1e-2
+    assert report["machine"]["gpu"]["multiprocessors"] > 0
+
+
+@pytest.mark.gpu
+def test_dram_bytes_of_a_copy(tmp_path: Path) -> None:
+    if reason := dram.missing("cuda"):
+        pytest.skip(reason)
+    out = tmp_path / "rows.json"
+    words = ["--op", "nf4_dequantize", "--shapes", "8192", "--provider", "peftfast", "--quick", "--dram"]
+    assert run.main([*words, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    if report["left_out"] and any(entry["provider"] == "DRAM bytes" for entry in report["left_out"]):
+        pytest.skip(str(report["left_out"]))
+    for row in report["rows"]:
+        # What is read is cold; of what is written up to the size of L2 may still lie there.
+        assert row["bytes"] - timing.cache_bytes("cuda") < row["dram_bytes"] < 1.2 * row["bytes"]

@@ -503,3 +503,19 @@ def test_the_whole_demo_quick(tmp_path):
     assert sum(".lora_A." in name for name in saved) == sum(".lora_B." in name for name in saved) == 36
     assert sum("classifier" in name for name in saved) == 2
     assert len(saved) == 74
+
+
+@pytest.mark.parametrize("method", ["spiel", "s2ft"])
+def test_sparse_methods_train_as_many_parameters_as_lora(method: str, tmp_path: Path, capsys) -> None:
+    assert (
+        main(["demo", "--method", method, "--quick", "--steps", "2", "--max-length", "16", "--out", str(tmp_path)]) == 0
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    lora, sparse = results["arms"]
+    assert results["method"] == method and lora["arm"] == "LoRA, peftfast"
+    assert lora["trained"] == sparse["trained"] == 663552
+    # Neither is trained yet. S2FT's heads meet the encoder's dropout in another order.
+    assert sparse["losses"][0] == pytest.approx(lora["losses"][0], rel=1e-4 if method == "spiel" else 0.05)
+    assert sparse["saved_bytes"] < lora["saved_bytes"]
+    printed = capsys.readouterr().out
+    assert sparse["arm"] in printed and "663,552" in printed

@@ -45,6 +45,8 @@ def _is_bitcast(keywords: dict[str | None, ast.expr]) -> bool:
 
 
 def _is_exact(target: ast.expr) -> bool:
+    if isinstance(target, ast.Call) and ast.unparse(target.func) == "tl.pointer_type":
+        return True  # an address, not a value
     return isinstance(target, ast.Attribute) and ast.unparse(target.value) == "tl" and target.attr in _EXACT
 
 

@@ -25,20 +25,49 @@ struct Dropout {
     double scale() const { return !active() ? 1.0 : threshold == 0 ? 0.0 : 65536.0 / threshold; }
 };
 
-// out [M, R] = scaling * dropout(x [M, K]) w [R, K]^T
-void lora_shrink(const Matrix& x, const Matrix& w, const Dropout& dropout, double scaling, const Matrix& out,
+// One adapter of a call: `ranks` columns of S and dS from `column` on. `rows`, ascending, are the rows of x that it acts
+// on; all of them where it is null. `w` and `bias` are what the pass takes or writes, as it says.
+struct Term {
+    Matrix w, bias;
+    Dropout dropout;
+    double scaling;
+    int64_t column, ranks;
+    const int64_t* rows;
+    int64_t row_count;
+};
+
+struct Terms {
+    const Term* data;
+    int64_t count;
+};
+
+// out [M, sum of R] = scaling * dropout(x [M, K]) w [R, K]^T in the columns and rows of each term, 0 in its other rows.
+// One pass over x, whatever the number of terms.
+void lora_shrink(const Matrix& x, const Terms& terms, const Matrix& out, ParallelFor pool);
+
+// What DoRA adds to an expand: with z = base + adapters, out = gain * z + bias, and + plain - base where plain has data;
+// z is written where it has data. gain and bias are rows of N, bias may have no data.
+struct Dora {
+    Matrix gain, bias, plain, z;
+};
+
+// out [M, N] = base + the sum over terms of dropout(scaling * (s [M, R] w [N, R]^T + bias [N])); out may be base. A
+// bias is a row or has no data; `dora` may be null.
+void lora_expand(const Matrix& base, const Matrix& s, const Terms& terms, const Dora* dora, const Matrix& out,
                  ParallelFor pool);
 
-// out [M, N] = base + dropout(scaling * (s [M, R] w [N, R]^T + bias [N])); out may be base. bias: a row, or no data.
-void lora_expand(const Matrix& base, const Matrix& s, const Matrix& w, const Matrix& bias, const Dropout& dropout,
-                 double scaling, const Matrix& out, ParallelFor pool);
+// w [R, K], written, = scaling * ds [M, R]^T dropout(x [M, K]) for each term, in one pass over x.
+void lora_weight_grad(const Matrix& ds, const Matrix& x, const Terms& terms, ParallelFor pool);
 
-// out [R, K] = scaling * ds [M, R]^T dropout(x [M, K])
-void lora_weight_grad(const Matrix& ds, const Matrix& x, const Dropout& dropout, double scaling, const Matrix& out,
-                      ParallelFor pool);
+// ds [M, R] = scaling * dy [M, N] w [N, R] and db [N, R] = scaling * dy^T s [M, R] for each term, in one pass over dy;
+// `bias` of a term is its db, written.
+void lora_dy_grads(const Matrix& dy, const Matrix& s, const Terms& terms, const Matrix& ds, ParallelFor pool);
 
-// ds [M, R] = scaling * dy [M, N] b [N, R] and db [N, R] = scaling * dy^T s [M, R], in one pass over dy.
-void lora_dy_grads(const Matrix& dy, const Matrix& s, const Matrix& b, double scaling, const Matrix& ds,
-                   const Matrix& db, ParallelFor pool);
+// out [M, N] = factor [N] * dy, and sums [N] = the sum over rows of dy * z.
+void lora_gain_grads(const Matrix& dy, const Matrix& z, const Matrix& factor, const Matrix& out, const Matrix& sums,
+                     ParallelFor pool);
+
+// out [M, N] = base + dropout(x); base may have no data. out may be base or x.
+void lora_dropout_add(const Matrix& base, const Matrix& x, const Dropout& dropout, const Matrix& out, ParallelFor pool);
 
 }  // namespace peftfast::cpu

@@ -84,73 +84,106 @@ static void pack(const Matrix& view, int64_t width, float* dst, int64_t begin, i
     }
 }
 
-// A tile of x as float32, masked, in rows of kTileColumns with zeros up to a whole vector. Returns where it is: x
-// itself where nothing has to be done to it.
+// A tile of x as float32, in rows of kTileColumns with zeros up to a whole vector. Returns where it is: x itself where
+// nothing has to be done to it.
 static const float* stage(const Sweep& s, int64_t row, int64_t rows, int64_t column, int64_t columns, float* tile,
                           int64_t* ld) {
     const Matrix& x = s.x;
-    const bool mask = s.dropout.active();
-    if (!mask && x.dtype == DType::f32 && x.stride_column == 1 && columns % kWidth == 0) {
+    if (!s.rows && x.dtype == DType::f32 && x.stride_column == 1 && columns % kWidth == 0) {
         *ld = x.stride_row;
         return (const float*)x.data + row * x.stride_row + column;
     }
     *ld = kTileColumns;
-    const int64_t counters = ceil_div(x.columns, philox::kDrawsPerCounter);
     const int64_t padded = ceil_div(columns, kWidth) * kWidth;
-    uint8_t bits[kTileColumns / 8 + 8];
     for (int64_t i = 0; i < rows; ++i) {
         float* dst = tile + i * kTileColumns;
-        widen(x.data, x.dtype, (row + i) * x.stride_row + column * x.stride_column, x.stride_column, columns, dst);
+        widen(x.data, x.dtype, s.row(row + i) * x.stride_row + column * x.stride_column, x.stride_column, columns, dst);
         for (int64_t j = columns; j < padded; ++j) dst[j] = 0.0f;
-        if (!mask) continue;
-        keep_bytes(bits, s.dropout.seed, (uint64_t)((row + i) * counters + column / 8), ceil_div(columns, 8),
-                   (uint32_t)s.dropout.threshold);
-        for (int64_t j = 0; j < padded; j += kWidth) vec_store(dst + j, vec_keep(vec_load(dst + j), bits, j));
     }
     return tile;
 }
 
-static int64_t sweep_scratch(int64_t ranks) { return kTileRows * (kTileColumns + ranks * kWidth); }
+// The same tile under a mask, in rows of kTileColumns; dst may be the tile itself.
+static void mask_tile(const Sweep& s, const Dropout& dropout, int64_t row, int64_t rows, int64_t column,
+                      int64_t columns, const float* tile, int64_t ld, float* dst) {
+    const int64_t counters = ceil_div(s.x.columns, philox::kDrawsPerCounter);
+    const int64_t padded = ceil_div(columns, kWidth) * kWidth;
+    uint8_t bits[kTileColumns / 8 + 8];
+    for (int64_t i = 0; i < rows; ++i) {
+        keep_bytes(bits, dropout.seed, (uint64_t)(s.row(row + i) * counters + column / 8), ceil_div(columns, 8),
+                   (uint32_t)dropout.threshold);
+        for (int64_t j = 0; j < padded; j += kWidth) {
+            vec_store(dst + i * kTileColumns + j, vec_keep(vec_load(tile + i * ld + j), bits, j));
+        }
+    }
+}
+
+static int64_t sweep_scratch(int64_t ranks) { return kTileRows * (2 * kTileColumns + ranks * kWidth); }
 
 static void sweep(const Sweep& s, int64_t task, float* scratch) {
     const int64_t row_part = task / s.column_parts, column_part = task % s.column_parts;
     const int64_t row_begin = row_part * s.rows_per_part();
-    const int64_t row_end = at_most(s.x.rows, row_begin + s.rows_per_part());
+    const int64_t row_end = at_most(s.row_count, row_begin + s.rows_per_part());
     const int64_t column_begin = column_part * s.columns_per_part();
     const int64_t column_end = at_most(s.x.columns, column_begin + s.columns_per_part());
-    const int64_t ranks = s.ranks, ld_sums = s.padded_columns();
+    const int64_t ld_sums = s.padded_columns();
     float* tile = scratch;
-    float* row_lanes = scratch + kTileRows * kTileColumns;  // [kTileRows][R][kWidth], summed over lanes at the end
-    float* column_sums = s.left ? s.column_sums + row_part * ranks * ld_sums : nullptr;
-    if (s.left) {
-        for (int64_t r = 0; r < ranks && column_begin < column_end; ++r) {
-            const int64_t padded = ceil_div(column_end - column_begin, kTileColumns) * kTileColumns;
-            __builtin_memset(column_sums + r * ld_sums + column_begin, 0, padded * sizeof(float));
+    float* masked = scratch + kTileRows * kTileColumns;
+    float* lanes = masked + kTileRows * kTileColumns;  // of each product [kTileRows][R][kWidth], summed at the end
+    for (int64_t i = 0; i < s.count && column_begin < column_end; ++i) {
+        const Product& p = s.products[i];
+        const int64_t padded = ceil_div(column_end - column_begin, kTileColumns) * kTileColumns;
+        for (int64_t r = 0; r < p.ranks && p.left; ++r) {
+            __builtin_memset(p.column_sums + (row_part * p.ranks + r) * ld_sums + column_begin, 0,
+                             padded * sizeof(float));
         }
     }
     for (int64_t row = row_begin; row < row_end; row += kTileRows) {
         const int64_t rows = at_most(kTileRows, row_end - row);
-        if (s.panel) __builtin_memset(row_lanes, 0, rows * ranks * kWidth * sizeof(float));
+        __builtin_memset(lanes, 0, rows * s.ranks * kWidth * sizeof(float));
         for (int64_t column = column_begin; column < column_end; column += kTileColumns) {
             const int64_t columns = at_most(kTileColumns, column_end - column);
             const int64_t vectors = ceil_div(columns, kWidth);
-            int64_t ld;
-            const float* x = stage(s, row, rows, column, columns, tile, &ld);
-            if (s.panel) dot_tile(x, ld, s.panel + column * ranks, rows, ranks, vectors, row_lanes);
-            if (s.left) outer_tile(x, ld, s.left + row * ranks, rows, ranks, vectors, column_sums + column, ld_sums);
+            int64_t plain_ld;
+            const float* plain = stage(s, row, rows, column, columns, tile, &plain_ld);
+            float* own_lanes = lanes;
+            for (int64_t i = 0; i < s.count; ++i) {
+                const Product& p = s.products[i];
+                const float* x = plain;
+                int64_t ld = plain_ld;
+                if (p.dropout.active()) {
+                    // The last product may spoil the tile.
+                    float* dst = plain == tile && i + 1 == s.count ? tile : masked;
+                    mask_tile(s, p.dropout, row, rows, column, columns, plain, plain_ld, dst);
+                    x = dst;
+                    ld = kTileColumns;
+                }
+                if (p.panel) dot_tile(x, ld, p.panel + column * p.ranks, rows, p.ranks, vectors, own_lanes);
+                if (p.left) {
+                    float* sums = p.column_sums + row_part * p.ranks * ld_sums + column;
+                    outer_tile(x, ld, p.left + row * p.ranks, rows, p.ranks, vectors, sums, ld_sums);
+                }
+                own_lanes += rows * p.ranks * kWidth;
+            }
         }
-        if (!s.panel) continue;
-        float* out = s.row_sums + (column_part * s.x.rows + row) * ranks;
-        for (int64_t i = 0; i < rows * ranks; ++i) out[i] = vec_sum(vec_load(row_lanes + i * kWidth));
+        const float* own_lanes = lanes;
+        for (int64_t i = 0; i < s.count; ++i) {
+            const Product& p = s.products[i];
+            for (int64_t j = 0; j < rows * p.ranks && p.panel; ++j) {
+                p.row_sums[(column_part * s.row_count + row) * p.ranks + j] = vec_sum(vec_load(own_lanes + j * kWidth));
+            }
+            own_lanes += rows * p.ranks * kWidth;
+        }
     }
 }
 
 static void combine(const float* sums, int64_t parts, int64_t part_size, int64_t ld, float scale, const Matrix& out,
-                    int64_t begin, int64_t end) {
+                    const int64_t* rows, int64_t begin, int64_t end) {
     constexpr int64_t kChunk = 256;
     float total[kChunk];
     const Vec factor = vec_set(scale);
     for (int64_t row = begin; row < end; ++row) {
+        const int64_t out_row = (rows ? rows[row] : row) * out.stride_row;
         for (int64_t column = 0; column < out.columns; column += kChunk) {
             const int64_t count = at_most(kChunk, out.columns - column);
             const float* src = sums + row * ld + column;
@@ -165,28 +198,55 @@ static void combine(const float* sums, int64_t parts, int64_t part_size, int64_t
                 for (int64_t part = 1; part < parts; ++part) sum += src[part * part_size + i];
                 total[i] = sum * scale;
             }
-            narrow(total, count, out.data, out.dtype, row * out.stride_row + column * out.stride_column,
-                   out.stride_column);
+            narrow(total, count, out.data, out.dtype, out_row + column * out.stride_column, out.stride_column);
         }
     }
 }
 
-// out = base + keep(scale * delta) for `count` columns of one row; delta is a whole register block wide.
-static void finish_row(const Expansion& e, const float* delta, const uint8_t* bits, int64_t bit_column, int64_t row,
-                       int64_t column, int64_t count) {
+// base + keep(scale * delta) for `count` columns of one row, and what DoRA makes of it; delta is a whole register block
+// wide.
+static void finish_row(const Expansion& e, const float* delta, float scaling, const uint8_t* bits, int64_t bit_column,
+                       int64_t row, int64_t column, int64_t count) {
     constexpr int64_t kBlock = kExpandVecs * kWidth;
-    const int64_t base_at = row * e.base.stride_row + column * e.base.stride_column;
-    const int64_t out_at = row * e.out.stride_row + column * e.out.stride_column;
-    const Vec scale = vec_set(e.scale);
-    float sum[kBlock];
-    for (int64_t i = count; i < kBlock; ++i) sum[i] = 0.0f;
-    widen(e.base.data, e.base.dtype, base_at, e.base.stride_column, count, sum);
+    const Vec scale = vec_set(scaling);
+    float sum[kBlock], base[kBlock];
+    for (int64_t i = count; i < kBlock; ++i) base[i] = 0.0f;
+    widen(e.base.data, e.base.dtype, row * e.base.stride_row + column * e.base.stride_column, e.base.stride_column,
+          count, base);
     for (int64_t i = 0; i < kBlock; i += kWidth) {
         Vec term = vec_mul(vec_load(delta + i), scale);
         if (bits) term = vec_keep(term, bits, bit_column + i);
-        vec_store(sum + i, vec_add(vec_load(sum + i), term));
+        vec_store(sum + i, vec_add(vec_load(base + i), term));
     }
-    narrow(sum, count, e.out.data, e.out.dtype, out_at, e.out.stride_column);
+    if (e.gain) {
+        if (e.z.data) {
+            narrow(sum, count, e.z.data, e.z.dtype, row * e.z.stride_row + column * e.z.stride_column,
+                   e.z.stride_column);
+        }
+        for (int64_t i = 0; i < kBlock; i += kWidth) {
+            const Vec start = e.gain_bias ? vec_load(e.gain_bias + column + i) : vec_zero();
+            vec_store(sum + i, vec_fma(vec_load(e.gain + column + i), vec_load(sum + i), start));
+        }
+        if (e.plain.data) {
+            float plain[kBlock];
+            for (int64_t i = count; i < kBlock; ++i) plain[i] = 0.0f;
+            widen(e.plain.data, e.plain.dtype, row * e.plain.stride_row + column * e.plain.stride_column,
+                  e.plain.stride_column, count, plain);
+            for (int64_t i = 0; i < count; ++i) sum[i] += plain[i] - base[i];
+        }
+    }
+    narrow(sum, count, e.out.data, e.out.dtype, row * e.out.stride_row + column * e.out.stride_column,
+           e.out.stride_column);
+}
+
+// total (+)= keep(scale * delta), for one register block of a row.
+static void add_term(const float* delta, float scaling, const uint8_t* bits, bool add, float* total) {
+    const Vec scale = vec_set(scaling);
+    for (int64_t i = 0; i < kExpandVecs * kWidth; i += kWidth) {
+        Vec term = vec_mul(vec_load(delta + i), scale);
+        if (bits) term = vec_keep(term, bits, i);
+        vec_store(total + i, add ? vec_add(vec_load(total + i), term) : term);
+    }
 }
 
 static void expand(const Expansion& e, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
@@ -194,25 +254,96 @@ static void expand(const Expansion& e, int64_t row_begin, int64_t row_end, int64
     constexpr int64_t kBits = kExpandColumns / 8 + 16;
     static_assert(kExpandColumns % kBlock == 0, "the mask buffer holds whole blocks");
     uint8_t bits[kExpandBlockRows][kBits];
-    float delta[kExpandBlockRows * kBlock];
+    float delta[kExpandBlockRows * kBlock], total[kExpandBlockRows * kBlock];
     const int64_t counters = ceil_div(e.base.columns, philox::kDrawsPerCounter);
-    const bool mask = e.dropout.active();
+    const bool alone = e.count == 1;
+    const ExpandTerm& first = e.terms[0];
     for (int64_t row = row_begin; row < row_end; row += kExpandBlockRows) {
         const int64_t rows = at_most(kExpandBlockRows, row_end - row);
-        for (int64_t i = 0; i < rows && mask; ++i) {
-            keep_bytes(bits[i], e.dropout.seed, (uint64_t)((row + i) * counters + column_begin / 8),
-                       ceil_div(column_end - column_begin, 8), (uint32_t)e.dropout.threshold);
+        for (int64_t i = 0; i < rows && alone && first.dropout.active(); ++i) {
+            keep_bytes(bits[i], first.dropout.seed, (uint64_t)(e.row(row + i) * counters + column_begin / 8),
+                       ceil_div(column_end - column_begin, 8), (uint32_t)first.dropout.threshold);
         }
         for (int64_t column = column_begin; column < column_end; column += kBlock) {
-            const float* bias = e.bias ? e.bias + column : nullptr;
-            expand_block(e.left + row * e.ranks, e.panel + column * e.ranks, bias, rows, e.ranks, delta);
             const int64_t count = at_most(kBlock, column_end - column);
+            for (int64_t t = 0; t < e.count; ++t) {
+                const ExpandTerm& term = e.terms[t];
+                expand_block(term.left + row * term.ranks, term.panel + column * term.ranks,
+                             term.bias ? term.bias + column : nullptr, rows, term.ranks, delta);
+                for (int64_t i = 0; i < rows && !alone; ++i) {
+                    if (term.dropout.active()) {
+                        keep_bytes(bits[i], term.dropout.seed, (uint64_t)(e.row(row + i) * counters + column / 8),
+                                   ceil_div(count, 8), (uint32_t)term.dropout.threshold);
+                    }
+                    add_term(delta + i * kBlock, term.scale, term.dropout.active() ? bits[i] : nullptr, t > 0,
+                             total + i * kBlock);
+                }
+            }
             for (int64_t i = 0; i < rows; ++i) {
-                finish_row(e, delta + i * kBlock, mask ? bits[i] : nullptr, column - column_begin, row + i, column,
-                           count);
+                if (alone) {
+                    finish_row(e, delta + i * kBlock, first.scale, first.dropout.active() ? bits[i] : nullptr,
+                               column - column_begin, e.row(row + i), column, count);
+                } else {
+                    finish_row(e, total + i * kBlock, 1.0f, nullptr, 0, e.row(row + i), column, count);
+                }
             }
         }
     }
 }
 
-static const LoraKernels lora_table = {kWidth, kExpandVecs * kWidth, pack, sweep_scratch, sweep, combine, expand};
+static void gain_grads(const Matrix& dy, const Matrix& z, const float* factor, const Matrix& out, float* totals,
+                       int64_t begin, int64_t end) {
+    constexpr int64_t kColumns = 256, kRows = 8;  // a sum over kRows is added to what came before as a whole
+    float left[kColumns], right[kColumns], part[kColumns];
+    for (int64_t column = 0; column < dy.columns; column += kColumns) {
+        const int64_t count = at_most(kColumns, dy.columns - column);
+        for (int64_t i = 0; i < count; ++i) totals[column + i] = 0.0f;
+        for (int64_t first = begin; first < end; first += kRows) {
+            for (int64_t i = 0; i < count; ++i) part[i] = 0.0f;
+            for (int64_t row = first; row < at_most(end, first + kRows); ++row) {
+                widen(dy.data, dy.dtype, row * dy.stride_row + column * dy.stride_column, dy.stride_column, count,
+                      left);
+                widen(z.data, z.dtype, row * z.stride_row + column * z.stride_column, z.stride_column, count, right);
+                for (int64_t i = 0; i < count; ++i) part[i] += left[i] * right[i];
+                for (int64_t i = 0; i < count; ++i) left[i] *= factor[column + i];
+                narrow(left, count, out.data, out.dtype, row * out.stride_row + column * out.stride_column,
+                       out.stride_column);
+            }
+            for (int64_t i = 0; i < count; ++i) totals[column + i] += part[i];
+        }
+    }
+}
+
+static void dropout_add(const Matrix& base, const Matrix& x, const Dropout& dropout, const Matrix& out, int64_t begin,
+                        int64_t end) {
+    constexpr int64_t kColumns = 512;
+    const int64_t counters = ceil_div(x.columns, philox::kDrawsPerCounter);
+    const Vec scale = vec_set((float)dropout.scale());
+    uint8_t bits[kColumns / 8 + 8];
+    float value[kColumns], start[kColumns];
+    for (int64_t i = 0; i < kColumns; ++i) value[i] = start[i] = 0.0f;
+    for (int64_t row = begin; row < end; ++row) {
+        for (int64_t column = 0; column < x.columns; column += kColumns) {
+            const int64_t count = at_most(kColumns, x.columns - column);
+            widen(x.data, x.dtype, row * x.stride_row + column * x.stride_column, x.stride_column, count, value);
+            if (base.data) {
+                widen(base.data, base.dtype, row * base.stride_row + column * base.stride_column, base.stride_column,
+                      count, start);
+            }
+            if (dropout.active()) {
+                keep_bytes(bits, dropout.seed, (uint64_t)(row * counters + column / 8), ceil_div(count, 8),
+                           (uint32_t)dropout.threshold);
+            }
+            for (int64_t i = 0; i < count; i += kWidth) {
+                Vec term = vec_mul(vec_load(value + i), scale);
+                if (dropout.active()) term = vec_keep(term, bits, i);
+                vec_store(value + i, base.data ? vec_add(vec_load(start + i), term) : term);
+            }
+            narrow(value, count, out.data, out.dtype, row * out.stride_row + column * out.stride_column,
+                   out.stride_column);
+        }
+    }
+}
+
+static const LoraKernels lora_table = {kWidth,  kExpandVecs * kWidth, pack,       sweep_scratch, sweep,
+                                       combine, expand,               gain_grads, dropout_add};

@@ -14,33 +14,53 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t at_least(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// One sweep over x [M, C], which is x or dy: row products (with `panel`) and column products (with `left`), either or
-// both. The sweep is cut into row_parts * column_parts tasks by the shape alone, never by the number of threads.
-struct Sweep {
-    Matrix x;
+// One term's share of a sweep: row products (with `panel`) and column products (with `left`), either or both.
+struct Product {
     Dropout dropout;
     int64_t ranks;
     const float* panel;  // [C / width][R][width], as pack() writes it; null: no row products
-    const float* left;   // [M][R]; null: no column products
-    int64_t row_parts, column_parts;
-    float* row_sums;     // [column_parts][M][R]
+    const float* left;   // [rows][R]; null: no column products
+    float* row_sums;     // [column_parts][rows][R]
     float* column_sums;  // [row_parts][R][padded_columns]
+};
 
+// One sweep over x [M, C], which is x or dy, for all its products. The sweep is cut into row_parts * column_parts tasks
+// by the shape alone, never by the number of threads.
+struct Sweep {
+    Matrix x;
+    const int64_t* rows;  // those of x that are swept; null: the first row_count
+    int64_t row_count;
+    const Product* products;
+    int64_t count, ranks;  // ranks: of all products together
+    int64_t row_parts, column_parts;
+
+    int64_t row(int64_t i) const { return rows ? rows[i] : i; }
     int64_t padded_columns() const { return ceil_div(x.columns, kTileColumns) * kTileColumns; }
-    int64_t rows_per_part() const { return ceil_div(x.rows, row_parts); }
+    int64_t rows_per_part() const { return ceil_div(row_count, row_parts); }
     int64_t columns_per_part() const {
         return ceil_div(ceil_div(x.columns, kTileColumns), column_parts) * kTileColumns;
     }
 };
 
-struct Expansion {
-    Matrix base, out;
+struct ExpandTerm {
     Dropout dropout;
     int64_t ranks;
-    const float* left;   // [M][R]
+    const float* left;   // [rows][R]
     const float* panel;  // [N / width][R][width]
     const float* bias;   // [N / width][width], or null
     float scale;
+};
+
+struct Expansion {
+    Matrix base, out, plain, z;  // plain and z may have no data
+    const int64_t* rows;
+    int64_t row_count;
+    const ExpandTerm* terms;
+    int64_t count;
+    const float* gain;       // [N / width][width], or null
+    const float* gain_bias;  // as gain
+
+    int64_t row(int64_t i) const { return rows ? rows[i] : i; }
 };
 
 constexpr int64_t kExpandColumns = 2048;  // per mask buffer: 256 bytes a row
@@ -52,11 +72,17 @@ struct LoraKernels {
     void (*pack)(const Matrix& view, int64_t width, float* dst, int64_t begin, int64_t end);
     int64_t (*sweep_scratch)(int64_t ranks);
     void (*sweep)(const Sweep& sweep, int64_t task, float* scratch);
-    // Rows [begin, end) of out = scale * (sum of `parts` matrices, `part_size` floats apart, in order).
+    // Rows [begin, end) of out = scale * (sum of `parts` matrices, `part_size` floats apart, in order); row i goes to
+    // row rows[i] of out where rows is not null.
     void (*combine)(const float* sums, int64_t parts, int64_t part_size, int64_t ld, float scale, const Matrix& out,
-                    int64_t begin, int64_t end);
+                    const int64_t* rows, int64_t begin, int64_t end);
     void (*expand)(const Expansion& expansion, int64_t row_begin, int64_t row_end, int64_t column_begin,
                    int64_t column_end);
+    // Rows [begin, end): out = factor * dy, and totals [N] = the sum of dy * z over them.
+    void (*gain_grads)(const Matrix& dy, const Matrix& z, const float* factor, const Matrix& out, float* totals,
+                       int64_t begin, int64_t end);
+    void (*dropout_add)(const Matrix& base, const Matrix& x, const Dropout& dropout, const Matrix& out, int64_t begin,
+                        int64_t end);
 };
 
 }  // namespace peftfast::cpu

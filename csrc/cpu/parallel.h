@@ -19,7 +19,12 @@ void parallel_for(ParallelFor pool, int64_t count, int64_t grain, const Function
     const RangeBody body = [](int64_t begin, int64_t end, void* context) {
         (*static_cast<const Function*>(context))(begin, end);
     };
-    pool(count, grain, body, const_cast<void*>(static_cast<const void*>(&function)));
+    void* context = const_cast<void*>(static_cast<const void*>(&function));
+    if (count <= grain) {  // one range: not worth the way through the pool
+        body(0, count, context);
+        return;
+    }
+    pool(count, grain, body, context);
 }
 
 // Scratch aligned to a cache line, which is also the widest vector.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .arguments import require
 
-STEPS = ("run", "verify", "plot", "growth", "record", "compare")
+STEPS = ("run", "verify", "end_to_end", "plot", "growth", "record", "compare", "gpu")
 
 
 def main(argv: Sequence[str]) -> int:

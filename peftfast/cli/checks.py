@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dispatch import Implementation
-from ..reference import lora, nf4, philox
+from ..reference import lora, nf4, philox, sparse_delta, zeroth_order
 
 # Awkward on purpose: no side is a multiple of 8 or of a block, and 131 * 127 elements in blocks of 64 are an odd count in
 # 260 blocks, the last one short, so that double quantisation has a second group of maxima.
@@ -28,7 +28,7 @@ class Case:
     """A call of an operator: its arguments on the CPU, what the definition gives, and the budget.
 
     ``expected``, ``dtypes`` and ``allowed`` have one entry for each result; allowed 0 means equal, bit for bit. An operator that
-    writes has its result in argument number ``written``.
+    writes has its result in argument number ``written``, a tensor or a list of them.
     """
 
     name: str
@@ -40,12 +40,18 @@ class Case:
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _moved(arguments: tuple[Any, ...], device: str) -> tuple[Any, ...]:
     """Fresh arguments on the device: an operator that writes must not write into the case."""
-    return tuple(value.to(device, copy=True) if isinstance(value, Tensor) else value for value in arguments)
+
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(one) for one in value]
+        return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+    return tuple(map(move, arguments))
 
 
 def _exact(name: str, arguments: tuple[Any, ...], expected: Any, written: int | None = None) -> Case:
@@ -60,6 +66,35 @@ def _philox_cases() -> dict[str, list[Case]]:
         "dropout_mask": [_exact("mask", (seed, M, K, DROPOUT_P), philox.dropout_mask(seed, M, K, DROPOUT_P))],
         "philox_words": [_exact("words", words, philox.philox_words(*words))],
     }
+
+
+def _zeroth_order_cases(random: torch.Generator) -> dict[str, list[Case]]:
+    seeds, coefficients = torch.tensor([2**61 - 7, -5]), torch.tensor([1e-3, -2e-4])
+    decay, thresholds, rounding_seed = torch.tensor([0.99]), torch.tensor([0.03, 0.01]), torch.tensor([77])
+    ids, offsets = [3, 2**32 - 1], [0, 2**33 + 5]  # a shard that begins inside a counter
+    cases: dict[str, list[Case]] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weights = [(torch.randn(shape, generator=random) * 0.02).to(dtype) for shape in ((N, K), (R, 7))]
+        for rademacher in (False, True):
+            name = f"{'rademacher' if rademacher else 'gaussian'}, {_short(dtype)}"
+            terms = (seeds, coefficients, decay, thresholds, rounding_seed)
+            expected = tuple(
+                zeroth_order.perturbed(
+                    weight, seeds, coefficients, decay, thresholds[i], rounding_seed, ids[i], offsets[i], rademacher
+                )
+                for i, weight in enumerate(weights)
+            )
+            arguments: tuple[Any, ...] = (list(weights), [], *terms, ids, offsets, rademacher)
+            cases.setdefault("perturb_", []).append(_exact(name, arguments, expected, written=0))
+            place = (seeds[:1], (R, K), ids[1], offsets[1], rademacher, dtype)
+            cases.setdefault("perturbation", []).append(_exact(name, place, zeroth_order.perturbation(*place)))
+            pair = (weights[0], seeds[:1], coefficients[:1], thresholds[:1], ids[0], 0, rademacher)
+            both = tuple(
+                zeroth_order.perturbed(weights[0], seeds[:1], eps, None, thresholds[0], None, ids[0], 0, rademacher)
+                for eps in (coefficients[:1], -coefficients[:1])
+            )
+            cases.setdefault("perturbed_pair", []).append(_exact(name, pair, both))
+    return cases
 
 
 def _nf4_cases(random: torch.Generator) -> dict[str, list[Case]]:
@@ -136,6 +171,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _widened(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_widened(one) for one in value]
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return torch.float64 if isinstance(value, torch.dtype) else value
@@ -185,6 +222,129 @@ def _lora_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
     return cases
 
 
+def _sparse_delta_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    indices = torch.arange(1, N * K, 29, dtype=torch.int32)
+    count = indices.numel()
+    side = 16
+    tile = indices // K // side * -(-K // side) + indices % K // side
+    tiles, sizes = tile.unique(return_counts=True)
+    starts = torch.cat((sizes.new_zeros(1), sizes.cumsum(0))).int()
+    order = tile.sort(stable=True).indices.int()
+    values = torch.randn(count, generator=random)
+    cases: dict[str, list[Case]] = {}
+
+    def add(operator: str, case: Case) -> None:
+        cases.setdefault(operator, []).append(case)
+
+    def tiled(dy: Tensor, x: Tensor, at: Tensor, *rest: Any) -> Tensor:
+        return sparse_delta.sparse_delta_dvalues(dy, x, at, rest[-1])
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = _short(dtype)
+        # Rows of three slabs of the CPU kernels.
+        dy, x = (torch.randn(600, columns, generator=random).to(dtype) for columns in (N, K))
+        weight, base = torch.randn(N, K, generator=random).to(dtype), torch.randn(count, generator=random).to(dtype)
+        gradient = (dy, x, indices, torch.float32)
+        by_tiles = (dy, x, indices, order, tiles.int(), starts, side, side, torch.float32)
+        add("sparse_delta_dvalues", _budgeted(name, sparse_delta.sparse_delta_dvalues, gradient, device))
+        add("sparse_delta_dvalues_tiled", _budgeted(name, tiled, by_tiles, device))
+        patched = sparse_delta.sparse_delta_patch(weight, indices, values)
+        add("sparse_delta_patch", _exact(name, (weight, indices, values), patched))
+        add("sparse_delta_patch_", _exact(name, (weight, indices, values), patched, written=0))
+        written = sparse_delta.sparse_delta_write(weight, indices, base, values)
+        add("sparse_delta_write_", _exact(name, (weight, indices, base, values), written, written=0))
+        add("sparse_adamw_", _adamw_case(name, random, indices, weight, base))
+    return cases
+
+
+def _adamw_case(name: str, random: torch.Generator, indices: Tensor, weight: Tensor, base: Tensor) -> Case:
+    """One layer, rounded stochastically where it is in bfloat16; the written weight is what is compared."""
+    count = indices.numel()
+    value, grad, first = (torch.randn(count, generator=random) for _ in range(3))
+    second, age = torch.rand(count, generator=random), torch.arange(count, dtype=torch.int16)
+    hyper, corrections = (
+        sparse_delta.adam_hyper(1e-2, 0.9, 0.99, 1e-8, 0.1),
+        sparse_delta.adam_corrections(0.9, 0.99, 40),
+    )
+    seed = torch.tensor([123456789])
+    new = sparse_delta.sparse_adamw(value, grad, first, second, age, hyper, corrections)[0]
+    expected = sparse_delta.sparse_adamw_write(new, base, indices, weight, seed, 3)
+    lists = ([value], [grad], [first], [second], [age], [weight], [indices], [base])
+    return _exact(name, (*lists, hyper, corrections, seed, [3]), expected, written=5)
+
+
+def _zo_linear_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    """K a multiple of 4, so that the fused kernel takes it. Against float64 the weights are those that the dtype holds: their rounding
+    belongs to the operator."""
+    seed, eps = torch.tensor([2**61 - 7]), torch.tensor([0.02])
+    rows = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x_plus, x_minus, bias = (torch.randn(*shape, generator=random).to(dtype) for shape in ((M, 68), (M, 68), (N,)))
+        weight = (torch.randn(N, 68, generator=random) * 0.1).to(dtype)
+        arguments = (x_plus, x_minus, weight, bias, bias, seed, eps, None, 3, False)
+        composed = [r.cpu() for r in zeroth_order.zo_linear(*_moved(arguments, device))]
+        plus, minus = (
+            zeroth_order.perturbed(weight, seed, scale, None, None, None, 3, 0, False).double() for scale in (eps, -eps)
+        )
+        exact = tuple(
+            torch.nn.functional.linear(x.double(), w, bias.double()) for x, w in ((x_plus, plus), (x_minus, minus))
+        )
+        allowed = tuple(
+            2 * (float((c.double() - e).abs().max()) + torch.finfo(dtype).eps / 2 * float(e.abs().max()))
+            for c, e in zip(composed, exact, strict=True)
+        )
+        rows.append(Case(_short(dtype), arguments, exact, (dtype, dtype), allowed))
+    return {"zo_linear": rows}
+
+
+def _terms_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    """Three adapters, of which the rows of x name two and, with -1 and 3, none."""
+
+    def normal(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    ranks, seeds = [R, 8, 1], torch.tensor([987654321, 5, -7], dtype=torch.int64)
+    cases: dict[str, list[Case]] = {}
+    for compute in (torch.float32, torch.bfloat16):
+        for rows in (None, torch.tensor([2, -1, 0, 3, 0], dtype=torch.int32)):
+            name = f"{_short(compute)}, {'summed' if rows is None else 'by rows'}"
+            terms = (rows, seeds, [DROPOUT_P, 0.0, 0.5], [SCALING, 1.0, 2.0])
+            x, s, dy, base = (normal(compute, M, columns) for columns in (K, sum(ranks), N, N))
+            a, b = [normal(torch.float32, r, K) for r in ranks], [normal(torch.float32, N, r) for r in ranks]
+            biases = [normal(torch.float32, N) for _ in ranks]
+            expand = (base, s, b, biases, *terms)
+            calls: tuple[tuple[str, Callable[..., Any], tuple[Any, ...], int | None], ...] = (
+                ("lora_terms_shrink", lora.lora_terms_shrink, (x, a, *terms, compute), None),
+                ("lora_terms_expand", lora.lora_terms_expand, (*expand, torch.float32), None),
+                ("lora_terms_expand_", lora.lora_terms_expand, expand, 0),
+                ("lora_terms_weight_grad", lora.lora_terms_weight_grad, (s, x, ranks, *terms, torch.float32), None),
+                ("lora_terms_dy_grads", lora.lora_terms_dy_grads, (dy, s, b, rows, terms[3], torch.float32), None),
+            )
+            for operator, definition, arguments, written in calls:
+                case = _budgeted(name, definition, arguments, device, written)
+                cases.setdefault(operator, []).append(case)
+    return cases
+
+
+def _dora_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    seed = torch.tensor([987654321], dtype=torch.int64)
+    cases: dict[str, list[Case]] = {}
+    for compute in (torch.float32, torch.bfloat16):
+        base, plain, dy, z = (torch.randn((M, N), generator=random).to(compute) for _ in range(4))
+        s, b = torch.randn((M, R), generator=random).to(compute), torch.randn((N, R), generator=random)
+        gain, bias = torch.rand(N, generator=random) + 0.5, torch.randn(N, generator=random)
+        calls: tuple[tuple[str, Callable[..., Any], tuple[Any, ...]], ...] = (
+            ("lora_dora_expand", lora.lora_dora_expand, (base, None, s, b, bias, gain, bias, SCALING, compute)),
+            ("lora_dora_expand", lora.lora_dora_expand, (base, plain, s, b, None, gain, None, SCALING, compute)),
+            ("lora_gain_grads", lora.lora_gain_grads, (dy, z, gain)),
+            ("lora_dropout_add", lora.lora_dropout_add, (base, dy, seed, DROPOUT_P, compute)),
+            ("lora_dropout_add", lora.lora_dropout_add, (None, dy, seed, DROPOUT_P, torch.float32)),
+        )
+        for operator, definition, arguments in calls:
+            cases.setdefault(operator, []).append(_budgeted(_short(compute), definition, arguments, device))
+    return cases
+
+
 def cases(device: str) -> dict[str, list[Case]]:
     """The calls of every operator, by its name, with the budgets of this device."""
     random = torch.Generator().manual_seed(0)
@@ -193,6 +353,11 @@ def cases(device: str) -> dict[str, list[Case]]:
         **_nf4_cases(random),
         **_few_rows_cases(random, device),
         **_lora_cases(random, device),
+        **_terms_cases(random, device),
+        **_dora_cases(random, device),
+        **_sparse_delta_cases(random, device),
+        **_zeroth_order_cases(random),
+        **_zo_linear_cases(random, device),
     }
 
 
@@ -216,7 +381,8 @@ def run_case(implementation: Implementation, case: Case, device: str) -> tuple[f
     nearest to its budget, and whether all results are within theirs. Raises what the implementation raises."""
     arguments = arguments_on(case, device)
     returned = implementation.run(*arguments)
-    results = _as_tuple(returned if case.written is None else arguments[case.written])
+    written = returned if case.written is None else arguments[case.written]
+    results = tuple(written) if isinstance(written, list) else _as_tuple(written)
     errors = [_largest_error(*row) for row in zip(results, case.expected, case.dtypes, strict=True)]
     rows = list(zip(errors, case.allowed, strict=True))
     error, allowed = max(rows, key=lambda row: row[0] / row[1] if row[1] else row[0])

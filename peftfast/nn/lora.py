@@ -27,7 +27,7 @@ class LoRALinear(nn.Linear):
         lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora`` (arXiv 2312.03732).
         lora_dropout: probability in [0, 1).
         lora_bias: a trained bias on B's side, scaled like B.
-        use_dora: DoRA (arXiv 2402.09353); runs on the definition, not fused.
+        use_dora: DoRA (arXiv 2402.09353).
         init_lora_weights: True: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1 / r, B zero; False: both
             Kaiming-uniform.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..configs.device import Device
 from . import native
-from .dispatch import Verdict
+from .dispatch import Verdict, requested_backend
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,6 +59,12 @@ def takes_cuda(*tensors: Tensor | None) -> Verdict:
         if tensor.is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
             return False, f"the CUDA library takes float32, bfloat16 and float16, got {tensor.dtype}"
     return True, ""
+
+
+def undisturbed() -> bool:
+    """Whether a caller may join operators into one of the C++ library: it is there, no backend is asked for by name, and no dispatch
+    mode watches, which would not see the single ones."""
+    return requested_backend() is None and torch._C._len_torch_dispatch_stack() == 0 and native.cpu_available()[0]
 
 
 def takes_cpu(*tensors: Tensor | None) -> Verdict:

@@ -47,6 +47,123 @@ def lora_dy_grads(dy: Tensor, s: Tensor, b: Tensor, scaling: float, dtype: torch
     return (dy @ b.to(dy.dtype)) * scaling, ((dy.T @ s.to(dy.dtype)) * scaling).to(dtype)
 
 
+def _columns(ranks: list[int]) -> list[slice]:
+    ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
+    return [slice(end - rank, end) for rank, end in zip(ranks, ends, strict=True)]
+
+
+def _of_rows(part: Tensor, rows: Tensor | None, term: int) -> Tensor:
+    """``part`` in the rows that name ``term``, zero in the others; all of it without ``rows``."""
+    return part if rows is None else torch.where((rows == term)[:, None], part, part.new_zeros(()))
+
+
+def _seed_of(seeds: Tensor | None, term: int) -> Tensor | None:
+    return None if seeds is None else seeds[term : term + 1]
+
+
+def lora_terms_shrink(
+    x: Tensor,
+    a: list[Tensor],
+    rows: Tensor | None,
+    seeds: Tensor | None,
+    ps: list[float],
+    scalings: list[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Several shrinks of one x ``[M, K]`` side by side: ``a`` of ``[R_t, K]`` -> ``[M, sum of R_t]``. With ``rows`` ``[M]`` term t acts
+    on the rows that hold t and is zero elsewhere; ``seeds`` ``[T]`` gives each term its own mask."""
+    parts = [
+        _of_rows(lora_shrink(x, w, _seed_of(seeds, t), ps[t], scalings[t], dtype), rows, t) for t, w in enumerate(a)
+    ]
+    return torch.cat(parts, 1)
+
+
+def lora_terms_expand(
+    base: Tensor,
+    s: Tensor,
+    w: list[Tensor],
+    biases: list[Tensor],
+    rows: Tensor | None,
+    seeds: Tensor | None,
+    ps: list[float],
+    scalings: list[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """base ``[M, N]`` + the sum over terms of dropout(scaling * (s wᵀ + bias)), with ``w`` of ``[N, R_t]``, s ``[M, sum of R_t]`` and
+    ``biases`` none or a ``[N]`` for each term; ``rows`` as in :func:`lora_terms_shrink`."""
+    out = base.to(dtype)
+    for t, columns in enumerate(_columns([one.shape[1] for one in w])):
+        delta = s[:, columns] @ w[t].to(s.dtype).T
+        if biases:
+            delta = delta + biases[t].to(s.dtype)
+        out = out + _of_rows(dropout(delta * scalings[t], _seed_of(seeds, t), ps[t]).to(dtype), rows, t)
+    return out
+
+
+def lora_terms_weight_grad(
+    ds: Tensor,
+    x: Tensor,
+    ranks: list[int],
+    rows: Tensor | None,
+    seeds: Tensor | None,
+    ps: list[float],
+    scalings: list[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight gradients of all terms, one below the other: ds ``[M, sum of R_t]``, x ``[M, K]`` -> ``[sum of R_t, K]``."""
+    parts = [
+        lora_weight_grad(_of_rows(ds[:, columns], rows, t), x, _seed_of(seeds, t), ps[t], scalings[t], dtype)
+        for t, columns in enumerate(_columns(list(ranks)))
+    ]
+    return torch.cat(parts, 0)
+
+
+def lora_terms_dy_grads(
+    dy: Tensor, s: Tensor, b: list[Tensor], rows: Tensor | None, scalings: list[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """ds of all terms side by side, ``[M, sum of R_t]``, and db of all, each a contiguous ``[N, R_t]``, one after the other in
+    ``[N * sum of R_t]``."""
+    ds, db = [], []
+    for t, columns in enumerate(_columns([one.shape[1] for one in b])):
+        one_ds, one_db = lora_dy_grads(dy, _of_rows(s[:, columns], rows, t), b[t], scalings[t], dtype)
+        ds.append(_of_rows(one_ds, rows, t))
+        db.append(one_db.reshape(-1))
+    return torch.cat(ds, 1), torch.cat(db)
+
+
+def lora_dora_expand(
+    base: Tensor,
+    plain: Tensor | None,
+    s: Tensor,
+    w: Tensor,
+    lora_bias: Tensor | None,
+    gain: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """DoRA's expand: z = base + scaling * (s wᵀ + lora_bias) in base's dtype and y = gain * z + bias of ``dtype``; ``gain`` is ``[N]``.
+    Where dropout makes base x̂ Wᵀ, ``plain`` is x Wᵀ and y = plain + (gain - 1) * base + gain * (z - base) + bias."""
+    delta = s @ w.to(s.dtype).T
+    if lora_bias is not None:
+        delta = delta + lora_bias.to(s.dtype)
+    delta, factor = (delta * scaling).to(base.dtype), gain.to(base.dtype)
+    z = base + delta
+    y = factor * z if plain is None else plain.to(base.dtype) + (factor - 1) * base + factor * delta
+    return (y if bias is None else y + bias.to(base.dtype)).to(dtype), z
+
+
+def lora_gain_grads(dy: Tensor, z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """factor * dy in dy's dtype, ``[M, N]``, and the sum of dy * z over rows in factor's dtype, ``[N]``."""
+    return (dy * factor).to(dy.dtype), (dy.to(factor.dtype) * z.to(factor.dtype)).sum(0)
+
+
+def lora_dropout_add(base: Tensor | None, x: Tensor, seed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """base + dropout(x) of ``dtype``, ``[M, N]``; dropout(x) alone without base."""
+    dropped = dropout(x.to(dtype), seed, p)
+    return dropped if base is None else base.to(dtype) + dropped
+
+
 def weight_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """Row norms ``[N]`` of W + scaling * B A, detached, as DoRA divides by (Liu et al., arXiv 2402.09353, section 4.3)."""
     return torch.linalg.vector_norm((weight + scaling * (lora_b @ lora_a)).detach(), dim=1)
@@ -85,3 +202,27 @@ def lora_linear(
         y = y + (gain - 1) * functional.linear(dropped, weight)
         delta = gain * delta
     return (y + scaling * delta).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    adapters: list[dict],
+    rows: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ + b + the sum of scaling * (dropout(x) Aᵀ Bᵀ + lora_bias) over the adapters, each in the rows of x that name it, or in all
+    of them without ``rows``. An adapter is a dict of :func:`lora_linear`'s arguments lora_a, lora_b, scaling, lora_bias, dropout_p,
+    seed; ``rows`` names one adapter for each index of x's leading dimension, or for each row of x flattened; what is no index names
+    none."""
+    flat = x.reshape(-1, x.shape[-1])
+    ids = None if rows is None else rows.repeat_interleave(max(flat.shape[0], 1) // max(rows.numel(), 1))
+    y = functional.linear(flat, weight, bias)
+    for t, adapter in enumerate(adapters):
+        dropped = dropout(flat, adapter.get("seed"), adapter.get("dropout_p", 0.0))
+        delta = (dropped @ adapter["lora_a"].T) @ adapter["lora_b"].T
+        if adapter.get("lora_bias") is not None:
+            delta = delta + adapter["lora_bias"]
+        y = y + _of_rows(adapter.get("scaling", 1.0) * delta, ids, t)
+    return y.reshape(*x.shape[:-1], weight.shape[0])

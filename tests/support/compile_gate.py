@@ -160,8 +160,10 @@ def access_widths(ptx: str, pointers: dict[int, str]) -> dict[str, dict[str, dic
     """Accesses to global memory by kernel argument, direction and bytes.
 
     The address of each access is followed back to the pointer parameters that it was computed from. A value that was
-    itself loaded ends the search, so that an index read from one tensor does not tie it to the next.
+    itself loaded ends the search, so that an index read from one tensor does not tie it to the next; an address that
+    leads to no parameter at all was read from a table of pointers, and counts under "*" and the table's name.
     """
+    loaded: dict[str, list[str]] = {}
     origin: dict[str, set[str]] = defaultdict(set)
     edges: dict[str, set[str]] = defaultdict(set)
     accesses = []
@@ -174,6 +176,9 @@ def access_widths(ptx: str, pointers: dict[int, str]) -> dict[str, dict[str, dic
             assert address is not None
             width = int(match[2] or 1) * int(match[3]) // 8
             accesses.append(("load" if match[1] == "ld" else "store", width, _REGISTER.findall(address[1])))
+            if match[1] == "ld":
+                for register in _REGISTER.findall(match[4].split("[")[0]):
+                    loaded[register] = _REGISTER.findall(address[1])
         elif parameter := _PARAMETER.search(line):
             if int(parameter[1]) in pointers:
                 origin[_REGISTER.findall(line)[0]].add(pointers[int(parameter[1])])
@@ -190,6 +195,9 @@ def access_widths(ptx: str, pointers: dict[int, str]) -> dict[str, dict[str, dic
                 seen.add(one)
                 found |= origin[one]
                 open_.extend(edges[one])
+        if not found:
+            tables = [address for one in seen if one in loaded for address in loaded[one]]
+            found = {f"*{name}" for address in tables for name in sources(address) if not name.startswith("*")}
         return found
 
     widths: dict[str, dict[str, dict[str, int]]] = {}

@@ -23,6 +23,8 @@ _FREE = {
     "reshape",
     "select",
     "slice",
+    "split",
+    "split_with_sizes",
     "t",
     "transpose",
     "unsqueeze",

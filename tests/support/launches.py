@@ -3,10 +3,13 @@
 import torch
 
 from peftfast.configs import lora as lora_configs
+from peftfast.configs import lora_terms as terms_configs
 from peftfast.configs import nf4 as nf4_configs
 from peftfast.configs import philox as philox_configs
+from peftfast.configs import sparse_delta as sparse_configs
+from peftfast.configs import zeroth_order as zo_configs
 from peftfast.configs.device import Device
-from peftfast.kernels import lora, nf4, philox
+from peftfast.kernels import lora, lora_dora, lora_terms, nf4, philox, sparse_delta, zeroth_order
 from peftfast.kernels import nf4_linear as nf4_linear_kernels
 from peftfast.kernels import nf4_quantize as nf4_quantize_kernels
 
@@ -124,3 +127,173 @@ def dropout_mask(arch: int, rows: int = 4096, columns: int = 4096) -> None:
 
 def philox_words(arch: int, count: int = 4096) -> None:
     philox.philox_words(_empty(1, dtype=torch.int64), 0, count, 0, 0, philox_configs.philox_words(DEVICES[arch]))
+
+
+def sparse_delta_gather(
+    dtype: str, arch: int, M: int = 2048, N: int = 4096, K: int = 11008, S: int = 45056, wide: bool = False
+) -> None:
+    config = sparse_configs.gather(dtype, M, DEVICES[arch])
+    indices = _empty(S, dtype=torch.int64 if wide else torch.int32)
+    padded = -(-M // sparse_configs.ROW_MULTIPLE) * sparse_configs.ROW_MULTIPLE
+    slabs = _empty(N, padded, dtype=dtype), _empty(K, padded, dtype=dtype)
+    sparse_delta.sparse_delta_gather(*slabs, indices, torch.float32, config)
+
+
+def sparse_delta_tiled(dtype: str, arch: int, M: int = 2048, N: int = 4096, K: int = 11008, S: int = 450560) -> None:
+    sides = sparse_configs.tile_sides(dtype, DEVICES[arch])
+    config = sparse_configs.tile(dtype, *sides, DEVICES[arch])
+    indices, order = _empty(S, dtype=torch.int32), _empty(S, dtype=torch.int32)
+    tiles, starts = _empty(2752, dtype=torch.int32), _empty(2753, dtype=torch.int32)
+    dy, x = _empty(M, N, dtype=dtype), _empty(M, K, dtype=dtype)
+    sparse_delta.sparse_delta_tiled(dy, x, indices, order, tiles, starts, torch.float32, config)
+
+
+def sparse_delta_scatter(dtype: str, arch: int, write: bool, values: bool = True, wide: bool = False) -> None:
+    config = sparse_configs.scatter(DEVICES[arch])
+    weight = _empty(4096, 11008, dtype=dtype)
+    indices = _empty(45056, dtype=torch.int64 if wide else torch.int32)
+    given = _empty(45056, dtype=torch.float32) if values else None
+    if write:
+        sparse_delta.sparse_delta_write_(weight, indices, _empty(45056, dtype=dtype), given, config)
+    else:
+        sparse_delta.sparse_delta_patch_(weight, indices, given, config)
+
+
+def sparse_adamw(
+    dtype: str | None, arch: int, stochastic: bool = False, index: str = "int32", age: str = "int16"
+) -> None:
+    sparse_delta.sparse_adamw_(
+        _empty(200, 11, dtype=torch.int64),
+        _empty(65536, dtype=torch.int32),
+        _empty(65536, dtype=torch.int64),
+        _empty(7, dtype=torch.float32),
+        _empty(2, 32769, dtype=torch.float32),
+        _seed(stochastic),
+        None if dtype is None else getattr(torch, dtype),
+        getattr(torch, index),
+        getattr(torch, age),
+        sparse_configs.adamw(DEVICES[arch]),
+    )
+
+
+def perturb(
+    dtype: str,
+    rademacher: bool,
+    arch: int,
+    rounding: bool = False,
+    pair: bool = False,
+    terms: int = 1,
+    options: bool = False,
+    source: bool = True,
+    tensors: int = 3,
+) -> None:
+    """Addresses of meta tensors are 0: aligned."""
+    config = zo_configs.perturb(dtype, rademacher, DEVICES[arch])
+    outs = [_empty(4096, 4096, dtype=dtype) for _ in range(tensors)]
+    scalars = _empty(1, dtype=torch.float32), _empty(tensors, dtype=torch.float32)
+    zeroth_order.perturb(
+        outs if source else None,
+        outs,
+        outs if pair else None,
+        _empty(terms, dtype=torch.int64),
+        _empty(terms, dtype=torch.float32),
+        *(scalars if options else (None, None)),
+        _empty(1, dtype=torch.int64) if rounding else None,
+        list(range(tensors)),
+        [0] * tensors,
+        rademacher,
+        config,
+    )
+
+
+def zo_linear(
+    M: int, dtype: str, rademacher: bool, arch: int, N: int = 4096, K: int = 4096, options: bool = False
+) -> None:
+    config = zo_configs.zo_linear(M, N, K, dtype, rademacher, DEVICES[arch])
+    bias = _empty(N, dtype=dtype) if options else None
+    x = _empty(M, K, dtype=dtype)
+    one = _empty(1, dtype=torch.float32)
+    seed, threshold = _empty(1, dtype=torch.int64), one if options else None
+    zeroth_order.zo_linear(x, x, _empty(N, K, dtype=dtype), bias, bias, seed, one, threshold, 5, rademacher, config)
+
+
+def lora_terms_shrink(
+    M: int, ranks: list[int], wide: str, compute: str, dropout: bool, rows: bool, arch: int, K: int = 4096
+) -> None:
+    config = terms_configs.lora_terms_shrink(M, K, ranks, wide, compute, dropout, DEVICES[arch])
+    a = [_empty(rank, K, dtype="float32") for rank in ranks]
+    lora_terms.lora_terms_shrink(_empty(M, K, dtype=wide), a, *_terms(M, ranks, rows, dropout), _dtype(compute), config)
+
+
+def lora_terms_expand(
+    M: int,
+    ranks: list[int],
+    wide: str,
+    compute: str,
+    dropout: bool,
+    rows: bool,
+    arch: int,
+    N: int = 4096,
+    transposed: bool = False,
+    bias: bool = False,
+) -> None:
+    config = terms_configs.lora_terms_expand(M, N, ranks, wide, compute, dropout, DEVICES[arch])
+    w = [_empty(rank, N, dtype="float32").T if transposed else _empty(N, rank, dtype="float32") for rank in ranks]
+    biases = [_empty(N, dtype="float32") for _ in ranks] if bias else []
+    base, s = _empty(M, N, dtype=wide), _empty(M, sum(ranks), dtype=compute)
+    lora_terms.lora_terms_expand(base, s, w, biases, *_terms(M, ranks, rows, dropout), base, config)
+
+
+def lora_terms_weight_grad(
+    M: int,
+    ranks: list[int],
+    wide: str,
+    compute: str,
+    dropout: bool,
+    rows: bool,
+    arch: int,
+    K: int = 4096,
+    by_columns: bool = False,
+) -> None:
+    config = terms_configs.lora_terms_weight_grad(M, K, ranks, wide, compute, dropout, DEVICES[arch])
+    ds, x = _empty(M, sum(ranks), dtype=compute), _empty(M, K, dtype=wide)
+    terms = _terms(M, ranks, rows, dropout)
+    lora_terms.lora_terms_weight_grad(ds, x, ranks, *terms, torch.float32, config, by_columns)
+
+
+def lora_terms_dy_grads(M: int, ranks: list[int], compute: str, rows: bool, arch: int, N: int = 4096) -> None:
+    config = terms_configs.lora_terms_dy_grads(M, N, ranks, compute, compute, DEVICES[arch])
+    dy, s = _empty(M, N, dtype=compute), _empty(M, sum(ranks), dtype=compute)
+    b = [_empty(N, rank, dtype="float32") for rank in ranks]
+    names, _, _, scalings = _terms(M, ranks, rows, False)
+    lora_terms.lora_terms_dy_grads(dy, s, b, names, scalings, torch.float32, config)
+
+
+def lora_dora_expand(M: int, rank: int, wide: str, compute: str, arch: int, N: int = 4096, plain: bool = False) -> None:
+    config = terms_configs.lora_dora_expand(M, N, rank, wide, compute, DEVICES[arch])
+    base, s, w = _empty(M, N, dtype=wide), _empty(M, rank, dtype=compute), _empty(N, rank, dtype="float32")
+    gain = _empty(N, dtype="float32")
+    lora_dora.lora_dora_expand(base, base if plain else None, s, w, None, gain, gain, 1.0, _dtype(wide), config)
+
+
+def lora_gain_grads(M: int, wide: str, arch: int, N: int = 4096) -> None:
+    dy = _empty(M, N, dtype=wide)
+    config = terms_configs.lora_gain_grads(M, N, DEVICES[arch])
+    lora_dora.lora_gain_grads(dy, _empty(M, N, dtype=wide), _empty(N, dtype="float32"), config)
+
+
+def lora_dropout_add(M: int, wide: str, base: bool, arch: int, N: int = 4096) -> None:
+    x = _empty(M, N, dtype=wide)
+    config = terms_configs.lora_dropout_add(DEVICES[arch])
+    lora_dora.lora_dropout_add(_empty(M, N, dtype=wide) if base else None, x, _seed(True), 0.1, x.dtype, config)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def _terms(M: int, ranks: list[int], rows: bool, dropout: bool) -> tuple:
+    """rows, seeds, ps, scalings of a launch of kernels/lora_terms.py."""
+    names = _empty(M, dtype=torch.int32) if rows else None
+    seeds = _empty(len(ranks), dtype=torch.int64) if dropout else None
+    return names, seeds, [0.1 * dropout] * len(ranks), [1.0] * len(ranks)

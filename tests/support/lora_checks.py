@@ -122,12 +122,14 @@ Results = dict[str, tuple[Tensor, Tensor, Tensor]]
 FEW, DATA_SETS = 64, 16
 
 
-def check_results(case: Any, results_of: Callable[[Any], Results]) -> None:
+def check_results(case: Any, results_of: Callable[[Any], Results], values: int = 0) -> None:
     """Every result of a case within the budget. Where a result has few values, the roundings of the composed one may by luck cancel
-    in all of them; sixteen data sets are then one comparison, of the largest error of all."""
+    in all of them; sixteen data sets, or as many as give ``values`` of each, are then one comparison, of the largest error of all."""
     results = [results_of(case)]
-    if any(0 < actual.numel() < FEW for actual, _, _ in results[0].values()):
-        results += [results_of(dataclasses.replace(case, data=case.data + 1000 * i)) for i in range(1, DATA_SETS)]
+    fewest = min((actual.numel() for actual, _, _ in results[0].values() if actual.numel()), default=FEW)
+    if fewest < FEW:
+        sets = max(DATA_SETS, -(-values // fewest))
+        results += [results_of(dataclasses.replace(case, data=case.data + 1000 * i)) for i in range(1, sets)]
     for name in results[0]:
         pooled = [torch.stack(values) for values in zip(*(result[name] for result in results), strict=True)]
         try:

@@ -1,0 +1,127 @@
+#include "cpu/sparse_delta.h"
+
+#include <cstring>
+
+namespace peftfast::cpu {
+
+// Rows of a slab of x and dy that is held transposed at a time: small enough for the slab of a layer of 4096 features
+// to stay in the cache, a multiple of every vector width.
+constexpr int64_t kSlabRows = 256;
+constexpr int64_t kSlabColumns = 8;  // transposed at a time
+
+struct SparseKernels {
+    // Columns [begin, end) of rows [first, first + rows) of `source` into [columns][padded], zeros behind the rows.
+    void (*transpose)(const Rows& source, bool wide, int64_t first, int64_t rows, int64_t padded, void* slab,
+                      int64_t begin, int64_t end);
+    // sums[s] (+)= dot of slab columns for support positions [begin, end).
+    void (*dots)(const void* dy_slab, const void* x_slab, DType dtype, int64_t padded, int64_t n, int64_t k,
+                 const Indices& indices, float* sums, bool add, int64_t begin, int64_t end);
+    void (*narrow)(const float* sums, void* out, DType dtype, int64_t begin, int64_t end);
+    // For positions [begin, end) whose index lies in [low, high).
+    void (*add)(void* weight, DType dtype, int64_t low, int64_t high, const Indices& indices, const float* values,
+                int64_t begin, int64_t end);
+    void (*write)(void* weight, DType dtype, int64_t count, const Indices& indices, const void* base,
+                  const float* values, int64_t begin, int64_t end);
+    void (*adamw)(const AdamBuffers& buffers, const sparse::AdamHyper& hyper, const AdamWeight& weight, int64_t begin,
+                  int64_t end);
+};
+
+}  // namespace peftfast::cpu
+
+#define PEFTFAST_KERNELS "cpu/sparse_delta_kernels.h"
+#define PEFTFAST_TABLE sparse_table
+#include "cpu/each_isa.h"
+
+namespace peftfast::cpu {
+namespace {
+
+int64_t index_at(const Indices& indices, int64_t position) {
+    return indices.wide ? static_cast<const int64_t*>(indices.data)[position]
+                        : static_cast<const int32_t*>(indices.data)[position];
+}
+
+// The first position whose index is not below `limit`, of ascending indices; some position of others.
+int64_t lower_bound(const Indices& indices, int64_t limit) {
+    int64_t low = 0, high = indices.count;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (index_at(indices, middle) < limit) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+}  // namespace
+
+void sparse_delta_dvalues(const Rows& dy, const Rows& x, DType dtype, const Indices& indices, void* out,
+                          DType out_dtype, ParallelFor pool) {
+    if (indices.count == 0) return;
+    const SparseKernels& kernels = kernels_in_use();
+    const bool wide = dtype == DType::f32;
+    const int64_t rows = dy.rows, n = dy.columns, k = x.columns;
+    Scratch<float> own(out_dtype == DType::f32 ? 0 : indices.count);
+    float* sums = out_dtype == DType::f32 ? static_cast<float*>(out) : own.get();
+    if (rows == 0) memset(sums, 0, static_cast<size_t>(indices.count) * sizeof(float));
+    const int64_t padded = (rows < kSlabRows ? (rows + 31) / 32 * 32 : kSlabRows);
+    Scratch<char> slab(padded * (n + k) * element_size(dtype));
+    char* x_slab = slab.get() + padded * n * element_size(dtype);
+    for (int64_t first = 0; first < rows; first += kSlabRows) {
+        const int64_t part = rows - first < kSlabRows ? rows - first : kSlabRows;
+        // Groups of columns, so that two threads never share one; 2^15 elements take about 10 us.
+        const int64_t grain = 1 + 4096 / padded;
+        const auto transpose = [&](const Rows& source, char* target) {
+            const int64_t groups = (source.columns + kSlabColumns - 1) / kSlabColumns;
+            parallel_for(pool, groups, grain, [&](int64_t begin, int64_t end) {
+                const int64_t last = end * kSlabColumns < source.columns ? end * kSlabColumns : source.columns;
+                kernels.transpose(source, wide, first, part, padded, target, begin * kSlabColumns, last);
+            });
+        };
+        transpose(dy, slab.get());
+        transpose(x, x_slab);
+        parallel_for(pool, indices.count, 1 + 65536 / padded, [&](int64_t begin, int64_t end) {
+            kernels.dots(slab.get(), x_slab, dtype, padded, n, k, indices, sums, first > 0, begin, end);
+        });
+    }
+    if (out_dtype == DType::f32) return;
+    parallel_for(pool, indices.count, 16384,
+                 [&](int64_t begin, int64_t end) { kernels.narrow(sums, out, out_dtype, begin, end); });
+}
+
+void sparse_delta_patch(const void* weight, DType dtype, int64_t count, const Indices& indices, const float* values,
+                        void* out, ParallelFor pool) {
+    const SparseKernels& kernels = kernels_in_use();
+    constexpr int64_t kChunk = 16384;  // elements: copied, then added to while the cache still holds them
+    const int64_t size = element_size(dtype);
+    parallel_for(pool, (count + kChunk - 1) / kChunk, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+            const int64_t low = chunk * kChunk, high = low + kChunk < count ? low + kChunk : count;
+            if (out != weight) {
+                memcpy(static_cast<char*>(out) + low * size, static_cast<const char*>(weight) + low * size,
+                       static_cast<size_t>((high - low) * size));
+            }
+            kernels.add(out, dtype, low, high, indices, values, lower_bound(indices, low), lower_bound(indices, high));
+        }
+    });
+}
+
+void sparse_delta_write(void* weight, DType dtype, int64_t count, const Indices& indices, const void* base,
+                        const float* values, ParallelFor pool) {
+    const SparseKernels& kernels = kernels_in_use();
+    parallel_for(pool, indices.count, 8192, [&](int64_t begin, int64_t end) {
+        kernels.write(weight, dtype, count, indices, base, values, begin, end);
+    });
+}
+
+void sparse_adamw(const AdamBuffers& buffers, const sparse::AdamHyper& hyper, const AdamWeight& weight,
+                  ParallelFor pool) {
+    const SparseKernels& kernels = kernels_in_use();
+    // Groups of 16, the widest vector: where a range is cut moves no element between a vector and a tail.
+    parallel_for(pool, (buffers.count + 15) / 16, 256, [&](int64_t begin, int64_t end) {
+        kernels.adamw(buffers, hyper, weight, begin * 16, end * 16 < buffers.count ? end * 16 : buffers.count);
+    });
+}
+
+}  // namespace peftfast::cpu

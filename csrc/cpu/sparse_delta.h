@@ -1,0 +1,60 @@
+// A sparse delta on a frozen weight, on the CPU. Raw pointers, no torch. Indices that lie outside the weight read and
+// write nothing.
+#pragma once
+
+#include "../sparse_delta.h"
+#include "cpu/parallel.h"
+
+namespace peftfast::cpu {
+
+// Flat row-major positions, ascending, of 4 or 8 bytes each.
+struct Indices {
+    const void* data;
+    bool wide;
+    int64_t count;
+};
+
+// Rows of contiguous elements.
+struct Rows {
+    const void* data;
+    int64_t rows, columns, stride_row;
+};
+
+// out[s] = the entry of dyᵀ x at position s of the support, summed in float32; dy [M, N] and x [M, K] of one dtype.
+void sparse_delta_dvalues(const Rows& dy, const Rows& x, DType dtype, const Indices& indices, void* out,
+                          DType out_dtype, ParallelFor pool);
+
+// out = weight with values added at the support; out may be weight itself.
+void sparse_delta_patch(const void* weight, DType dtype, int64_t count, const Indices& indices, const float* values,
+                        void* out, ParallelFor pool);
+
+// weight[index] = round(base + value), or base where values is null.
+void sparse_delta_write(void* weight, DType dtype, int64_t count, const Indices& indices, const void* base,
+                        const float* values, ParallelFor pool);
+
+struct AdamBuffers {
+    float *values, *exp_avg, *exp_avg_sq;
+    const float* grads;
+    void* age;  // int16 or int32
+    bool wide_age;
+    int64_t count;
+    const float* corrections;  // [2, ages]
+    int64_t ages;
+};
+
+// What the step writes besides its states: null where the delta lies in no weight.
+struct AdamWeight {
+    void* data;
+    DType dtype;
+    int64_t count;
+    Indices indices;
+    const void* base;
+    bool stochastic;
+    uint64_t seed;
+    uint32_t tensor_id;
+};
+
+void sparse_adamw(const AdamBuffers& buffers, const sparse::AdamHyper& hyper, const AdamWeight& weight,
+                  ParallelFor pool);
+
+}  // namespace peftfast::cpu

@@ -1,0 +1,127 @@
+"""Launch configurations of kernels/lora_terms.py and kernels/lora_dora.py.
+
+As in configs/lora.py a compiled variant depends on few values; here the blocks of ranks of all adapters lie on one grid axis.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .device import Device, bucket, measured, require_powers_of_two
+from .lora import ROW_BUCKETS, LoraConfig, _blocks, _splits
+
+OPS = ("lora_terms_shrink", "lora_terms_expand", "lora_terms_weight_grad", "lora_dora_expand")
+RANK_BUCKETS = (16, 32, 64)
+DTYPES = (
+    ("float32", "bfloat16"),
+    ("bfloat16", "bfloat16"),
+    ("float32", "float32"),
+    ("float32", "float16"),
+    ("float16", "float16"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a configuration depends on. wide: dtype of x or base. compute: of the products. rank: the largest, of RANK_BUCKETS."""
+
+    op: str
+    wide: str
+    compute: str
+    rank: int
+    rows: int
+    dropout: bool
+
+    @property
+    def key(self) -> str:
+        """The case's name in a device's table."""
+        return f"{self.wide} {self.compute} r{self.rank} m{self.rows} {'dropout' if self.dropout else 'plain'}"
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A launch over tiles of one matrix; ``splits``: parts into which a sum over its rows is cut."""
+
+    block_m: int
+    block_c: int
+    num_warps: int = 4
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "block_m", "block_c", "num_warps")
+
+
+def tile(case: Case, device: Device) -> LoraConfig:
+    """The blocks of one launch: the device's table if it has the case, else the heuristic."""
+    return measured(device, case.op, case.key, LoraConfig) or _heuristic(case)
+
+
+def _case(op: str, M: int, ranks: list[int], wide: str, compute: str, dropout: bool) -> Case:
+    rank = bucket(max(ranks, default=1), RANK_BUCKETS)
+    return Case(op, wide, compute, rank, bucket(M, ROW_BUCKETS), dropout)
+
+
+def lora_terms_shrink(
+    M: int, K: int, ranks: list[int], x: str, compute: str, dropout: bool, device: Device
+) -> LoraConfig:
+    config = tile(_case("lora_terms_shrink", M, ranks, x, compute, dropout), device)
+    programs = _blocks(M, config.block_m) * sum(_blocks(rank, config.block_r) for rank in ranks)
+    return replace(config, splits=_splits(programs, _blocks(K, config.block_c), device))
+
+
+def lora_terms_expand(
+    M: int, N: int, ranks: list[int], base: str, compute: str, dropout: bool, device: Device
+) -> LoraConfig:
+    return tile(_case("lora_terms_expand", M, ranks, base, compute, dropout), device)
+
+
+def lora_terms_weight_grad(
+    M: int, K: int, ranks: list[int], x: str, compute: str, dropout: bool, device: Device
+) -> LoraConfig:
+    config = tile(_case("lora_terms_weight_grad", M, ranks, x, compute, dropout), device)
+    programs = _blocks(K, config.block_c) * sum(_blocks(rank, config.block_r) for rank in ranks)
+    return replace(config, splits=_splits(programs, _blocks(M, config.block_m), device))
+
+
+def lora_terms_dy_grads(
+    M: int, N: int, ranks: list[int], dy: str, compute: str, device: Device
+) -> tuple[LoraConfig, LoraConfig]:
+    """Of the readings of dy for ds and for db."""
+    ds = lora_terms_shrink(
+        M, N, [min(rank, 32) for rank in ranks], dy, dy, False, device
+    )  # B lies by columns: 64 ranks spill
+    return ds, lora_terms_weight_grad(M, N, ranks, dy, compute, False, device)
+
+
+def lora_dora_expand(M: int, N: int, R: int, base: str, compute: str, device: Device) -> LoraConfig:
+    return tile(_case("lora_dora_expand", M, [R], base, compute, False), device)
+
+
+def lora_gain_grads(M: int, N: int, device: Device) -> TileConfig:
+    config = TileConfig(32, 128)
+    return replace(config, splits=_splits(_blocks(N, config.block_c), _blocks(M, config.block_m), device))
+
+
+def lora_dropout_add(device: Device) -> TileConfig:
+    return TileConfig(16, 128)
+
+
+def launch_matrix(device: Device) -> Iterator[tuple[Case, LoraConfig]]:
+    """Every case that the functions above can ask for, with its configuration."""
+    for op in OPS:
+        for wide, compute in DTYPES:
+            for rank in RANK_BUCKETS:
+                for rows in ROW_BUCKETS:
+                    for dropout in (False,) if op == "lora_dora_expand" else (False, True):
+                        one = Case(op, wide, compute, rank, rows, dropout)
+                        yield one, tile(one, device)
+
+
+# Chosen by what the compiler shows (no spills); no GPU has timed them. Strides and addresses come from memory here, so that
+# these kernels take more registers than their siblings of configs/lora.py.
+def _heuristic(case: Case) -> LoraConfig:
+    if case.compute == "float32":
+        return LoraConfig(16, 32, 16, num_stages=2)
+    if case.op in ("lora_terms_expand", "lora_dora_expand"):
+        return LoraConfig(16, 64, 16, num_stages=1) if case.rows == 16 else LoraConfig(64, 64, min(case.rank, 32), 8, 1)
+    shrink = case.op == "lora_terms_shrink" and case.rows == 16
+    return LoraConfig(min(case.rows, 32), 64, min(case.rank, 32) if shrink else case.rank, num_stages=2)

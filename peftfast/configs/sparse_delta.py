@@ -1,0 +1,107 @@
+"""Launch configurations of kernels/sparse_delta.py, and the density at which tiles of dW take over from gathered columns."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .device import Device, bucket, measured, require_powers_of_two
+
+DTYPES = ("float32", "bfloat16", "float16")
+ROW_BUCKETS = (64, 512, 8192)
+# Rows of a transposed operand are padded to this: whole 16-byte reads, and no mask along the sum.
+ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """Active weights of one program and rows summed at a time, a divisor of ROW_MULTIPLE."""
+
+    block_s: int = 32
+    block_m: int = 64
+    num_warps: int = 4
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "block_s", "block_m", "num_warps")
+        if self.block_m > ROW_MULTIPLE:
+            raise ValueError(f"block_m: expected at most {ROW_MULTIPLE}, got {self.block_m}")
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A tile of dW, rows summed at a time, and active weights picked from the finished tile at a time."""
+
+    block_n: int = 128
+    block_k: int = 128
+    block_m: int = 64
+    picks: int = 256
+    num_warps: int = 8
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "block_n", "block_k", "block_m", "picks", "num_warps")
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Elements of one program."""
+
+    block: int = 1024
+    num_warps: int = 4
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "block", "num_warps")
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The density from which dvalues come from tiles of dW.
+
+    Of a 4096 x 11008 weight at 2048 rows of bfloat16, gathering costs an estimated 0.46 ms at 1 % (L2 reads) and the dense product
+    0.26 ms; in float32, without tensor cores, 0.9 and 3 ms. Estimates from bandwidths and rates, not measured on any GPU yet.
+    """
+
+    density: float
+
+
+def gather(dtype: str, rows: int, device: Device) -> GatherConfig:
+    key = f"{dtype} M{bucket(rows, ROW_BUCKETS)}"
+    return measured(device, "sparse_delta_gather", key, GatherConfig) or GatherConfig()
+
+
+def tile(dtype: str, block_n: int, block_k: int, device: Device) -> TileConfig:
+    """The tile's sides are the pattern's: its entries are sorted by them."""
+    found = measured(device, "sparse_delta_tile", f"{dtype} {block_n}x{block_k}", TileConfig)
+    if found is not None:
+        return found
+    # float32 sums are formed by plain multiply-adds: half the tile, or registers spill.
+    if dtype == "float32":
+        return TileConfig(block_n, block_k, 32, num_warps=8, num_stages=2)
+    return TileConfig(block_n, block_k, num_stages=3 if device.shared_memory > 128 * 1024 else 2)
+
+
+def tile_sides(dtype: str, device: Device) -> tuple[int, int]:
+    """The sides of the tiles by which a pattern is sorted."""
+    return (64, 64) if dtype == "float32" else (128, 128)
+
+
+def crossover(dtype: str, device: Device) -> float:
+    found = measured(device, "sparse_delta_crossover", dtype, Crossover)
+    return (found or Crossover(0.03 if dtype == "float32" else 0.005)).density
+
+
+def scatter(device: Device) -> BlockConfig:
+    return measured(device, "sparse_delta_scatter", "any", BlockConfig) or BlockConfig(512)
+
+
+def adamw(device: Device) -> BlockConfig:
+    """Four elements a thread, 16 bytes of a float32 array; with four warps instead, ptxas spills two words of the stochastic form."""
+    return measured(device, "sparse_adamw", "any", BlockConfig) or BlockConfig(1024, 8)
+
+
+def launch_matrix(device: Device) -> Iterator[tuple[str, str, GatherConfig | TileConfig | BlockConfig]]:
+    """(operator, key, configuration) of every launch."""
+    for dtype in DTYPES:
+        for rows in ROW_BUCKETS:
+            yield "sparse_delta_gather", f"{dtype} M{rows}", gather(dtype, rows, device)
+        yield "sparse_delta_tile", dtype, tile(dtype, *tile_sides(dtype, device), device)
+    yield "sparse_delta_scatter", "any", scatter(device)
+    yield "sparse_adamw", "any", adamw(device)

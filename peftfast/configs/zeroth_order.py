@@ -1,0 +1,67 @@
+"""Launch configurations of kernels/zeroth_order.py."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .device import Device, bucket, measured, require_powers_of_two
+
+DTYPES = ("float32", "bfloat16", "float16")
+# A direction costs a GPU about as many instructions as a row of both products takes cycles for one weight: past some 200 rows a sign,
+# drawing z again for each tile of rows costs more than writing both weights to scratch once (arithmetic, not measured on a GPU).
+LARGEST_FUSED_ROWS = 128
+
+
+@dataclass(frozen=True)
+class PerturbConfig:
+    """Elements of one program, a multiple of 1024, and its warps."""
+
+    block: int = 2048
+    num_warps: int = 8
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "block", "num_warps")
+        if self.block < 1024:
+            raise ValueError(f"block: expected at least 1024, got {self.block}")
+
+
+@dataclass(frozen=True)
+class ZoLinearConfig:
+    """A tile of both products: block_m rows of each sign, block_n columns of y, block_k of W at a time."""
+
+    block_m: int
+    block_n: int = 32
+    block_k: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "block_m", "block_n", "block_k", "num_warps")
+        if min(self.block_m, self.block_n, self.block_k) < 16:
+            raise ValueError("block_m, block_n, block_k: expected at least 16 each")
+
+
+def perturb(dtype: str, rademacher: bool, device: Device) -> PerturbConfig:
+    key = f"{dtype} {'rademacher' if rademacher else 'gaussian'}"
+    return measured(device, "perturb_", key, PerturbConfig) or PerturbConfig()
+
+
+def zo_linear(M: int, N: int, K: int, dtype: str, rademacher: bool, device: Device) -> ZoLinearConfig | None:
+    """The tile for M rows a sign; None where scratch weights and the library's product serve better: many rows, rows of W that begin
+    inside a counter, and float32, whose exact products spill registers at any tile (3 KB a thread at 32 x 32 x 64)."""
+    if M > LARGEST_FUSED_ROWS or K % 4 or dtype == "float32":
+        return None
+    rows = bucket(M, (16, 32, 64, 128))
+    key = f"{dtype} {'rademacher' if rademacher else 'gaussian'} M{rows}"
+    default = ZoLinearConfig(rows, num_warps=8 if rows >= 32 else 4)
+    return measured(device, "zo_linear", key, ZoLinearConfig) or default
+
+
+def launch_matrix(device: Device) -> Iterator[tuple[str, str, bool, int, PerturbConfig | ZoLinearConfig]]:
+    """Every (op, dtype, rademacher, rows, configuration) that can be launched on a device; rows is 0 for perturb_."""
+    for dtype in DTYPES:
+        for rademacher in (False, True):
+            yield "perturb_", dtype, rademacher, 0, perturb(dtype, rademacher, device)
+            for rows in (16, 32, 64, 128):
+                config = zo_linear(rows, 4096, 4096, dtype, rademacher, device)
+                if config is not None:
+                    yield "zo_linear", dtype, rademacher, rows, config

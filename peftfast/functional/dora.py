@@ -1,0 +1,60 @@
+"""DoRA's row gains, by low-rank norms: ‖W + s B A‖² without W + s B A."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import ops
+from ..reference.lora import weight_norm
+from .nf4 import NF4Weight, nf4_dequantize
+
+# In rows this short, or no longer than twice the rank, B A may cancel most of a row of W, and a difference of squares would lose the
+# digits of what is left; there the sum itself is small.
+SHORT_ROW = 64
+# weight -> (version, address, its squared row norms): W is frozen, so they are computed once.
+_norms = WeakTensorKeyDictionary()
+
+
+def forget_norms(weight: Tensor) -> None:
+    """Called where a weight changes behind its version counter (``.data``): its row norms are computed anew at the next call."""
+    _norms.pop(weight, None)
+
+
+def _squared_norms(weight: Tensor, dense: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling() or weight.is_inference():
+        return dense.to(dtype).square().sum(1)
+    key = (weight._version, weight.data_ptr(), dtype)
+    known = _norms.get(weight)
+    if known is None or known[0] != key:
+        known = _norms[weight] = (key, dense.to(dtype).square().sum(1))
+    return known[1]
+
+
+def row_gain(
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """magnitude / ‖W + scaling B A‖ over rows, ``[N]`` in float32 (float64 where ``dtype``, the compute dtype, is); the norm carries no
+    gradient (arXiv 2402.09353, section 4.3).
+
+    ‖W + s B A‖² = ‖W‖² + 2 s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B over the rank: one pass over W, and R columns beside it instead of a
+    second W. ‖W‖² is kept from call to call.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        dense = nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight.detach()
+        held = weight.packed if isinstance(weight, NF4Weight) else weight
+        a, b = lora_a.detach().to(wide), lora_b.detach().to(wide)
+        if dense.shape[1] <= max(SHORT_ROW, 2 * a.shape[0]):
+            norm = weight_norm(dense.to(wide), a, b, scaling)
+        else:
+            crossed = ops.lora.lora_shrink(dense, a, None, 0.0, 2.0 * scaling, wide)
+            squares = crossed + (b @ (a @ a.T)) * scaling**2
+            norm = (_squared_norms(held, dense, wide) + (squares * b).sum(1)).clamp_min_(0.0).sqrt_()
+    return magnitude.to(wide) / norm

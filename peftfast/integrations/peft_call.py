@@ -1,0 +1,222 @@
+"""The fused forward of a patched PEFT layer, and what it remembers of its guards from call to call."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..functional.dora import forget_norms
+from ..functional.lora import LoRALinearFunction, draw_seed
+from ..functional.lora_multi import apply_group, row_ids
+from ..functional.precision import compute_dtype_of
+from ..nn.nf4 import is_bitsandbytes_4bit
+from . import bitsandbytes as bnb
+from .peft_guards import has_dora, why_stock, why_stock_for
+
+logger = logging.getLogger("peftfast")
+
+VERDICT = "_peftfast_verdict"  # in a patched layer's __dict__: the last verdict of its guards
+logged: set[str] = set()
+
+
+_FORWARD = itertools.repeat("forward")
+
+
+def _nothing() -> None:
+    return None
+
+
+class Verdict:
+    """That the guards let a layer with these adapters run fused, and all that they looked at, so that the next call can see by
+    identities that nothing has changed: modules, parameters, their addresses (which a move, a cast or a partition changes), hooks.
+    A copy or a pickle of the layer does not hold it."""
+
+    def __init__(self, layer: Any, names: list[str]) -> None:
+        base = layer.base_layer
+        self.active = layer._active_adapter if isinstance(layer._active_adapter, str) else list(layer._active_adapter)
+        self.four_bit = is_bitsandbytes_4bit(base)
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.adapters = []
+        self.variants = dict(layer.lora_variant)
+        modules: list[Any] = [base]
+        children: list[tuple[Any, str]] = [(layer, "base_layer")]
+        for name in names:
+            a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+            magnitude = layer.lora_magnitude_vector[name] if has_dora(layer, name) else None
+            self.adapters.append((name, a.weight, b.weight, b.bias, dropout, magnitude))
+            own = [("lora_A", a), ("lora_B", b), ("lora_dropout", dropout)]
+            own += [("lora_magnitude_vector", magnitude)] if magnitude is not None else []
+            children += [(layer._modules[folder], name) for folder, _ in own]
+            children += [(layer, folder) for folder, _ in own]
+            modules += [module for _, module in own]
+        held = [(parent._modules, key, parent._modules[key]) for parent, key in children]
+        for module in modules:
+            held += [(module._parameters, key, value) for key, value in module._parameters.items()]
+        self.containers, self.keys, self.values = zip(*held, strict=True)
+        self.empty = [
+            hooks
+            for module in modules
+            for hooks in (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            )
+        ]
+        self.own = [module.__dict__ for module in modules]
+        self.parameters = [value for value in self.values if isinstance(value, Tensor)]
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.state = bnb.quant_state(base) if self.four_bit else None
+        self.statistics = None if self.state is None else (self.state.absmax, self.state.absmax.data_ptr())
+        self.nf4 = bnb.weight_of(base) if self.four_bit else None
+        self.dtype, self.device, self.width = base.weight.dtype, base.weight.device, base.in_features
+        # One LoRA adapter on a dense base: what the short way serves.
+        self.short = not self.four_bit and len(names) == 1 and not self.variants
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+    def holds(self, layer: Any) -> bool:
+        if layer._active_adapter != self.active or layer._disable_adapters or layer.merged_adapters:
+            return False
+        try:  # by iterators, at a fifth of a loop's cost
+            if not all(map(operator.is_, map(operator.getitem, self.containers, self.keys), self.values)):
+                return False
+        except KeyError:
+            return False
+        if any(self.empty) or any(map(operator.contains, self.own, _FORWARD)):
+            return False
+        if not all(map(operator.eq, map(Tensor.data_ptr, self.parameters), self.addresses)):
+            return False
+        if layer.lora_variant != self.variants or layer.fan_in_fan_out:
+            return False
+        if self.state is not None and self.statistics is not None:
+            if bnb.quant_state(self.base) is not self.state or bnb.why_not_served(self.base):
+                return False
+            absmax = self.state.absmax
+            return absmax is self.statistics[0] and absmax.data_ptr() == self.statistics[1]
+        return True
+
+
+def log_once(reason: str) -> None:
+    if reason not in logged:
+        logged.add(reason)
+        logger.warning("an adapter layer runs stock: %s", reason)
+
+
+def _remembered(layer: Any) -> Verdict | None:
+    verdict = layer.__dict__.get(VERDICT)
+    return verdict if verdict is not None and verdict.holds(layer) else None
+
+
+def _remember(layer: Any, names: list[str]) -> None:
+    plain = (Tensor, nn.Parameter)
+    base = layer.base_layer
+    known = type(base.weight) in plain or is_bitsandbytes_4bit(base)
+    layer.__dict__[VERDICT] = Verdict(layer, names) if known else None
+
+
+def fused_or_stock(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """A patched layer's forward; ``stock`` is PEFT's."""
+    if torch.compiler.is_compiling() or args or kwargs:
+        return _by_the_guards(layer, stock, x, args, kwargs)
+    verdict = _remembered(layer)
+    if verdict is None:
+        return _by_the_guards(layer, stock, x, args, kwargs)
+    if verdict.short and type(x) is Tensor and x.dtype is verdict.dtype and x.device == verdict.device:
+        if x.dim() and x.shape[-1] == verdict.width and not torch.is_autocast_enabled(x.device.type):
+            name, a, b, lora_bias, dropout, _ = verdict.adapters[0]
+            p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+            return LoRALinearFunction.apply(
+                x,
+                verdict.weight,
+                a,
+                b,
+                verdict.bias,
+                lora_bias,
+                draw_seed(x) if p else None,
+                p,
+                layer.scaling[name],
+                x.dtype,
+                x.dtype,
+            )
+    reason = why_stock_for(layer, x)
+    if reason:
+        log_once(reason)
+        return stock(x)
+    return _run(layer, x, [name for name, *_ in verdict.adapters], None, verdict)
+
+
+def _by_the_guards(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    # Not guards but PEFT's own states, in which its forward is the right one and nothing is lost.
+    names = active_names(layer)
+    mixed = not args and list(kwargs) == ["adapter_names"] and kwargs["adapter_names"] is not None
+    if not mixed and (args or kwargs or not names) or layer.disable_adapters or layer.merged:
+        if layer.merged:
+            forget_norms(layer.base_layer.weight)  # PEFT writes merged weights behind their version counters
+        return stock(x, *args, **kwargs)
+    rows = None
+    if mixed:
+        asked = kwargs["adapter_names"]
+        layer._check_forward_args(x, adapter_names=asked)
+        names = [name for name in layer.lora_A if name in set(asked)]
+        if not names:
+            return stock(x, **kwargs)
+        index = {name: i for i, name in enumerate(names)}
+        rows = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32)
+        if any(name in layer.lora_variant for name in names):
+            log_once("a batch that mixes adapters, one of them a PEFT variant")
+            return stock(x, **kwargs)
+    reason = why_stock(layer, names) or why_stock_for(layer, x)
+    if reason:
+        log_once(reason)
+        return stock(x, **kwargs)
+    if not mixed and not torch.compiler.is_compiling():
+        _remember(layer, names)
+    return _run(layer, x, names, rows, None)
+
+
+def active_names(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _run(layer: Any, x: Tensor, names: Sequence[str], rows: Tensor | None, verdict: Verdict | None) -> Tensor:
+    base = layer.base_layer
+    four_bit = is_bitsandbytes_4bit(base)
+    compute_dtype = bnb.compute_dtype_for(base, x) if four_bit else None
+    weight: Any = base.weight
+    if four_bit:
+        weight = bnb.weight_of(base) if verdict is None else verdict.nf4
+    adapters, training = [], True
+    for name in names:
+        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        adapters.append(F.Adapter(a.weight, b.weight, layer.scaling[name], b.bias, p))
+    if len(adapters) > 1 or rows is not None:
+        dtype = compute_dtype_of(x, compute_dtype)
+        ids = None if rows is None else row_ids(rows, x, len(adapters))
+        out_dtype = x.dtype if four_bit else dtype
+        return apply_group(x, [(weight, base.bias, None)], [adapters], ids, training, dtype, out_dtype)[0]
+    (one,) = adapters
+    # PEFT drops nothing of DoRA's input where the layer itself is not in training.
+    dora = has_dora(layer, names[0])
+    return F.lora_linear(
+        x,
+        weight,
+        one.lora_a,
+        one.lora_b,
+        scaling=one.scaling,
+        bias=base.bias,
+        lora_bias=one.lora_bias,
+        magnitude=layer.lora_magnitude_vector[names[0]].weight if dora else None,
+        dropout_p=one.dropout_p,
+        training=training and (not dora or layer.training),
+        compute_dtype=compute_dtype,
+    )

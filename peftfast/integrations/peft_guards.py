@@ -1,0 +1,211 @@
+"""Why a PEFT layer runs PEFT's own forward, or an empty string: the guards of the patch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import peft
+import torch
+from packaging.specifiers import SpecifierSet
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from ..nn.nf4 import is_bitsandbytes_4bit
+from ..ops import lora as lora_ops
+from ..ops import lora_dora as dora_ops
+from ..ops import lora_terms as terms_ops
+from ..ops import native
+from ..ops import nf4 as nf4_ops
+from ..ops.backends import FLOAT_DTYPES
+from . import bitsandbytes as bnb
+
+TESTED_PEFT = ">=0.21,<0.22"
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    FSDP: tuple[type, ...] = (FSDPModule,)
+    DTENSOR: tuple[type, ...] = (DTensor,)
+else:
+    FSDP = DTENSOR = ()
+
+
+@functools.cache
+def peft_version_reason() -> str:
+    if SpecifierSet(TESTED_PEFT, prereleases=True).contains(peft.__version__):
+        return ""
+    return f"PEFT {peft.__version__} is outside the tested versions {TESTED_PEFT}"
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _parameter_reason(name: str, parameter: Tensor | None) -> str:
+    if parameter is None:
+        return ""
+    if hasattr(parameter, "ds_id"):
+        return f"{name} is partitioned by DeepSpeed ZeRO-3"
+    if parameter.is_meta:
+        return f"{name} is on the meta device: offloaded, or not loaded yet"
+    if isinstance(parameter, DTENSOR):
+        return f"{name} is a DTensor"
+    return ""
+
+
+def has_dora(layer: Any, name: str) -> bool:
+    """Whether an adapter of a layer is DoRA as PEFT has it; another variant is refused by :func:`why_stock`."""
+    variant = layer.lora_variant.get(name)
+    return variant is DoraLinearVariant or type(variant) is DoraLinearVariant
+
+
+def _variant_reason(layer: Any, name: str, alone: bool) -> str:
+    if not has_dora(layer, name):
+        variant = layer.lora_variant[name]
+        kind = variant if isinstance(variant, type) else type(variant)
+        return f"the PEFT variant {kind.__name__.removesuffix('Variant')} has no fused form"
+    if not alone:
+        return "DoRA beside other active adapters: PEFT's result depends on their order"
+    magnitude = layer.lora_magnitude_vector[name]
+    if type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
+        return "the magnitude vector is not PEFT's own module, or has a hook"
+    if magnitude.weight.device != layer.base_layer.weight.device:
+        return f"the magnitude vector is on {magnitude.weight.device}"
+    if magnitude.weight.dtype not in FLOAT_DTYPES:
+        return f"the magnitude vector is {magnitude.weight.dtype}"
+    return _parameter_reason("the magnitude vector", magnitude.weight)
+
+
+def why_stock(layer: Any, names: list[str]) -> str:
+    """Why this layer runs PEFT's forward for these adapters, whatever its input is. Ordered from the layer inwards."""
+    if peft_version_reason():
+        return peft_version_reason()
+    base = layer.base_layer
+    four_bit = is_bitsandbytes_4bit(base)
+    if not four_bit and type(base) is not nn.Linear:
+        return f"the base layer is {type(base).__module__.partition('.')[0]}'s {type(base).__name__}"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out: the weight is stored transposed"
+    if _hooked(base):
+        return "a hook on the base layer"
+    reason = _parameter_reason("the base weight", base.weight) or _parameter_reason("the base bias", base.bias)
+    if reason:
+        return reason
+    if four_bit:
+        reason = bnb.why_not_served(base)
+        if reason:
+            return reason
+    dora = False
+    for name in names:
+        if name in layer.lora_variant:
+            reason = _variant_reason(layer, name, len(names) == 1)
+            if reason:
+                return reason
+            dora = True
+        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
+            return "lora_A, lora_B or lora_dropout is not PEFT's own module"
+        if _hooked(a) or _hooked(b) or _hooked(dropout):
+            return "a hook on lora_A, lora_B or lora_dropout"
+        for part, module in (("lora_A", a), ("lora_B", b)):
+            reason = _parameter_reason(part, module.weight) or _parameter_reason(f"{part}'s bias", module.bias)
+            if reason:
+                return reason
+            if module.weight.device != base.weight.device:
+                return f"{part} is on {module.weight.device}, the base weight on {base.weight.device}"
+            if module.weight.dtype not in FLOAT_DTYPES:
+                return f"{part} is {module.weight.dtype}"
+        if a.bias is not None:
+            return "lora_A has a bias"
+    if not four_bit and base.weight.dtype not in FLOAT_DTYPES:
+        return f"the base weight is {base.weight.dtype}"
+    return _cached_backend_reason(base.weight.device, four_bit, dora, len(names) > 1)
+
+
+def why_stock_for(layer: Any, x: Any) -> str:
+    """Why this input is not served, or an empty string."""
+    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
+        return f"an input of {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+    weight = layer.base_layer.weight
+    if x.device != weight.device:
+        return f"an input on {x.device}, the base weight on {weight.device}"
+    if not is_bitsandbytes_4bit(layer.base_layer):
+        if not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype:
+            return f"an input of {x.dtype} on a weight of {weight.dtype}"
+    if isinstance(x, DTENSOR):
+        return "an input that is a DTensor"
+    if x.dim() < 2 and layer.lora_variant:
+        return "an input of one dimension to DoRA, to which PEFT adds another"
+    return ""
+
+
+def _probe_arguments(device: torch.device, four_bit: bool, dora: bool, several: bool) -> dict[Any, tuple[Any, ...]]:
+    """The smallest call of each operator on a path, to ask its table with."""
+    a = torch.empty((1, 8), device=device)
+    s = torch.empty((1, 1), device=device)
+    uint8 = torch.empty((32, 1), dtype=torch.uint8, device=device)
+    one = torch.empty(1, device=device)
+    table = torch.empty(16, device=device)
+    probes: dict[Any, tuple[Any, ...]] = {
+        lora_ops.lora_shrink: (a, a, None, 0.0, 1.0, torch.bfloat16),
+        lora_ops.lora_expand_: (a, s, a.T, None, None, 0.0, 1.0),
+        lora_ops.lora_weight_grad: (s, a, None, 0.0, 1.0, torch.float32),
+        lora_ops.lora_dy_grads: (a, s, a.T, 1.0, torch.float32),
+    }
+    if four_bit:
+        dense = torch.empty(64, device=device)
+        probes[nf4_ops.nf4_dequantize_out] = (uint8, one, table, 64, (64,), None, None, None, dense)
+    if dora:
+        probes[dora_ops.lora_dora_expand] = (a, None, s, a.T, None, a[0], None, 1.0, torch.bfloat16)
+        probes[dora_ops.lora_gain_grads] = (a, a, a[0])
+    if several:
+        probes[terms_ops.lora_terms_shrink] = (a, [a], None, None, [0.0], [1.0], torch.bfloat16)
+        probes[terms_ops.lora_terms_expand_] = (a, s, [a.T], [], None, None, [0.0], [1.0])
+        probes[terms_ops.lora_terms_weight_grad] = (s, a, [1], None, None, [0.0], [1.0], torch.float32)
+        probes[terms_ops.lora_terms_dy_grads] = (a, s, [a.T], None, [1.0], torch.float32)
+    return probes
+
+
+def _backends(device: torch.device, *path: bool) -> tuple[dict[str, None], str]:
+    """The backends that a layer's operators run on (in order, without repeats), and why one of them has no fused form here."""
+    used: dict[str, None] = {}
+    for operator, arguments in _probe_arguments(device, *path).items():
+        chosen = operator.select(*arguments).backend
+        if chosen == "reference":
+            reasons = [f"{row.backend}: {reason}" for row, ok, reason in operator.verdicts(*arguments) if not ok]
+            return (
+                used,
+                f"no fused implementation of {operator.name} ({'; '.join(reasons) or 'reference was asked for'})",
+            )
+        used[chosen] = None
+    return used, ""
+
+
+@functools.cache
+def _cached_backend_reason(device: torch.device, *path: bool) -> str:
+    # What is installed does not change during a process; the environment's choice may, between tests, and report asks anew.
+    return _backends(device, *path)[1]
+
+
+def forget_backends() -> None:
+    _cached_backend_reason.cache_clear()
+
+
+def kernel_name(layer: Any, names: list[str]) -> str:
+    """What a fused layer runs on, for the report."""
+    device, four_bit = layer.base_layer.weight.device, is_bitsandbytes_4bit(layer.base_layer)
+    dora, several = any(has_dora(layer, name) for name in names), len(names) > 1
+    used = [
+        f"cpu {native.cpu_isa()}" if name == "cpu" else name for name in _backends(device, four_bit, dora, several)[0]
+    ]
+    family = "lora" + (" (dora)" if dora else f" ({len(names)} adapters)" if several else "")
+    return f"{'nf4 + ' if four_bit else ''}{family} [{', '.join(used)}]"

@@ -1,0 +1,14 @@
+"""Named methods from the literature, each a recipe over the families; imported when first asked for."""
+
+import importlib
+from typing import Any
+
+_MODULES = {"S2FT": ".s2ft", "SpIEL": ".spiel", "load_shira": ".shira", "save_shira": ".shira"}
+
+__all__ = ["S2FT", "SpIEL", "load_shira", "save_shira"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,147 @@
+"""Files of PEFT's SHiRA (arXiv 2406.13175) for models adapted with :class:`peftfast.nn.SparseDeltaLinear`: what is saved here, stock
+PEFT loads, and the other way round. Needs safetensors, not PEFT."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..functional.sparse_pattern import SparsePattern, smallest_index_dtype
+from ..nn.sparse_delta import SparseDeltaLinear
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def save_shira(model: nn.Module, directory: str | os.PathLike[str], *, base_model: str | None = None) -> None:
+    """Write the sparse deltas of a model as a SHiRA adapter: two files, each replaced as a whole.
+
+    Args:
+        model: its :class:`SparseDeltaLinear` layers all have r (N + K) active weights with one r, which is SHiRA's count.
+        directory: made if need be.
+        base_model: what PEFT's config names as the base.
+
+    Raises:
+        ValueError: no such layer, or another count of active weights; nothing is written then.
+    """
+    from safetensors.torch import save
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseDeltaLinear)}
+    if not layers:
+        raise ValueError("model: expected SparseDeltaLinear layers, got none")
+    ranks = {name: _rank(name, layer) for name, layer in layers.items()}
+    if len(set(ranks.values())) != 1:
+        raise ValueError(f"model: expected one r for all layers, since SHiRA's config has one, got {ranks}")
+    tensors = {}
+    for name, layer in layers.items():
+        flat = layer.delta_indices.cpu().to(torch.int64)
+        at = torch.stack((flat // layer.in_features, flat % layer.in_features)).to(torch.int32)
+        tensors[f"{_PREFIX}{name}.shira_indices"] = at
+        tensors[f"{_PREFIX}{name}.shira_weight"] = layer.delta_values.detach().cpu().float().contiguous()
+    config = {
+        "base_model_name_or_path": base_model,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_weights": True,
+        "mask_type": "random",
+        "modules_to_save": None,
+        "peft_type": "SHIRA",
+        "r": next(iter(ranks.values())),
+        "random_seed": None,
+        "revision": None,
+        "target_modules": sorted(layers),
+        "task_type": None,
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident: bool = False) -> list[str]:
+    """Give a model the sparse deltas of a SHiRA adapter: each nn.Linear (or 4-bit linear) that the file names becomes a
+    :class:`SparseDeltaLinear` on its storage, and one that is a SparseDeltaLinear already takes the file's support and values.
+
+    Args:
+        model: the base that the adapter was trained on.
+        directory: holds the two files.
+        resident: hold the deltas in the weights.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        ValueError: not a SHiRA adapter, a layer that the model lacks, or indices that do not fit it; nothing is changed then.
+        OSError: a file cannot be read.
+    """
+    from safetensors.torch import load
+
+    folder = Path(directory)
+    kind = json.loads((folder / CONFIG).read_text()).get("peft_type")
+    if kind != "SHIRA":
+        raise ValueError(f"{CONFIG}: expected the peft_type SHIRA, got {kind!r}")
+    tensors = load((folder / WEIGHTS).read_bytes())
+    names = sorted(key.removesuffix(".shira_weight") for key in tensors if key.endswith(".shira_weight"))
+    if not names:
+        raise ValueError(f"{WEIGHTS}: expected shira_weight tensors, got {sorted(tensors)[:4]}")
+    known = dict(model.named_modules())
+    ready: dict[str, tuple[Any, SparsePattern, torch.Tensor]] = {}
+    for key in names:
+        name = key.removeprefix(_PREFIX)
+        linear: Any = known.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{WEIGHTS}: {name}: expected a linear layer of the model, got {type(linear).__name__}")
+        values, at = tensors[f"{key}.shira_weight"], tensors.get(f"{key}.shira_indices")
+        shape = (linear.out_features, linear.in_features)
+        if at is None or at.shape != (2, values.numel()):
+            raise ValueError(f"{WEIGHTS}: {name}: expected shira_indices of shape {(2, values.numel())}")
+        if bool((at < 0).any()) or bool((at >= torch.tensor(shape)[:, None]).any()):
+            raise ValueError(f"{WEIGHTS}: {name}: shira_indices lie outside a weight of {shape}")
+        flat = at[0].to(torch.int64) * shape[1] + at[1]
+        try:
+            pattern, order = SparsePattern.from_unsorted(smallest_index_dtype(flat, shape), shape)
+        except ValueError as error:
+            raise ValueError(f"{WEIGHTS}: {name}: {error}") from None
+        ready[name] = linear, pattern, values[order].float()
+    for name, (linear, pattern, values) in ready.items():
+        if isinstance(linear, SparseDeltaLinear):
+            layer, was_merged = linear, linear.merged
+            layer.unmerge()
+            layer._take_indices(pattern.indices)
+        else:
+            layer, was_merged = SparseDeltaLinear.from_linear(linear, indices=pattern), False
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+        with torch.no_grad():
+            layer.delta_values.copy_(values)
+        if resident or was_merged:
+            layer.merge()
+    return list(ready)
+
+
+def _rank(name: str, layer: SparseDeltaLinear) -> int:
+    count, together = layer.delta_values.numel(), layer.out_features + layer.in_features
+    if count % together:
+        raise ValueError(f"{name}: expected r (N + K) = r * {together} active weights, as SHiRA has, got {count}")
+    return count // together
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """The old file or the new one, never a part."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,400 @@
+"""Linear layers with a sparse delta on a frozen weight."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import functional as F
+from .. import ops
+from ..functional import sparse_delta as layer_functions
+from ..functional.precision import autocast_on, compute_dtype_of
+from ..functional.sparse_pattern import SparsePattern, check_indices, smallest_index_dtype, trusted
+from ..functional.sparse_support import choose_support
+from ..reference.sparse_delta import wide_dtype
+from .nf4 import NF4Linear, is_bitsandbytes_4bit
+
+_layers: Any = WeakTensorKeyDictionary()  # parameter -> weak reference to the layer whose values it is
+
+
+def layer_of(parameter: Tensor) -> SparseDeltaLinear | None:
+    """The layer whose delta a parameter is, or None."""
+    found = _layers.get(parameter)
+    layer = found() if found is not None else None
+    return layer if layer is not None and layer.delta_values is parameter else None
+
+
+class SparseDeltaLinear(nn.Linear):
+    """An nn.Linear with a sparse delta: y = x (W + Δ)ᵀ + b. Made by :meth:`from_linear`.
+
+    ``weight`` and ``bias`` are frozen. Trained is ``delta_values`` ``[S]``, float32 beside a 16-bit or 4-bit weight, at the flat
+    row-major positions ``delta_indices``; ``density`` is S over the number of weights. ``to(dtype)`` and ``half()`` leave the values in
+    float32.
+
+    A dense weight may hold its delta, :meth:`merge`: the weight is then round(W + Δ), both products are plain ones, and the values of
+    W at the support are kept aside, so that :meth:`unmerge` gives back W bit for bit, after any number of steps. A merged layer is
+    trained as any other: :class:`peftfast.optim.SparseAdamW` writes the weight in the same pass; values written by anyone else (another
+    optimiser, load_state_dict) are noticed by their version counter, and written at the next forward; after writes to ``.data``, which
+    no counter shows, call :meth:`resync`. A merged weight that was written or replaced by others is an error at the next forward:
+    :meth:`rebase` takes what is there for the new W. ``state_dict`` holds W, merged or not.
+    """
+
+    delta_values: nn.Parameter
+    delta_indices: Tensor
+    base_values: Tensor | None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(f"{type(self).__name__} is made by from_linear")
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        density: float = 0.005,
+        indices: Tensor | SparsePattern | None = None,
+        support: str = "random",
+        scores: Tensor | None = None,
+        resident: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> SparseDeltaLinear:
+        """A layer on the storage of ``linear``: an nn.Linear, a bitsandbytes Linear4bit or an :class:`NF4Linear` (the last two give a
+        :class:`SparseDeltaNF4Linear`). The shared weight and bias are frozen. Until it is trained, an nn.Linear's output is unchanged.
+
+        Args:
+            density: part of the weights that is trained, in (0, 1]; not used where ``indices`` are given.
+            indices: the support: flat positions, ascending, or a :class:`SparsePattern`, which may be structured.
+            support: "random", "smallest" (least magnitudes, SaRA) or "largest"; a 4-bit weight is decoded once for the last two.
+            scores: ``[N, K]``: the largest of these instead.
+            resident: :meth:`merge` at once. The weight is then written: not for one that others use too.
+            generator: of the random choice.
+
+        Raises:
+            TypeError, ValueError: naming the argument, before anything is changed.
+        """
+        layer: SparseDeltaLinear
+        if isinstance(linear, SparseDeltaLinear):
+            raise TypeError(f"linear: expected a layer without a delta, got {type(linear).__name__}")
+        if isinstance(linear, NF4Linear) or (isinstance(linear, nn.Linear) and is_bitsandbytes_4bit(linear)):
+            if resident:
+                raise ValueError("resident: a 4-bit weight cannot hold a delta")
+            base = NF4Linear.from_linear(linear)
+            layer = SparseDeltaNF4Linear.__new__(SparseDeltaNF4Linear)
+            NF4Linear.__init__(layer, base.nf4, base.bias, base.compute_dtype)
+        elif isinstance(linear, nn.Linear) and linear.weight.is_floating_point():
+            if resident and not linear.weight.is_contiguous():
+                raise ValueError("resident: expected a contiguous weight")
+            layer = cls.__new__(cls)
+            nn.Module.__init__(layer)
+            layer.in_features, layer.out_features = linear.in_features, linear.out_features
+            layer.weight = linear.weight
+            layer.register_parameter("bias", linear.bias)
+        else:
+            raise TypeError(
+                f"linear: expected an nn.Linear, a Linear4bit or an NF4Linear, got {type(linear).__name__}"
+                + (f" with a weight of {linear.weight.dtype}" if isinstance(linear, nn.Linear) else "")
+            )
+        layer._adapt(layer._pattern_for(density, indices, support, scores, generator))
+        layer.train(linear.training)
+        if resident:
+            layer.merge()
+        return layer
+
+    def _pattern_for(
+        self,
+        density: float,
+        indices: Tensor | SparsePattern | None,
+        support: str,
+        scores: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> SparsePattern:
+        shape = torch.Size((self.out_features, self.in_features))
+        if isinstance(indices, SparsePattern):
+            if indices.shape != shape:
+                raise ValueError(f"indices: expected a pattern of shape {tuple(shape)}, got {tuple(indices.shape)}")
+            return indices.to(self.weight.device)
+        if indices is not None:
+            check_indices(indices, shape)
+            return trusted(smallest_index_dtype(indices, shape).to(self.weight.device), shape)
+        if support == "random" and scores is None:
+            like = torch.empty((), device=self.weight.device).expand(shape)
+        else:
+            like = self._dense_weight()
+        return choose_support(like, density, support, scores=scores, generator=generator)
+
+    def _adapt(self, pattern: SparsePattern) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        dtype = wide_dtype(self._weight_dtype())
+        self.delta_values = nn.Parameter(torch.zeros(pattern.count, dtype=dtype, device=self.weight.device))
+        self.register_buffer("delta_indices", pattern.indices)
+        self.register_buffer("base_values", None, persistent=False)
+        self._pattern = pattern
+        self._enabled = True
+        self._seen: tuple[int, int, int] | None = None
+        self._observer: layer_functions.Observer | None = None
+        _layers[self.delta_values] = weakref.ref(self)
+
+    def _weight_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def _dense_weight(self) -> Tensor:
+        return self.weight.detach()
+
+    def _base(self) -> Tensor | F.NF4Weight:
+        return self.weight
+
+    def _compute_dtype(self) -> torch.dtype | None:
+        return None
+
+    @property
+    def pattern(self) -> SparsePattern:
+        """The support. A layer's pattern changes when a method moves it (:class:`peftfast.methods.SpIEL`)."""
+        if self._pattern.indices is not self.delta_indices:
+            old = self._pattern
+            parts = None if old.parts is None else old.parts.to(self.delta_indices.device)
+            self._pattern = trusted(self.delta_indices, old.shape, old.structure, parts, old.block_size)
+        return self._pattern
+
+    @property
+    def density(self) -> float:
+        return self.delta_values.numel() / (self.in_features * self.out_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._enabled:
+            return self._base_forward(input)
+        merged = self.merged
+        if merged:
+            self._check_merged()
+        asked = self._compute_dtype()
+        dtype = compute_dtype_of(input, asked) if isinstance(input, Tensor) else torch.float32
+        cast_weight = asked is not None or (isinstance(input, Tensor) and autocast_on(input.device.type))
+        weight, pattern = self._base(), self.pattern
+        layer_functions.check_arguments(input, weight, pattern, self.delta_values, self.bias, dtype, cast_weight)
+        return layer_functions.apply(
+            input,
+            weight,
+            pattern,
+            self.delta_values,
+            self.bias,
+            dtype,
+            input.dtype if asked is not None else dtype,
+            resident=merged,
+            observer=self._observer,
+        )
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        if self.base_values is not None:
+            self._check_merged()
+            # Written nowhere: between a policy's forward and its backward, autograd holds the merged weight.
+            weight = self.weight.detach().clone()
+            ops.sparse_delta.sparse_delta_write_(weight, self.delta_indices, self.base_values, None)
+        return nn.functional.linear(input, weight, self.bias)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the layer is y = x Wᵀ + b. A merged weight is not written but patched into a copy, so that a reference
+        forward may run between a forward and its backward, as DPO's does."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds the delta."""
+        return self.base_values is not None
+
+    def _note(self) -> None:
+        """What the weight and the values are now is what we have written."""
+        self._seen = (self.weight.data_ptr(), self.weight._version, self.delta_values._version)
+
+    def check_base(self) -> None:
+        """Raise RuntimeError where a merged weight was written or replaced by others."""
+        if self._seen is None or self._seen[:2] == (self.weight.data_ptr(), self.weight._version):
+            return
+        what = "replaced" if self._seen[0] != self.weight.data_ptr() else "written"
+        raise RuntimeError(
+            f"weight: {what} by others while it holds this layer's delta; call rebase() to take what it holds now for the base, "
+            "or unmerge() before writing to it"
+        )
+
+    def _check_merged(self) -> None:
+        self.check_base()
+        if self._seen is not None and self._seen[2] != self.delta_values._version:
+            self.resync()
+
+    @torch.no_grad()
+    def _put(self, values: Tensor | None) -> None:
+        if self.base_values is None:
+            raise RuntimeError("the layer is not merged")
+        given = None if values is None else values.detach()
+        ops.sparse_delta.sparse_delta_write_(self.weight.detach(), self.delta_indices, self.base_values, given)
+        torch.autograd.graph.increment_version(self.weight)
+        self._note()
+
+    def resync(self) -> None:
+        """Put the values into a merged weight again, after they were changed in a way that no version counter shows (``.data``). Does
+        nothing where the layer is not merged."""
+        if self.merged:
+            self.check_base()
+            self._put(self.delta_values)
+
+    def rebase(self) -> None:
+        """Take what a merged weight holds now for the base, and put the delta on it: for a weight that was written on purpose."""
+        if self.merged:
+            self._embed()
+
+    @torch.no_grad()
+    def _embed(self) -> None:
+        self.base_values = self.weight.detach().reshape(-1).index_select(0, self.delta_indices)
+        self._put(self.delta_values)
+
+    def merge(self) -> None:
+        """Put the delta into the weight; see the class. Does nothing when merged already. Keeps the weight's dtype for each active
+        weight besides."""
+        if self.merged:
+            return
+        if not self.weight.is_contiguous():
+            raise RuntimeError("merge: expected a contiguous weight")
+        self._embed()
+
+    def unmerge(self) -> None:
+        """Take the delta out of the weight again, which is then torch.equal to what it was. Does nothing when not merged."""
+        if not self.merged:
+            return
+        self.check_base()
+        self._put(None)
+        self.base_values, self._seen = None, None
+
+    @torch.no_grad()
+    def move_support(self, changed: Tensor, positions: Tensor) -> Tensor:
+        """Let the active weights numbered ``changed`` be those at ``positions`` instead, with a delta of 0; the others keep theirs.
+        Indices stay sorted. Returns the order in which everything kept beside the values (an optimiser's states, with the new ones' in
+        place of the changed ones') must be taken. A structured support becomes a plain one.
+
+        Raises:
+            ValueError: positions are taken already, repeated or outside the weight; nothing is changed then.
+        """
+        if changed.numel() != positions.numel():
+            raise ValueError(f"positions: expected {changed.numel()} as of changed, got {positions.numel()}")
+        moved = self.delta_indices.clone()
+        moved[changed] = positions.to(moved)
+        moved, order = torch.sort(moved)
+        shape = torch.Size((self.out_features, self.in_features))
+        check_indices(moved, shape)
+        was_merged = self.merged
+        self.unmerge()
+        self.delta_values[changed] = 0.0
+        self.delta_values.copy_(self.delta_values[order])
+        self.delta_indices = moved
+        self._pattern = trusted(moved, shape)
+        if was_merged:
+            self.merge()
+        return order
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseDeltaLinear:
+        was_merged = self.merged
+        self.unmerge()
+        values = self.delta_values.detach()
+        super()._apply(fn, recurse)
+        dtype = wide_dtype(self._weight_dtype())
+        if self.delta_values.dtype != dtype or self.delta_values.dtype != values.dtype:
+            self.delta_values.data = values.to(self.delta_values.device, dtype)
+        _layers[self.delta_values] = weakref.ref(self)
+        if was_merged:
+            self.merge()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is observed by nobody.
+        return {**self.__dict__, "_observer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _layers[self.delta_values] = weakref.ref(self)
+        if self.merged:
+            self._note()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.base_values is not None:
+            weight = self.weight.detach().clone()
+            ops.sparse_delta.sparse_delta_write_(weight, self.delta_indices, self.base_values, None)
+            destination[f"{prefix}weight"] = weight
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        was_merged = self.merged
+        self.unmerge()
+        indices = state_dict.get(f"{prefix}delta_indices")
+        if indices is not None:
+            try:
+                self._take_indices(indices)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}delta_indices: {error}")
+                state_dict = {
+                    key: value
+                    for key, value in state_dict.items()
+                    if key not in (f"{prefix}delta_indices", f"{prefix}delta_values")
+                }
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if was_merged:
+            self.merge()
+
+    def _take_indices(self, indices: Tensor) -> None:
+        """Become a layer of this support, all of its values 0; the parameter stays the same object."""
+        shape = torch.Size((self.out_features, self.in_features))
+        check_indices(indices, shape)
+        if torch.equal(indices.to(self.delta_indices), self.delta_indices):
+            return
+        self.delta_indices = smallest_index_dtype(indices, shape).to(self.weight.device, copy=True)
+        self._pattern = trusted(self.delta_indices, shape)
+        if indices.numel() != self.delta_values.numel():
+            self.delta_values.data = self.delta_values.new_zeros(indices.numel())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, active={self.delta_values.numel()} ({100 * self.density:.3g} %)"
+
+
+class SparseDeltaNF4Linear(SparseDeltaLinear, NF4Linear):  # type: ignore[misc]  # from_linear is SparseDeltaLinear's
+    """A :class:`SparseDeltaLinear` on a 4-bit weight, which stays packed: the delta is put into each decoded copy. Made by
+    :meth:`SparseDeltaLinear.from_linear`."""
+
+    def _weight_dtype(self) -> torch.dtype:
+        return self.weight_dtype
+
+    def _dense_weight(self) -> Tensor:
+        return F.nf4_dequantize(self.nf4)
+
+    def _base(self) -> F.NF4Weight:
+        return self.nf4
+
+    def _compute_dtype(self) -> torch.dtype | None:
+        return self.compute_dtype
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        return NF4Linear.forward(self, input)
+
+    def merge(self) -> None:
+        """Not for a 4-bit weight, which cannot hold a delta exactly."""
+        raise RuntimeError("merge: a 4-bit weight cannot hold a delta")

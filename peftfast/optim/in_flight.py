@@ -1,0 +1,323 @@
+"""Perturbing layers in flight: a module sees moved weights while its forward runs, and the weights themselves are never written.
+
+Which parameters can be served so is found out, not assumed: the closure runs once, unperturbed, under a watch that sees every operator
+and which module's forward it runs in. A parameter that is read only inside the forward of a module that holds it can be moved in
+flight; one that is read elsewhere (a tied head called by F.linear, attention that takes its projection's weight) is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import ops
+
+_CURRENT = "_peftfast_in_flight"  # on a swapped module: what its forward asks
+
+# Operators that look at a tensor without reading its values.
+_ASIDE = {"detach", "alias", "sym_size", "sym_stride", "sym_numel", "is_same_size", "size", "stride"}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter in the hands of a module: under which name, and which of the optimiser's parameters it is."""
+
+    name: str
+    index: int
+
+
+@dataclass
+class Layout:
+    """How each of the optimiser's parameters is perturbed."""
+
+    modules: dict[nn.Module, list[Held]]
+    copied: list[int]
+    random: bool  # the closure draws random numbers
+    read_outside: set[int]  # parameters that were seen read where no holder's forward ran
+    known_calls: set[frozenset[int]] = field(default_factory=set)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, storages: dict[int, int], stack: list[nn.Module]) -> None:
+        super().__init__()
+        self.storages, self.stack = storages, stack
+        self.inside: dict[int, set[nn.Module]] = {}
+        self.outside: set[int] = set()
+        self.random = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.random = True
+        if func.overloadpacket.__name__ not in _ASIDE:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and value.device.type != "meta":
+                    index = self.storages.get(_address(value))
+                    if index is not None:
+                        self._read(index)
+        return func(*args, **kwargs)
+
+    def _read(self, index: int) -> None:
+        module = self.stack[-1] if self.stack else None
+        if module is not None and any(
+            p is not None and self.storages.get(_address(p)) == index for p in module._parameters.values()
+        ):
+            self.inside.setdefault(index, set()).add(module)
+        else:
+            self.outside.add(index)
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a tensor without storage is none of ours
+        return 0
+
+
+def discover(run: Callable[[], Any], parameters: Sequence[Tensor]) -> Layout:
+    """Run the closure once under the watch. Parameters that it does not read are copied: nobody has shown who holds them."""
+    storages: dict[int, int] = {}
+    shared: set[int] = set()
+    for index, parameter in enumerate(parameters):
+        address = _address(parameter)
+        if address and address in storages:
+            shared.update((index, storages[address]))
+        storages[address] = index
+    storages.pop(0, None)
+    stack: list[nn.Module] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(module)
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        while stack and stack.pop() is not module:
+            pass
+
+    before, after = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
+    watch = _Watch(storages, stack)
+    try:
+        with watch:
+            run()
+    finally:
+        before.remove()
+        after.remove()
+    modules: dict[nn.Module, list[Held]] = {}
+    copied = []
+    for index, parameter in enumerate(parameters):
+        owners = watch.inside.get(index, set())
+        held = [(owner, name) for owner in owners for name, p in owner._parameters.items() if p is parameter]
+        serves = (
+            owners
+            and index not in watch.outside
+            and index not in shared
+            and parameter.is_contiguous()
+            and len({owner for owner, _ in held}) == len(owners)
+            and all(_swappable(owner) for owner in owners)
+        )
+        if serves:
+            for owner, name in held:
+                modules.setdefault(owner, []).append(Held(name, index))
+        else:
+            copied.append(index)
+    return Layout(modules, copied, watch.random, watch.outside)
+
+
+def _swappable(module: nn.Module) -> bool:
+    return "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule)
+
+
+@dataclass
+class Direction:
+    """One direction as the layers need it: everything on the device.
+
+    Attributes:
+        seed: int64 ``[1]``. scale: float32 ``[1]``, with its sign. eps: the same without sign, for both at once.
+        tensor_ids: of each of the optimiser's parameters. thresholds: float32 ``[parameters]`` or None.
+    """
+
+    seed: Tensor
+    scale: Tensor
+    eps: Tensor
+    tensor_ids: Sequence[int]
+    thresholds: Tensor | None
+    rademacher: bool
+    paired: bool = False
+    called: set[int] = field(default_factory=set)
+    fallbacks: list[nn.Module] = field(default_factory=list)
+
+    def threshold(self, index: int) -> Tensor | None:
+        return None if self.thresholds is None else self.thresholds[index : index + 1]
+
+    def moved(self, parameters: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+        """New tensors: the parameters moved by ``scale``."""
+        outs: list[Tensor] = [torch.empty_like(p) for p in parameters]
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for k, parameter in enumerate(parameters):
+            by_dtype.setdefault(parameter.dtype, []).append(k)
+        for members in by_dtype.values():
+            limits = None
+            if self.thresholds is not None:
+                limits = torch.cat([self.thresholds[indices[k] : indices[k] + 1] for k in members])
+            ops.zeroth_order.perturb_(
+                [outs[k] for k in members],
+                [parameters[k].detach() for k in members],
+                self.seed,
+                self.scale,
+                None,
+                limits,
+                None,
+                [self.tensor_ids[indices[k]] for k in members],
+                [0] * len(members),
+                self.rademacher,
+            )
+        return outs
+
+    def both(self, parameter: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """(W + eps z, W - eps z) in new memory."""
+        plus, minus = ops.zeroth_order.perturbed_pair(
+            parameter.detach(), self.seed, self.eps, self.threshold(index), self.tensor_ids[index], 0, self.rademacher
+        )
+        return plus, minus
+
+
+@functools.cache
+def _swapped_class(stock: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        held, direction = self.__dict__[_CURRENT]
+        direction.called.add(id(self))
+        run = functools.partial(stock.forward, self)
+        serve = _paired_forward if direction.paired else _single_forward
+        return serve(self, stock, run, held, direction, args, kwargs)
+
+    names = {"forward": forward, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (stock,), names)
+
+
+@contextlib.contextmanager
+def _holding(module: nn.Module, held: Sequence[Held], values: Sequence[Tensor]) -> Iterator[None]:
+    """The module's parameters exchanged, in its own table alone: the Parameter objects are not touched."""
+    table: dict[str, Any] = module._parameters
+    before = [table[one.name] for one in held]
+    try:
+        for one, value in zip(held, values, strict=True):
+            table[one.name] = value
+        yield
+    finally:
+        for one, parameter in zip(held, before, strict=True):
+            table[one.name] = parameter
+
+
+def _single_forward(
+    module: nn.Module, stock: Any, run: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any
+) -> Any:
+    if stock.forward is nn.Embedding.forward and _few_rows(module, args, kwargs):
+        return _embedded(module, held[0], direction, args[0])
+    parameters = [module._parameters[one.name] for one in held]
+    moved = direction.moved(parameters, [one.index for one in held])  # type: ignore[arg-type]
+    with _holding(module, held, moved):
+        return run(*args, **kwargs)
+
+
+def _few_rows(module: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a look-up on the CPU touches so few rows that moving them alone is less work. Which rows those are is known on the device
+    only, and asking would wait for it: on a GPU the table is moved as a whole."""
+    x = args[0] if len(args) == 1 and not kwargs else None
+    return (
+        isinstance(x, Tensor)
+        and x.device.type == "cpu"
+        and module.max_norm is None
+        and 2 * x.numel() < module.weight.shape[0]
+    )
+
+
+def _embedded(module: Any, held: Held, direction: Direction, x: Tensor) -> Tensor:
+    """Rows of the moved table: z is a function of the position, so a row has the same in or out of its table."""
+    rows, inverse = x.reshape(-1).unique(return_inverse=True)
+    width = module.weight.shape[1]
+    moved = module.weight.detach()[rows]
+    limit = direction.threshold(held.index)
+    ops.zeroth_order.perturb_(
+        list(moved.unbind()),
+        [],
+        direction.seed,
+        direction.scale,
+        None,
+        None if limit is None else limit.expand(len(rows)).contiguous(),
+        None,
+        [direction.tensor_ids[held.index]] * len(rows),
+        [row * width for row in rows.tolist()],
+        direction.rademacher,
+    )
+    return moved[inverse].reshape(*x.shape, width)
+
+
+def _paired_forward(
+    module: nn.Module, stock: Any, run: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any
+) -> Any:
+    halves = _halves(module, args, kwargs)
+    weight = next((one for one in held if one.name == "weight"), None)
+    if stock.forward is nn.Linear.forward and weight is not None and args[0].dtype == module.weight.dtype:
+        biases: tuple[Tensor | None, Tensor | None] = (None, None)
+        if module.bias is not None:
+            bias = next((one for one in held if one.name == "bias"), None)
+            whole = module.bias.detach()  # type: ignore[operator, union-attr]
+            biases = (whole, whole) if bias is None else direction.both(module.bias, bias.index)  # type: ignore[arg-type]
+        rows = [half.reshape(-1, half.shape[-1]) for half in halves]
+        plus, minus = ops.zeroth_order.zo_linear(
+            *rows,
+            module.weight.detach(),  # type: ignore[operator, union-attr]
+            *biases,
+            direction.seed,
+            direction.eps,
+            direction.threshold(weight.index),
+            direction.tensor_ids[weight.index],
+            direction.rademacher,
+        )
+        return torch.cat((plus, minus)).reshape(*args[0].shape[:-1], plus.shape[-1])
+    if module not in direction.fallbacks:
+        direction.fallbacks.append(module)
+    pairs = [direction.both(module._parameters[one.name], one.index) for one in held]  # type: ignore[arg-type]
+    outs = []
+    for half, values in zip(halves, zip(*pairs, strict=True), strict=True):
+        with _holding(module, held, values):
+            outs.append(run(half, *args[1:], **kwargs))
+    if not all(isinstance(out, Tensor) and out.dim() and out.shape[0] == halves[0].shape[0] for out in outs):
+        raise ValueError(
+            f"paired: expected {type(module).__name__} to give a tensor with the batch first, as it takes one"
+        )
+    return torch.cat(outs)
+
+
+def _halves(module: nn.Module, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] % 2:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"paired: {type(module).__name__} expected a doubled batch in its first dimension, got {got}")
+    half = x.shape[0] // 2
+    return x[:half], x[half:]
+
+
+@contextlib.contextmanager
+def perturbing(layout: Layout, direction: Direction) -> Iterator[None]:
+    """The layout's modules in their swapped classes, for the length of one evaluation."""
+    swapped: list[tuple[nn.Module, type]] = []
+    try:
+        for module, held in layout.modules.items():
+            stock = type(module)
+            module.__dict__[_CURRENT] = (held, direction)
+            swapped.append((module, stock))
+            module.__class__ = _swapped_class(stock)  # type: ignore[arg-type]
+        yield
+    finally:
+        for module, stock in swapped:
+            module.__class__ = stock
+            del module.__dict__[_CURRENT]

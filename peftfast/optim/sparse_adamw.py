@@ -1,0 +1,247 @@
+"""AdamW on the values of sparse deltas: one launch for all layers, the weights that hold a delta written in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn.sparse_delta import SparseDeltaLinear, layer_of
+from ..ops.sparse_delta import sparse_adamw_
+from ..reference.sparse_delta import adam_corrections, adam_hyper
+from . import eight_bit
+
+_OLDEST_SHORT = 2**15 - 1
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) with an age for every weight, so that weights which joined the support later are corrected for their own
+    number of steps, as in SpIEL (arXiv 2401.16405). Bit for bit :func:`peftfast.reference.sparse_delta.sparse_adamw`.
+
+    A merged :class:`peftfast.nn.SparseDeltaLinear` has its weight written from base + Δ in the same pass. Weight decay is that of Δ,
+    which draws the weights back to the base. State: ``exp_avg`` and ``exp_avg_sq`` in float32 or 8 bits, ``age`` in int16, or int32
+    where a beta is so near to 1 that its correction outlives 32,767 steps. Other float32 parameters may be among the given.
+
+    Args:
+        params: parameters or groups of them, float32.
+        lr: a number, or a one-element tensor, which may change without a host synchronisation.
+        betas, eps, weight_decay: as in torch.optim.AdamW, but for the default of weight_decay.
+        stochastic_rounding: round weights in bfloat16 up with the probability of the part cut off; float32 weights need none, float16
+            ones are refused.
+        seed: of that rounding.
+        state_bits: 32, or 8: exp_avg and exp_avg_sq as bytes with a float32 for 256 of them, decoded to float32 for the time of a step,
+            layer by layer. An approximation, and no longer the reference's bits.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        state_bits: int = 32,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "state_bits": state_bits,
+        }
+        self._corrections: dict[Any, Tensor] = {}
+        self._hypers: dict[Any, Tensor] = {}
+        self._seed = torch.tensor([seed], dtype=torch.int64)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = {**self.defaults, **param_group}
+        _check_group(group)
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for parameter in params:
+            if not isinstance(parameter, Tensor) or parameter.dtype != torch.float32:
+                got = getattr(parameter, "dtype", type(parameter).__name__)
+                raise TypeError(f"params: expected float32 tensors, got {got}")
+            layer = layer_of(parameter)
+            if group["stochastic_rounding"] and layer is not None and layer._weight_dtype() == torch.float16:
+                raise ValueError("stochastic_rounding: expected bfloat16 or float32 weights, got float16")
+        super().add_param_group({**param_group, "params": params})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Nothing is written where a merged weight was written or replaced by others: RuntimeError."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, self._by_device(group)) for group in self.param_groups]
+        layers = [layer for _, devices in work for members in devices.values() for _, _, layer in members if layer]
+        for layer in layers:
+            if layer.merged:
+                layer.check_base()
+        if any(group["stochastic_rounding"] for group in self.param_groups):
+            self._seed += 1
+        for group, devices in work:
+            for device, members in devices.items():
+                # States in 8 bits are decoded for one layer at a time, so that no more than its own are there in float32.
+                parts = [[member] for member in members] if group["state_bits"] == 8 else [members]
+                for part in parts:
+                    self._step_members(group, device, part)
+        # Operators write past autograd: whoever saved a parameter for a backward must see that it changed.
+        for _, devices in work:
+            for members in devices.values():
+                torch.autograd.graph.increment_version([parameter for _, parameter, _ in members])
+        for layer in layers:
+            if layer.merged:
+                torch.autograd.graph.increment_version(layer.weight)
+                layer._note()
+        return loss
+
+    def _by_device(
+        self, group: dict[str, Any]
+    ) -> dict[torch.device, list[tuple[int, Tensor, SparseDeltaLinear | None]]]:
+        """Parameters that have a gradient, with their number among all parameters and their layer."""
+        before = 0
+        for other in self.param_groups:
+            if other is group:
+                break
+            before += len(other["params"])
+        found: dict[torch.device, list[tuple[int, Tensor, SparseDeltaLinear | None]]] = {}
+        for k, parameter in enumerate(group["params"]):
+            if parameter.grad is not None:
+                if parameter.grad.is_sparse or parameter.grad.dtype != torch.float32:
+                    raise TypeError(f"grad: expected dense float32, got {parameter.grad.dtype} {parameter.grad.layout}")
+                found.setdefault(parameter.device, []).append((before + k, parameter, layer_of(parameter)))
+        return found
+
+    def _step_members(
+        self, group: dict[str, Any], device: torch.device, members: list[tuple[int, Tensor, SparseDeltaLinear | None]]
+    ) -> None:
+        lists: list[list[Tensor]] = [[] for _ in range(8)]
+        ids = []
+        nothing = torch.empty(0, device=device)
+        for number, parameter, layer in members:
+            state = self.state[parameter]
+            if not state:
+                self._start(state, parameter, group)
+            row = [parameter.detach().reshape(-1), parameter.grad.detach().reshape(-1).contiguous()]  # type: ignore[union-attr]
+            row += [_state(state, name) for name in ("exp_avg", "exp_avg_sq")]
+            row.append(state["age"].reshape(-1))
+            if layer is not None and layer.base_values is not None:
+                row += [layer.weight.detach(), layer.delta_indices, layer.base_values]
+            else:
+                row += [nothing, nothing.to(torch.int32), nothing]
+            for given, tensor in zip(lists, row, strict=True):
+                given.append(tensor)
+            ids.append(number)
+        corrections = self._corrections_for(group["betas"], device)
+        seed = self._seed.to(device) if group["stochastic_rounding"] else None
+        sparse_adamw_(*lists, self._hyper_for(group, device), corrections, seed, ids)
+        if group["state_bits"] == 8:
+            for (_, parameter, _), first, second in zip(members, lists[2], lists[3], strict=True):
+                _keep(self.state[parameter], first, second)
+
+    def _start(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
+        if not parameter.is_contiguous():
+            raise ValueError("params: expected contiguous parameters")
+        if group["state_bits"] == 8:
+            nothing = torch.zeros(parameter.numel(), device=parameter.device)
+            _keep(state, nothing, nothing)
+        else:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["age"] = torch.zeros_like(parameter, dtype=age_dtype(group["betas"]))
+
+    def _corrections_for(self, betas: tuple[float, float], device: torch.device) -> Tensor:
+        key = (*betas, device)
+        if key not in self._corrections:
+            self._corrections[key] = adam_corrections(*betas, ages_of(betas)).to(device)
+        return self._corrections[key]
+
+    def _hyper_for(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        lr, (beta1, beta2), eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        if isinstance(lr, Tensor):
+            hyper = adam_hyper(0.0, beta1, beta2, eps, 0.0).to(device)
+            rate = lr.to(device, torch.float64).reshape(())
+            hyper[0], hyper[6] = rate, 1.0 - rate * decay
+            return hyper
+        key = (lr, beta1, beta2, eps, decay, device)
+        if key not in self._hypers:
+            self._hypers.clear() if len(self._hypers) > 64 else None
+            self._hypers[key] = adam_hyper(lr, beta1, beta2, eps, decay).to(device)
+        return self._hypers[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rounding_seed": int(self._seed)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        given = dict(state_dict)
+        seed = given.pop("rounding_seed", None)
+        super().load_state_dict(given)
+        if seed is not None:
+            self._seed.fill_(seed)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                # torch casts states to their parameter's dtype; a float32 holds an age exactly up to 2**24.
+                state = self.state.get(parameter, {})
+                if "age" in state:
+                    state["age"] = state["age"].to(age_dtype(group["betas"]))
+                if "exp_avg_max" in state:
+                    state["exp_avg"], state["exp_avg_sq"] = (
+                        state[n].to(torch.uint8) for n in ("exp_avg", "exp_avg_sq")
+                    )
+
+
+def _state(state: dict[str, Any], name: str) -> Tensor:
+    if f"{name}_max" in state:
+        return eight_bit.decompress(state[name], state[f"{name}_max"], name == "exp_avg")
+    return state[name].reshape(-1)
+
+
+def _keep(state: dict[str, Any], first: Tensor, second: Tensor) -> None:
+    for name, tensor in (("exp_avg", first), ("exp_avg_sq", second)):
+        state[name], state[f"{name}_max"] = eight_bit.compress(tensor, name == "exp_avg")
+
+
+def ages_of(betas: tuple[float, float]) -> int:
+    """Ages that the table of corrections needs: to where both are 1 in float32, as they stay from there on."""
+    longest = 2
+    for beta in betas:
+        power, age = 1.0, 0
+        while beta > 0.0 and 1.0 - power < 1.0 - 2.0**-26 and age < 2**24:
+            age = max(1, 2 * age)
+            power = beta**age
+        longest = max(longest, age + 1)
+    return longest
+
+
+def age_dtype(betas: tuple[float, float]) -> torch.dtype:
+    """int16 where every correction is 1 before ages end, else int32."""
+    return torch.int16 if max(betas) ** _OLDEST_SHORT < 2.0**-26 else torch.int32
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        if isinstance(value, Tensor) and name == "lr":
+            if value.numel() != 1:
+                raise ValueError(f"lr: expected one element, got shape {tuple(value.shape)}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        elif not 0.0 <= value < float("inf"):
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    if group["state_bits"] not in (8, 32):
+        raise ValueError(f"state_bits: expected 8 or 32, got {group['state_bits']!r}")
+    betas = group["betas"]
+    if len(betas) != 2 or not all(isinstance(b, float | int) and 0.0 <= b < 1.0 for b in betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")

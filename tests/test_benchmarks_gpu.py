@@ -1,0 +1,119 @@
+"""``make gpu``: a stage that fails or hangs does not stop the others, and what was measured until then is there."""
+
+import json
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, record
+from benchmarks.gpu import Context, Stage
+
+ORIGIN = {"commit": "abc", "device": "cpu"}
+
+
+def python(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+def stage(name: str, *texts: str, limit: int = 60, **options: Any) -> Stage:
+    return Stage(name, limit, lambda _: [python(text) for text in texts], **options)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    work = tmp_path / "out" / "work"
+    work.mkdir(parents=True)
+    return Context("cpu", work, 1, quick=True)
+
+
+def states(context: Context, *stages: Stage, seconds: float = 60) -> dict[str, gpu.Outcome]:
+    found = gpu.run_stages(stages, context, context.work.parent, seconds, ORIGIN)
+    return {outcome.stage: outcome for outcome in found}
+
+
+def test_a_failure_does_not_stop_the_others(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE_S", 1)
+    result = context.work / "run.json"
+    found = states(
+        context,
+        stage("breaks", "print('first'); raise SystemExit(3)", "print('second')"),
+        stage("hangs", "import time; print('before'); time.sleep(60)", limit=1),
+        stage("cannot", "raise SystemExit(1)", needs=lambda _: "no CUDA device"),
+        Stage(
+            "measures",
+            60,
+            lambda _: [python(f"import os; open({str(result)!r}, 'w').write(os.environ['PLANTED'])")],
+            environment=lambda _: {"PLANTED": "{}"},
+        ),
+        Stage("absent", 60, lambda _: [["/nowhere/no-such-program"]]),
+    )
+    assert {name: outcome.state for name, outcome in found.items()} == {
+        "breaks": "failed",
+        "hangs": "stopped",
+        "cannot": "left out",
+        "measures": "passed",
+        "absent": "failed",
+    }
+    assert "exit status 3" in found["breaks"].reason and "second" in found["breaks"].last_lines
+    assert found["hangs"].seconds < 20 and "before" in found["hangs"].last_lines
+    assert "No such file" in found["absent"].reason
+    out = context.work.parent
+    files = {path.name for path in out.iterdir() if path.is_file()}
+    assert files == {"summary.json", "summary.txt", "run.json", "logs.tar.gz"} and len(files) <= gpu.MOST_FILES
+    summary = (out / "summary.txt").read_text()
+    assert "3 of 5 stages failed" in summary and "--- hangs" in summary and "--- measures" not in summary
+    assert json.loads((out / "summary.json").read_text())["machine"] == ORIGIN
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        assert {"breaks.log", "hangs.log", "run.json"} <= set(archive.getnames())
+
+
+def test_the_children_of_a_stopped_stage_end_with_it(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE_S", 1)
+    mark = context.work / "mark"
+    grandchild = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
+    text = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    assert states(context, stage("hangs", text, limit=1))["hangs"].state == "stopped"
+    time.sleep(4)
+    assert not mark.exists()
+
+
+def test_a_stage_gets_what_is_left_of_the_whole(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE_S", 1)
+    found = states(context, stage("long", "import time; time.sleep(30)"), stage("late", "print(1)"), seconds=1)
+    assert found["long"].state == "stopped"
+    assert found["late"].state == "left out" and found["late"].reason == "no time left"
+
+
+def test_the_stages_as_they_are(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [s.name for s in gpu.STAGES][:3] == ["build", "doctor", "tests"]
+    for found in gpu.STAGES:
+        if not found.needs(context):
+            assert all(
+                command and all(isinstance(word, str) for word in command) for command in found.commands(context)
+            )
+    assert {s.name for s in gpu.STAGES if s.needs(context)} == {"sanitizer", "dram"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert gpu.architecture() == "90a"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert gpu.architecture() == "86"
+
+
+def test_the_command_leaves_what_record_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ["--out", str(out), "--stages", "end-to-end", "--device", "cpu", "--quick", "--commit", "abc123"]
+    assert gpu.main(words) == 0, capsys.readouterr().out
+    (report,) = record.end_to_end_in(out)
+    assert report["machine"]["commit"] == "abc123"
+    assert not (out / "work").exists()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{record.BEGIN}\n{record.END}\n")
+    filed = ["--results", str(tmp_path / "results"), "--readme", str(readme)]
+    assert record.main([str(out), *filed]) == 0
+    assert "One training step, tiny" in readme.read_text() and "peftfast" in readme.read_text()
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(readme)])

@@ -1,0 +1,65 @@
+"""The sparse delta's Triton kernels as cubins: no spills, 16-byte accesses of every operand that is read as it lies, tensor cores."""
+
+import pytest
+
+from peftfast.configs import sparse_delta as configs
+from peftfast.configs.device import Device
+
+from .support.compile_gate import Finding, run_gate
+
+pytestmark = pytest.mark.slow
+ARCHITECTURES = (80, 90, 100)
+WIDE = {"_gather_kernel": ("dyt_ptr", "xt_ptr"), "_tile_kernel": ("dy_ptr", "x_ptr")}
+
+
+def _requests() -> list[dict[str, object]]:
+    requests: list[dict[str, object]] = []
+    for arch in ARCHITECTURES:
+        for dtype in configs.DTYPES if arch == 90 else ("float32", "bfloat16"):
+            requests += [
+                {"launcher": name, "arch": arch, "dtype": dtype}
+                for name in ("sparse_delta_gather", "sparse_delta_tiled")
+            ]
+            scatter = {"launcher": "sparse_delta_scatter", "arch": arch, "dtype": dtype}
+            requests += [
+                {**scatter, "write": False},
+                {**scatter, "write": True},
+                {**scatter, "write": True, "values": False},
+            ]
+            requests += [
+                {"launcher": "sparse_adamw", "arch": arch, "dtype": dtype},
+                {"launcher": "sparse_adamw", "arch": arch, "dtype": dtype, "index": "int64", "age": "int32"},
+            ]
+        requests += [
+            {"launcher": "sparse_adamw", "arch": arch, "dtype": None},
+            {"launcher": "sparse_adamw", "arch": arch, "dtype": "bfloat16", "stochastic": True},
+            {"launcher": "sparse_delta_gather", "arch": arch, "dtype": "bfloat16", "wide": True, "M": 1, "K": 4099},
+            {"launcher": "sparse_delta_tiled", "arch": arch, "dtype": "bfloat16", "M": 2047, "N": 4099, "K": 4097},
+        ]
+    return requests
+
+
+@pytest.fixture(scope="module")
+def findings() -> list[Finding]:
+    return run_gate(_requests())
+
+
+def test_every_launch_is_sound(findings: list[Finding]) -> None:
+    faults = []
+    for finding in findings:
+        ragged = "K=4097" in finding.label  # rows of dy and x that no 16-byte access can read
+        matrix = finding.kernel == "_tile_kernel" and "float32" not in finding.label
+        faults += finding.faults(() if ragged else WIDE.get(finding.kernel, ()), matrix=matrix and not ragged)
+    assert not faults, "\n".join(faults)
+    assert {finding.arch for finding in findings} == set(ARCHITECTURES)
+    assert {f.kernel for f in findings} == {*WIDE, "_patch_kernel", "_write_kernel", "_sparse_adamw_kernel"}
+
+
+def test_configurations() -> None:
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
+        assert len(list(configs.launch_matrix(Device("", capability, 132)))) == 14
+    with pytest.raises(ValueError, match="block_m: expected at most 64"):
+        configs.GatherConfig(block_m=128)
+    with pytest.raises(ValueError, match="power of two"):
+        configs.TileConfig(block_n=96)
+    assert 0 < configs.crossover("bfloat16", Device()) < 1

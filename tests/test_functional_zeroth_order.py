@@ -1,0 +1,171 @@
+"""F.perturb_, F.perturbation and F.zo_linear: what they promise in their own words."""
+
+import pytest
+import torch
+
+import peftfast.functional as F
+from tests.support.counting import Calls
+from tests.support.lora_checks import BF16, DEVICE, F16, F32
+
+
+def weights(*shapes: tuple[int, ...], dtype: torch.dtype = F32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator).to(dtype).to(DEVICE) for shape in shapes]
+
+
+def test_perturb_adds_scale_times_perturbation() -> None:
+    for distribution in ("gaussian", "rademacher"):
+        tensors = weights((33, 7), (5,))
+        before = [tensor.clone() for tensor in tensors]
+        F.perturb_(tensors, 2**64 - 3, 0.5, distribution=distribution)
+        for i, (tensor, old) in enumerate(zip(tensors, before, strict=True)):
+            z = F.perturbation(old.shape, 2**64 - 3, tensor_id=i, device=DEVICE, distribution=distribution)
+            assert torch.equal(tensor, old + 0.5 * z)
+
+
+def test_seeds_of_the_same_64_bits_are_the_same() -> None:
+    signed = F.perturbation((9,), -3, device=DEVICE)
+    assert torch.equal(signed, F.perturbation((9,), 2**64 - 3, device=DEVICE))
+    assert torch.equal(signed, F.perturbation((9,), torch.tensor([-3], device=DEVICE)))
+
+
+def test_shards_are_parts_of_the_whole() -> None:
+    (whole,) = weights((12, 10))
+    shards = [whole[:5].clone(), whole[5:].clone()]
+    F.perturb_(whole, 4, 0.1, tensor_ids=[7])
+    F.perturb_(shards, 4, 0.1, tensor_ids=[7, 7], offsets=[0, 50])
+    assert torch.equal(torch.cat(shards), whole)
+    z = F.perturbation((7, 10), 4, tensor_id=7, offset=50, device=DEVICE)
+    assert torch.equal(z, F.perturbation((12, 10), 4, tensor_id=7, device=DEVICE)[5:])
+
+
+def test_fused_forms_are_one_read_and_one_rounding() -> None:
+    """Restore and update is one term; restore, update and the next perturbation are two."""
+    (old,) = weights((1000,), dtype=BF16)
+    at_minus = old.clone()
+    F.perturb_(at_minus, 1, -1e-2)
+    fused = at_minus.clone()
+    F.perturb_(fused, [1, 2], [1e-2 - 3e-4, 1e-2])
+    z1, z2 = (F.perturbation((1000,), seed, device=DEVICE) for seed in (1, 2))
+    scales = torch.tensor([1e-2 - 3e-4, 1e-2], device=DEVICE)
+    assert torch.equal(fused, (at_minus.float() + scales[0] * z1 + scales[1] * z2).bfloat16())
+
+
+def test_one_operator_for_each_dtype() -> None:
+    tensors = [*weights((4, 4), (7,)), *weights((9,), (3, 3), dtype=BF16), *weights((2,), dtype=F16)]
+    seed, scale = torch.tensor([5], device=DEVICE), torch.tensor([0.1], device=DEVICE)
+    with Calls() as calls:
+        F.perturb_(tensors, seed, scale)
+    assert calls.compute == {"perturb_": 3}
+
+
+def test_mixed_dtypes_keep_their_ids_and_thresholds() -> None:
+    tensors = [weights((50,))[0], weights((50,), dtype=BF16)[0], weights((50,))[0]]
+    thresholds = torch.tensor([10.0, 10.0, 0.0], device=DEVICE)
+    before = [tensor.clone() for tensor in tensors]
+    F.perturb_(tensors, 1, 1.0, tensor_ids=[4, 5, 6], thresholds=thresholds)
+    for i, tensor_id in enumerate((4, 5)):
+        z = F.perturbation((50,), 1, tensor_id=tensor_id, device=DEVICE)
+        assert torch.equal(tensors[i], (before[i].float() + z).to(tensors[i].dtype))
+    assert torch.equal(tensors[2], before[2])
+
+
+def test_strided_tensors_move_by_their_logical_position() -> None:
+    (plain,) = weights((6, 8))
+    strided = plain.T.contiguous().T
+    assert not strided.is_contiguous()
+    F.perturb_([plain], 3, 0.5)
+    F.perturb_([strided], 3, 0.5)
+    assert torch.equal(plain, strided)
+    every_second = torch.zeros(4, 16, device=DEVICE)
+    F.perturb_(every_second[:, ::2], 3, 1.0)
+    assert torch.equal(every_second[:, ::2], F.perturbation((4, 8), 3, device=DEVICE))
+    assert not every_second[:, 1::2].any()
+
+
+def test_sources_are_read_and_not_written() -> None:
+    source, target = weights((5, 5), (5, 5))
+    before = source.clone()
+    F.perturb_([target], 3, 0.5, sources=[source])
+    assert torch.equal(source, before)
+    assert torch.equal(target, before + 0.5 * F.perturbation((5, 5), 3, device=DEVICE))
+
+
+def test_parameters_and_leaves_can_be_moved() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4, device=DEVICE))
+    F.perturb_([parameter], 1, 1.0)
+    assert torch.equal(parameter.detach(), F.perturbation((4,), 1, device=DEVICE)) and parameter.requires_grad
+
+
+def test_positions_beyond_32_bits() -> None:
+    """Where an int32 would wrap, the words are others; the meta device shows that shapes of such sizes pass."""
+    far = F.perturbation((8,), 1, offset=2**33, device=DEVICE)
+    assert not torch.equal(far, F.perturbation((8,), 1, device=DEVICE))
+    assert F.perturbation((2**17, 2**17), 1, device="meta").shape == (2**17, 2**17)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_zo_linear(dtype: torch.dtype) -> None:
+    x_plus, x_minus, weight, bias = weights((2, 3, 16), (2, 3, 16), (10, 16), (10,), dtype=dtype)
+    plus, minus = F.zo_linear(x_plus, x_minus, weight, 5, 0.1, bias=bias, tensor_id=3)
+    z = F.perturbation((10, 16), 5, tensor_id=3, device=DEVICE)
+    step = torch.tensor(0.1, device=DEVICE) * z
+    for x, got, moved in ((x_plus, plus, weight + step), (x_minus, minus, weight - step)):
+        right = torch.nn.functional.linear(x, moved.to(dtype), bias)
+        torch.testing.assert_close(got, right)
+        assert got.shape == (2, 3, 10)
+
+
+def test_zo_linear_on_a_4_bit_weight() -> None:
+    x_plus, x_minus, weight = weights((3, 64), (3, 64), (10, 64))
+    nf4 = F.nf4_quantize(weight)
+    got = F.zo_linear(x_plus, x_minus, nf4, 5, 0.1, distribution="rademacher")
+    right = F.zo_linear(x_plus, x_minus, F.nf4_dequantize(nf4), 5, 0.1, distribution="rademacher")
+    assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+
+
+def test_zo_linear_draws_z_once_for_both_signs() -> None:
+    x_plus, x_minus, weight = weights((3, 64), (3, 64), (10, 64))
+    seed, eps = torch.tensor([5], device=DEVICE), torch.tensor([0.1], device=DEVICE)
+    with Calls() as calls:
+        F.zo_linear(x_plus, x_minus, weight, seed, eps)
+    assert calls.compute == {"zo_linear": 1}
+
+
+ONE = torch.ones(3)
+BAD = {
+    "distribution": (ValueError, "distribution: expected", lambda: F.perturb_([ONE], 1, 1.0, distribution="cauchy")),
+    "seed": (ValueError, "seed: expected 64 bits", lambda: F.perturb_([ONE], 2**64, 1.0)),
+    "seed low": (ValueError, "seed: expected 64 bits", lambda: F.perturb_([ONE], -(2**63) - 1, 1.0)),
+    "seed float": (TypeError, "seed: expected an int", lambda: F.perturb_([ONE], 1.5, 1.0)),  # type: ignore[arg-type]
+    "seed dtype": (TypeError, "seed: expected int64", lambda: F.perturb_([ONE], ONE, 1.0)),
+    "scale": (ValueError, "scale: expected 2", lambda: F.perturb_([ONE], [1, 2], 1.0)),
+    "scale nan": (ValueError, "scale: expected a finite", lambda: F.perturb_([ONE], 1, float("nan"))),
+    "scale dtype": (TypeError, "scale: expected float32", lambda: F.perturb_([ONE], 1, ONE[:1].double())),
+    "integers": (TypeError, r"tensors\[1\]: expected a floating", lambda: F.perturb_([ONE, ONE.int()], 1, 1.0)),
+    "no tensor": (TypeError, r"tensors\[0\]: expected a tensor", lambda: F.perturb_([3], 1, 1.0)),  # type: ignore[list-item]
+    "twice": (ValueError, r"tensors\[1\]: the same memory", lambda: F.perturb_([ONE, ONE], 1, 1.0)),
+    "devices": (ValueError, r"tensors\[1\]: expected on", lambda: F.perturb_([ONE, ONE.to("meta")], 1, 1.0)),
+    "ids": (ValueError, "tensor_ids: expected 1, one for each", lambda: F.perturb_([ONE], 1, 1.0, tensor_ids=[1, 2])),
+    "id": (ValueError, "tensor_ids: expected ints", lambda: F.perturb_([ONE], 1, 1.0, tensor_ids=[2**32])),
+    "offset": (ValueError, "offsets: expected ints", lambda: F.perturb_([ONE], 1, 1.0, offsets=[-1])),
+    "decay": (ValueError, "decay: expected one", lambda: F.perturb_([ONE], 1, 1.0, decay=ONE)),
+    "thresholds": (ValueError, "thresholds: expected 1", lambda: F.perturb_([ONE], 1, 1.0, thresholds=ONE)),
+    "sources": (ValueError, "sources: expected the shapes", lambda: F.perturb_([ONE], 1, 1.0, sources=[ONE[:2]])),
+    "dtype": (TypeError, "dtype: expected a floating", lambda: F.perturbation((3,), 1, dtype=torch.int32)),
+    "shape": (ValueError, "shape: expected sizes", lambda: F.perturbation((-3,), 1)),
+    "seeds": (ValueError, "seed: expected one, got 2", lambda: F.perturbation((3,), [1, 2])),  # type: ignore[arg-type]
+    "linear x": (TypeError, "x_minus: expected a floating", lambda: F.zo_linear(ONE, ONE.int(), ONE, 1, 0.1)),
+    "linear shapes": (ValueError, "x_minus: expected", lambda: F.zo_linear(ONE, ONE[:2], ONE, 1, 0.1)),
+    "linear weight": (TypeError, "weight: expected a tensor", lambda: F.zo_linear(ONE, ONE, 3, 1, 0.1)),  # type: ignore[arg-type]
+    "linear K": (ValueError, "x_plus: expected", lambda: F.zo_linear(ONE, ONE, torch.ones(2, 4), 1, 0.1)),
+    "linear bias": (ValueError, "bias: expected", lambda: F.zo_linear(ONE, ONE, torch.ones(2, 3), 1, 0.1, bias=ONE)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    kind, message, call = BAD[name]
+    with pytest.raises(kind, match=message):
+        call()
+    assert torch.equal(ONE, torch.ones(3))

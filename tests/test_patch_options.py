@@ -1,0 +1,310 @@
+"""Every option of PEFT's LoRA layer on the fused path: forward and every gradient equal to PEFT's own in float32, and the verdict of
+the guards follows what changes."""
+
+import copy
+import threading
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+import peftfast
+from peftfast.integrations import peft_call
+from tests.test_patch import Block, K, adapted, layer_free, layer_of, relative, run, stir
+
+X = torch.randn(6, K, generator=torch.Generator().manual_seed(3))
+
+
+def with_second(**options: Any) -> peft.PeftModel:
+    model = adapted()
+    model.add_adapter("second", peft.LoraConfig(r=7, lora_alpha=3, target_modules=["up", "down"], **options))
+    return model
+
+
+def active(*names: str) -> Any:
+    def build() -> peft.PeftModel:
+        model = with_second()
+        model.base_model.set_adapter(list(names))
+        return model
+
+    return build
+
+
+def three() -> peft.PeftModel:
+    model = with_second(lora_bias=False, use_rslora=True)
+    model.add_adapter("third", peft.LoraConfig(r=1, lora_bias=True, target_modules=["up"]))
+    model.base_model.set_adapter(["third", "default", "second"])
+    return model
+
+
+OPTIONS = {
+    "plain": lambda: adapted(),
+    "rslora": lambda: adapted(use_rslora=True, r=16),
+    "lora_bias": lambda: adapted(lora_bias=True, target_modules=["up"]),
+    "dora": lambda: adapted(use_dora=True),
+    "dora of high rank": lambda: adapted(use_dora=True, r=40),
+    "rank 1": lambda: adapted(r=1),
+    "prime rank": lambda: adapted(r=127),
+    "one of two": active("second"),
+    "two active": active("default", "second"),
+    "two active, other order": active("second", "default"),
+    "three active": three,
+}
+
+
+def frozen(model: nn.Module, name: str) -> nn.Module:
+    for key, parameter in model.named_parameters():
+        if name in key:
+            parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("freeze", ["", "lora_A", "lora_B", "lora_magnitude"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_agrees_with_peft_in_float32(option: str, freeze: str) -> None:
+    if freeze == "lora_magnitude" and not option.startswith("dora"):
+        pytest.skip("no magnitude to freeze")
+    model = stir(OPTIONS[option]())
+    for parameter in model.parameters():  # not where DoRA starts, gains of 1
+        if parameter.dim() == 1 and parameter.requires_grad:
+            nn.init.uniform_(parameter.data, 0.5, 1.5)
+    if freeze:
+        frozen(model, freeze)
+    stock = run(model, X)
+    report = peftfast.patch(model)
+    assert not report.stock
+    for _ in range(2):  # by the guards, then by their remembered verdict
+        patched = run(model, X)
+        assert stock.keys() == patched.keys()
+        for name in stock:
+            assert relative(patched[name], stock[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    "x", [torch.randn(3, 5, K), torch.randn(2, 3, 5, K), torch.randn(K), X.T.contiguous().T], ids=str
+)
+def test_shapes_of_x(x: torch.Tensor) -> None:
+    for options in ({}, {"use_dora": True}):
+        model = stir(adapted(**options))
+        stock = run(model, x)
+        peftfast.patch(model)
+        patched = run(model, x)
+        for name in stock:
+            assert patched[name].shape == stock[name].shape
+            assert relative(patched[name], stock[name]) < 1e-5, name
+
+
+def test_dora_with_dropout_follows_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's layer with peftfast's mask in the place of its own: the same formula."""
+    from peftfast.functional import lora_multi
+    from peftfast.reference import philox
+
+    model = stir(adapted(use_dora=True, lora_dropout=0.5, target_modules=["up"]))
+    seed = torch.tensor([1234])
+
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return philox.dropout(x.reshape(-1, K), seed, 0.5).reshape(x.shape)
+
+    twin = copy.deepcopy(model)
+    layer_of(twin).lora_dropout["default"] = Masked()
+    stock = run(twin, X)
+    peftfast.patch(model)
+    monkeypatch.setattr(lora_multi, "_draw_seeds", lambda x, ps, given: seed)
+    monkeypatch.setattr("peftfast.functional.lora.draw_seed", lambda x, count=1: seed)
+    patched = run(model, X)
+    for name in stock:
+        assert relative(patched[name], stock[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("option", ["dora", "two active"])
+def test_4bit(option: str) -> None:
+    model = adapted(four_bit=True, use_dora=option == "dora")
+    if option != "dora":
+        model.add_adapter("second", peft.LoraConfig(r=7, target_modules=["up", "down"]))
+        model.base_model.set_adapter(["default", "second"])
+    stir(model)
+    stock = run(model, X)
+    assert not peftfast.patch(model).stock
+    patched = run(model, X)
+    for name in stock:
+        assert patched[name].dtype == stock[name].dtype, name
+        assert relative(patched[name], stock[name]) < 0.02, name
+
+
+NAMES = ["second", "__base__", "default", "default", "second", "__base__"]
+
+
+@pytest.mark.parametrize("leading", [(6,), (6, 5)])
+def test_mixed_batch_agrees_with_peft(leading: tuple[int, ...]) -> None:
+    """Layer by layer, since PEFT's model takes adapter_names for inference only; with gradients."""
+    model = with_second()
+    model.add_adapter("third", peft.LoraConfig(r=3, lora_alpha=1, target_modules=["down"]))
+    stir(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_("lora_" in "".join(n for n, p in model.named_parameters() if p is parameter))
+    twin = copy.deepcopy(model)
+    peftfast.patch(model)
+    results = []
+    for one in (twin, model):
+        layer = layer_of(one)
+        x = torch.randn(*leading, K, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x, adapter_names=["third", *NAMES[1:]])
+        y.square().sum().backward()
+        found = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None and p.grad.any()}
+        results.append({"y": y.detach(), "x": x.grad} | found)
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert relative(results[1][name], value) < 1e-5, name
+
+
+def test_mixed_batch_through_the_model() -> None:
+    model = stir(with_second()).eval()
+    twin = copy.deepcopy(model)
+    peftfast.patch(model)
+    with torch.no_grad():
+        assert relative(model(X, adapter_names=NAMES), twin(X, adapter_names=NAMES)) < 1e-5
+        nothing = ["__base__"] * 6
+        assert torch.equal(model(X, adapter_names=nothing), twin(X, adapter_names=nothing))
+    with pytest.raises(ValueError, match="adapter_names"):
+        layer_of(model)(X, adapter_names=["default"])
+
+
+def changes() -> dict[str, Any]:
+    """What may happen to a patched layer between two calls."""
+
+    def replace_a(layer: LoraLayer) -> None:
+        layer.lora_A["default"] = nn.Linear(K, 4, bias=False)
+
+    def replace_weight(layer: LoraLayer) -> None:
+        layer.base_layer.weight = nn.Parameter(torch.randn(128, K), requires_grad=False)
+
+    def in_place(layer: LoraLayer) -> None:
+        with torch.no_grad():
+            layer.lora_B["default"].weight.mul_(2.0)
+
+    def data(layer: LoraLayer) -> None:
+        layer.base_layer.weight.data = torch.randn(128, K)
+
+    def scaling(layer: LoraLayer) -> None:
+        layer.set_scale("default", 5.0)
+
+    def add_variant(layer: LoraLayer) -> None:
+        layer.update_layer("default", 4, lora_alpha=8, config=peft.LoraConfig(use_dora=True, r=4))
+
+    return {
+        "hook on the base": lambda layer: layer.base_layer.register_forward_hook(lambda m, a, y: y * 2),
+        "hook on B": lambda layer: layer.lora_B["default"].register_forward_hook(lambda m, a, y: y * 2),
+        "pre-hook on the dropout": lambda layer: layer.lora_dropout["default"].register_forward_pre_hook(
+            lambda m, a: (a[0] * 2,)
+        ),
+        "forward of the base": lambda layer: setattr(
+            layer.base_layer, "forward", lambda x: x.new_ones(*x.shape[:-1], 128)
+        ),
+        "another A": replace_a,
+        "another weight": replace_weight,
+        "other values": in_place,
+        "other data": data,
+        "another scale": scaling,
+        "a variant": add_variant,
+        "another base layer": lambda layer: setattr(layer, "base_layer", nn.Linear(K, 128)),
+        "no bias": lambda layer: setattr(layer.base_layer, "bias", None),
+        "merged": lambda layer: layer.merge(),
+        "disabled": lambda layer: layer.enable_adapters(False),
+        "another active one": lambda layer: layer.set_adapter(["second"]),
+        "both active": lambda layer: layer.set_adapter(["default", "second"]),
+    }
+
+
+@pytest.mark.parametrize("change", changes())
+def test_the_remembered_verdict_follows(change: str) -> None:
+    model = stir(with_second())
+    twin = copy.deepcopy(model)
+    peftfast.patch(model)
+    for one in (model, twin):
+        layer_of(one)(X)
+        assert (peft_call.VERDICT in layer_of(one).__dict__) == (one is model)
+        torch.manual_seed(0)
+        changes()[change](layer_of(one))
+    for _ in range(2):
+        assert relative(layer_of(model)(X), layer_of(twin)(X)) < 1e-5
+
+
+def test_dora_after_merging_and_unmerging() -> None:
+    model = stir(adapted(use_dora=True))
+    peftfast.patch(model)
+    before = model(X)
+    layer = layer_of(model)
+    layer.merge()
+    layer(X)
+    layer.unmerge()
+    assert relative(model(X), before) < 1e-5
+    assert relative(model(X), layer_free(model, X)) < 1e-5
+
+
+def test_moves_and_casts_are_noticed() -> None:
+    model = stir(adapted())
+    peftfast.patch(model)
+    model(X)
+    model.to(torch.bfloat16)
+    y = model(X.bfloat16())
+    assert y.dtype == torch.bfloat16 and relative(y, layer_free(model, X.bfloat16())) < 0.03
+    model.float()
+    assert relative(model(X), layer_free(model, X)) < 1e-5
+
+
+def test_copies_do_not_share_a_verdict() -> None:
+    model = stir(adapted())
+    peftfast.patch(model)
+    model(X)
+    twin = copy.deepcopy(model)
+    assert layer_of(twin).__dict__[peft_call.VERDICT] is None
+    with torch.no_grad():
+        layer_of(twin).lora_B["default"].weight.zero_()
+    assert not torch.equal(twin(X), model(X))
+    peftfast.unpatch(model)
+    assert peft_call.VERDICT not in layer_of(model).__dict__
+
+
+def test_threads() -> None:
+    """One model called by several threads while another switches its adapter: every answer is one of the two."""
+    model = stir(with_second()).eval()
+    peftfast.patch(model)
+    expected = []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        expected.append(layer_of(model)(X))
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(200):
+            y = layer_of(model)(X)
+            if not any(torch.equal(y, one) for one in expected):
+                wrong.append("an answer of neither adapter")
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for i in range(100):
+        layer_of(model).set_adapter(("default", "second")[i % 2])
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("option", ["dora", "two active"])
+def test_compiles_fullgraph(option: str) -> None:
+    model = stir(OPTIONS[option]())
+    peftfast.patch(model)
+    eager = run(model, X)
+    graph = run(torch.compile(model, fullgraph=True, backend="aot_eager"), X)
+    for name, value in eager.items():
+        assert relative(graph[f"_orig_mod.{name}" if name not in ("x", "y") else name], value) < 1e-4, name
+
+
+def test_block_is_what_the_names_say() -> None:
+    assert isinstance(layer_of(adapted()).base_layer, nn.Linear) and Block().up.in_features == K

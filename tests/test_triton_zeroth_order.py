@@ -1,0 +1,71 @@
+"""kernels/zeroth_order.py by itself: blockings, tables, alignment; interpreted without a GPU, compiled with one."""
+
+import pytest
+import torch
+
+from peftfast.configs.zeroth_order import PerturbConfig, ZoLinearConfig
+from peftfast.kernels import zeroth_order
+from peftfast.reference import zeroth_order as definition
+
+from .support.interpreter import DEVICE, require_runnable_kernels, seed_of
+from .support.zo_checks import bits
+
+
+@pytest.fixture(autouse=True)
+def runnable() -> None:
+    require_runnable_kernels()
+
+
+def moved(weights, ids, offsets, rademacher, config):  # type: ignore[no-untyped-def]
+    outs = [torch.full_like(weight, float("nan")) for weight in weights]
+    minus = [torch.full_like(weight, float("nan")) for weight in weights]
+    one = torch.tensor([0.5], device=DEVICE)
+    arguments = (seed_of(3), one, None, None, None, ids, offsets, rademacher, config)
+    zeroth_order.perturb(weights, outs, minus, *arguments)
+    return outs, minus
+
+
+@pytest.mark.parametrize("rademacher", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bits_do_not_depend_on_the_blocking(rademacher: bool, dtype: torch.dtype) -> None:
+    """Nine tensors of one launch (the search of the table goes four deep), empty ones and unaligned ones among them."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 0, 2048, 5, 4097, 1024, 0, 3, 2500)
+    weights = [torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in sizes]
+    weights[4] = weights[4][1:]  # two or four bytes off 16
+    offsets = [0, 5, 0, 2047, 0, 2**33 + 3, 0, 1, 64]
+    ids = [7 * i for i in range(9)]
+    for config in (PerturbConfig(), PerturbConfig(1024, 4), PerturbConfig(4096, 8)):
+        outs, minus = moved(weights, ids, offsets, rademacher, config)
+        for i, weight in enumerate(weights):
+            for sign, got in ((0.5, outs[i]), (-0.5, minus[i])):
+                scale = torch.tensor([sign], device=DEVICE)
+                right = definition.perturbed(
+                    weight, seed_of(3), scale, None, None, None, ids[i], offsets[i], rademacher
+                )
+                assert torch.equal(bits(got), bits(right)), (config, i, sign)
+
+
+def test_thresholds_of_empty_tensors_are_passed_over() -> None:
+    weights = [torch.empty(0, device=DEVICE), torch.ones(8, device=DEVICE)]
+    thresholds = torch.tensor([9.0, 0.5], device=DEVICE)
+    one = torch.ones(1, device=DEVICE)
+    arguments = (None, seed_of(3), one, None, thresholds, None, [0, 1], [0, 0], False, PerturbConfig())
+    zeroth_order.perturb(weights, weights, *arguments)
+    assert torch.equal(weights[1], torch.ones(8, device=DEVICE))
+
+
+@pytest.mark.parametrize("config", [ZoLinearConfig(16, 16, 16), ZoLinearConfig(32, 64, 32)])
+@pytest.mark.parametrize("rademacher", [False, True])
+def test_linear_does_not_depend_on_the_tile(config: ZoLinearConfig, rademacher: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y, weight = (
+        torch.randn(*shape, generator=generator).half().to(DEVICE) for shape in ((19, 76), (19, 76), (35, 76))
+    )
+    eps = torch.tensor([0.25], device=DEVICE)
+    got = zeroth_order.zo_linear(x, y, weight, None, None, seed_of(8), eps, None, 2, rademacher, config)
+    right = definition.zo_linear(
+        x.double(), y.double(), weight.double(), None, None, seed_of(8), eps, None, 2, rademacher
+    )
+    for one, other in zip(got, right, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-2, atol=4e-2)
