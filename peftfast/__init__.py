@@ -11,10 +11,23 @@ if TYPE_CHECKING:
     from . import functional, nn, optim
     from .functional import SparsePattern
     from .integrations import PatchReport, patch, report, unpatch
+    from .integrations.adapter_files import load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
-__all__ = ["PatchReport", "SparsePattern", "__version__", "functional", "nn", "optim", "patch", "report", "unpatch"]
+__all__ = [
+    "PatchReport",
+    "SparsePattern",
+    "__version__",
+    "functional",
+    "load_adapter",
+    "nn",
+    "optim",
+    "patch",
+    "report",
+    "save_adapter",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +35,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name == "SparsePattern":
         return importlib.import_module(".functional", __name__).SparsePattern
+    if name in ("load_adapter", "save_adapter"):
+        return getattr(importlib.import_module(".integrations.adapter_files", __name__), name)
     if name in __all__:
         return getattr(importlib.import_module(".integrations", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -121,7 +121,8 @@ def test_causal_model(llama, texts, tmp_path, capsys, method):
     assert "14 adapter layers fused, 0 stock" in said
     assert "held out: 6 lines" in said
 
-    assert {path.name for path in out.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in out.iterdir()} == {*adapter, finetune.PLOT}
     assert [path.name for path in out.parent.iterdir()] == ["adapter"]
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (16, 32, "CAUSAL_LM")
@@ -440,7 +441,7 @@ def case_dropout_of_one(llama, tmp_path):
 
 
 def case_unknown_method(llama, tmp_path):
-    return {"more": ("--method", "dora")}, ["--method", "'dora'", "qlora"]
+    return {"more": ("--method", "adalora")}, ["--method", "'adalora'", "qlora"]
 
 
 CASES = [value for name, value in sorted(globals().items()) if name.startswith("case_")]

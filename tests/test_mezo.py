@@ -230,6 +230,65 @@ def test_both_sides_see_the_same_dropout() -> None:
     assert not torch.equal(again[2], again[3])
 
 
+@pytest.mark.parametrize("mode", ["exact", "inplace"])
+@pytest.mark.parametrize(
+    "options", [{}, {"two_sided": False}, {"directions": 2}, {"two_sided": False, "directions": 2}], ids=str
+)
+def test_a_step_draws_as_much_as_one_call(mode: str, options: dict[str, Any]) -> None:
+    """Random numbers go on from step to step: the first step's mask is not the second's, whatever is evaluated in between."""
+    model = net(dropout=0.5)
+    optimizer = MeZO(model, lr=1e-4, seed=1, mode=mode, **options)
+    torch.manual_seed(4)
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+    after = torch.get_rng_state()
+    torch.manual_seed(4)
+    for _ in range(2):
+        closure_of(model)()
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_a_compiled_model() -> None:
+    plain, inner = net(gain=False), net(gain=False)
+    compiled = torch.compile(inner, backend="aot_eager")
+    optimizers = [MeZO(model, lr=1e-2, eps=1e-2, seed=3) for model in (plain, inner)]
+    for _ in range(2):
+        optimizers[0].step(closure_of(plain))
+        optimizers[1].step(closure_of(compiled))
+    assert optimizers[1].copied == []
+    for p, q in zip(plain.parameters(), inner.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_an_autocast_around_the_step_remembers_no_weight() -> None:
+    """Its cache holds 16-bit copies of parameters, which would stay where the copied ones were before."""
+    x = torch.randn(4, 8, device=DEVICE)
+    results = []
+    for outside in (False, True):
+        weight = nn.Parameter(torch.linspace(-1, 1, 64, device=DEVICE).reshape(8, 8))
+        optimizer = MeZO([weight], lr=1e-2, eps=0.1, seed=1)
+
+        def loss(weight: Tensor = weight) -> Tensor:
+            return (x @ weight).float().square().mean()
+
+        def autocast_loss(loss: Callable[[], Tensor] = loss) -> Tensor:
+            with torch.autocast(DEVICE.type, dtype=BF16):
+                return loss()
+
+        for _ in range(3):
+            if outside:
+                with torch.autocast(DEVICE.type, dtype=BF16), torch.enable_grad():
+                    loss()  # fills the cache
+                    optimizer.step(loss)
+            else:
+                optimizer.step(autocast_loss)
+        results.append(weight.detach().clone())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], torch.linspace(-1, 1, 64, device=DEVICE).reshape(8, 8))
+
+
 def test_perturbed_weights_are_rounded_once() -> None:
     layer = nn.Linear(16, 16, bias=False).to(BF16).to(DEVICE)
     seen = []
@@ -491,6 +550,9 @@ BAD_ARGUMENTS: dict[str, tuple[type, str, Callable[[], Any]]] = {
     "clip": (ValueError, "clip: expected", lambda: MeZO([W], clip=0.0)),
     "density": (ValueError, "density: expected", lambda: MeZO([W], density=1.5)),
     "sparse inplace": (ValueError, "density: Sparse MeZO needs", lambda: MeZO([W], density=0.5, mode="inplace")),
+    "rank": (ValueError, "rank: expected an int", lambda: MeZO([W], rank=0)),
+    "rank inplace": (ValueError, "rank: expected mode", lambda: MeZO([W], rank=1, mode="inplace")),
+    "rank and density": (ValueError, "rank: expected mode", lambda: MeZO([W], rank=1, density=0.5)),
     "nothing": (ValueError, "params: expected at least one", lambda: MeZO([])),
     "frozen": (ValueError, "params: expected at least one", lambda: MeZO(nn.Linear(2, 2).requires_grad_(False))),
     "a tensor": (TypeError, "params: expected a module", lambda: MeZO(W)),
@@ -575,6 +637,23 @@ def test_a_step_launches_little_and_computes_no_normal_of_torch() -> None:
     assert plain.compute["addmm"] * 2 == calls.compute["addmm"]
 
 
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device() -> None:
+    model = net(BF16)
+    optimizer = MeZO(model, lr=1e-3, seed=8, weight_decay=0.1, momentum=0.5, momentum_window=2, clip=1.0)
+    closure = closure_of(model)
+    optimizer.step(closure)
+    optimizer.step(closure)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step(closure)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    optimizer.check()
+
+
 def test_extra_memory_is_a_layer_s() -> None:
     """Scratch lives as long as its layer's forward: never more than the largest two at once."""
     alive: list[weakref.ref[Tensor]] = []
@@ -591,6 +670,57 @@ def test_extra_memory_is_a_layer_s() -> None:
     optimizer = MeZO(model, lr=0.0)
     optimizer.step(lambda: model(torch.ones(1, 64, device=DEVICE)).mean())
     assert len(alive) == 20 and most[0] <= 2
+
+
+def low_rank_z(p: Tensor, seed: int, tensor_id: int, rank: int) -> Tensor:
+    """By the definition in the docstring; dense where a side is not larger than the rank."""
+    if p.dim() != 2 or min(p.shape) <= rank:
+        return F.perturbation(p.shape, seed, tensor_id=tensor_id, device=DEVICE).double()
+    rows, columns = p.shape
+    both = F.perturbation(((rows + columns) * rank,), seed, tensor_id=tensor_id, device=DEVICE).double()
+    return both[: rows * rank].reshape(rows, rank) @ both[rows * rank :].reshape(columns, rank).T / rank**0.5
+
+
+@pytest.mark.parametrize(("tied", "paired"), [(False, False), (True, False), (False, True)])
+def test_low_rank_directions(tied: bool, paired: bool) -> None:
+    """Against the formula in float64: layers by factors, a table, a copied matrix, vectors, a head smaller than the rank."""
+    model = net(tied=tied, gain=not paired)
+    before = state(model)
+    optimizer = MeZO(model, lr=1e-2, eps=1e-2, seed=5, rank=8, directions=2, weight_decay=0.1)
+    mine = [p.detach().clone().double() for p in model.parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    wide = copy.deepcopy(model).double()
+
+    def loss(values: list[Tensor]) -> Tensor:
+        outputs = torch.func.functional_call(wide, dict(zip(names, values, strict=True)), (TOKENS,))
+        return nn.functional.cross_entropy(outputs, LABELS)
+
+    for step in range(2):
+        updates = [torch.zeros_like(p) for p in mine]
+        for i in range(2):
+            seed = (5 + (2 * step + i) * SEED_STEP) % 2**64
+            z = [low_rank_z(p, seed, k, 8) for k, p in enumerate(mine)]
+            plus, minus = (loss([p + s * 1e-2 * d for p, d in zip(mine, z, strict=True)]) for s in (1, -1))
+            for update, d in zip(updates, z, strict=True):
+                update += (plus - minus) / 2e-2 * d / 2
+        for p, update in zip(mine, updates, strict=True):
+            p.mul_(1 - 1e-3).sub_(1e-2 * update)
+        optimizer.step(paired_closure(model) if paired else closure_of(model), paired=paired)
+    for p, right, old in zip(model.parameters(), mine, before, strict=True):
+        torch.testing.assert_close(p.detach().double(), right, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(p.detach(), old)
+
+
+def test_low_rank_writes_no_moved_weight() -> None:
+    model = nn.Linear(64, 48, device=DEVICE)
+    x = torch.randn(8, 64, device=DEVICE)
+    optimizer = MeZO(model, lr=0.0, rank=4, weight_decay=0.0)
+    before = state(model)
+    optimizer.step(lambda: model(x).mean())
+    with Calls() as calls:
+        optimizer.step(lambda: model(x).mean())
+    assert calls.compute["lora_shrink"] == 2 and calls.compute["lora_expand_"] == 3  # the third is the update
+    assert same(model, before)
 
 
 def test_state_dict_continues_a_run() -> None:

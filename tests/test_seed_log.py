@@ -33,6 +33,7 @@ def run(model: nn.Module, path: Path, steps: int = 5, **options: Any) -> MeZO:
         {"distribution": "rademacher", "weight_decay": 0.1},
         {"directions": 3, "momentum": 0.5, "momentum_window": 2},
         {"density": 0.3},
+        {"rank": 4, "directions": 2, "weight_decay": 0.1},
         {"clip": 0.5, "two_sided": False, "stochastic_rounding": False},
     ],
     ids=str,

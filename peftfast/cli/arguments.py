@@ -98,8 +98,7 @@ def device_name(requested: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """No network and no notices from the Hugging Face libraries; called before they are imported."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    """No notices from the Hugging Face libraries; called before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT 0.21 asks transformers 5 by a name that it is about to drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -58,7 +58,7 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Every file under ``path``, then the names that lead to them, on the disk: a rename that outlives its contents loses both."""
     for folder, _, names in os.walk(path, topdown=False):
         for entry in [*(os.path.join(folder, name) for name in names), folder]:
@@ -117,7 +117,7 @@ def replace_directory(target: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
-        _flush(new)
+        flush(new)
         if not target.exists():
             os.rename(new, target)
         elif not _exchange(new, target):

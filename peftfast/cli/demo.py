@@ -53,9 +53,10 @@ def parser() -> arguments.Parser:
     at_least_one = arguments.integer(1)
     parse.add_argument(
         "--method",
-        choices=("qlora", *SPARSE_METHODS),
+        choices=("qlora", *SPARSE_METHODS, "mezo"),
         default="qlora",
-        help="what is trained: LoRA on a 4-bit base (the default), or a sparse delta beside LoRA at equal trained parameters",
+        help="what is trained: LoRA on a 4-bit base (the default); a sparse delta beside LoRA at equal trained parameters; mezo: by "
+        "forward passes alone",
     )
     parse.add_argument("--out", type=Path, default=Path("demo-out"), help="where results go (default: %(default)s)")
     parse.add_argument(
@@ -85,11 +86,16 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--max-length: the model reads at most 512 tokens, got {options.max_length}")
     device = arguments.device_name(options.device)
     out = arguments.writable_directory("--out", options.out)
+    os.environ["HF_HUB_OFFLINE"] = "1"
     arguments.quiet_libraries()
     if options.method in SPARSE_METHODS:
         from . import demo_sparse
 
         return demo_sparse.run(Run(options, directory, device, out))
+    if options.method == "mezo":
+        from . import mezo
+
+        return mezo.main(options, directory, device, out)
     run = Run(options, directory, device, out)
     try:
         agrees = run.all()

@@ -117,13 +117,15 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         else:
             dense = patched(weight, quantisation, indices, values, compute_dtype)
         y = functional.linear(x.to(compute_dtype), dense, None if bias is None else bias.to(compute_dtype))
-        return y.to(out_dtype)
+        # Not `.to` where nothing changes: torch 2.11's compiler gives a Function whose result is such a call gradients of zero.
+        return y if y.dtype == out_dtype else y.to(out_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, values, bias, indices, pattern, resident, observer, compute_dtype, _, *quantisation = inputs
         absmax, code, block_size, shape, *nested = quantisation
         needs_x, needs_weight, needs_values = ctx.needs_input_grad[:3]
+        ctx.set_materialize_grads(False)
         ctx.sliced = pattern.structure == "columns" and not needs_weight and observer is None
         kept = x if needs_values or needs_weight else None
         if kept is not None and ctx.sliced:
@@ -144,7 +146,9 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 17
         x, weight, values, indices, absmax, code, *nested = ctx.saved_tensors
         needs_x, needs_weight, needs_values, needs_bias = ctx.needs_input_grad[:4]
         dtype, pattern = ctx.compute_dtype, ctx.pattern

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 
 from torch import nn
 
+from . import unsloth
 from .patch_report import LayerReport, PatchReport
 
 __all__ = ["LayerReport", "PatchReport", "patch", "report", "unpatch"]
@@ -34,7 +36,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
         TypeError: not a module. RuntimeError: ``strict``, and a layer stays stock; nothing is changed then.
 
     Warns:
-        UserWarning: the model holds no adapter layer.
+        UserWarning: the model holds no adapter layer, or Unsloth has patched it already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -45,6 +47,10 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     if strict and before.stock:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in before.stock.items())
         raise RuntimeError(f"peftfast.patch(strict=True): these layers would stay stock:\n{lines}")
+    reason = unsloth.why_left_alone(model)
+    if reason:
+        warnings.warn(f"peftfast.patch: {reason}", UserWarning, stacklevel=2)
+        return before
     from . import peft, shira
 
     peft.patch(model)
@@ -71,4 +77,8 @@ def report(model: nn.Module) -> PatchReport:
     from . import peft, shira
 
     rows = shira.report_rows(model)
-    return PatchReport(tuple(rows.get(row.name, row) for row in peft.report(model).layers))
+    layers = tuple(rows.get(row.name, row) for row in peft.report(model).layers)
+    reason = unsloth.why_left_alone(model)
+    if reason:
+        layers = tuple(dataclasses.replace(row, kernel="", reason=row.reason or reason) for row in layers)
+    return PatchReport(layers)

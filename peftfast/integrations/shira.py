@@ -24,16 +24,9 @@ from ..ops import sparse_delta as sparse_ops
 from ..ops.backends import FLOAT_DTYPES
 from . import bitsandbytes as bnb
 from .patch_report import LayerReport
-from .peft import (
-    _DTENSOR,
-    _FSDP,
-    _RESTORE,
-    _adapter_layers,
-    _hooked,
-    _log_once,
-    _parameter_reason,
-    _peft_version_reason,
-)
+from .peft import _RESTORE, _adapter_layers
+from .peft_call import log_once
+from .peft_guards import DTENSOR, FSDP, _hooked, _parameter_reason, peft_version_reason
 
 logger = logging.getLogger("peftfast")
 
@@ -49,7 +42,7 @@ class FusedLinear(StockLinear):
             return super().forward(x, *args, **kwargs)
         reason = _why_stock(self) or _why_stock_for(self, x)
         if reason:
-            _log_once(reason)
+            log_once(reason)
             return super().forward(x)
         return _fused_forward(self, x)
 
@@ -85,8 +78,8 @@ def _pattern(layer: Any, name: str) -> SparsePattern | str:
 
 def _why_stock(layer: Any) -> str:
     """Why this layer runs PEFT's forward whatever its input is, or an empty string."""
-    if _peft_version_reason():
-        return _peft_version_reason()
+    if peft_version_reason():
+        return peft_version_reason()
     names = _names(layer)
     if len(names) > 1:
         return "several active adapters"
@@ -139,7 +132,7 @@ def _why_stock_for(layer: Any, x: Tensor) -> str:
     dtype = _weight_dtype(base)
     if not torch.is_autocast_enabled(x.device.type) and x.dtype != dtype:
         return f"an input of {x.dtype} on a weight of {dtype}"
-    if isinstance(x, _DTENSOR):
+    if isinstance(x, DTENSOR):
         return "an input that is a DTensor"
     return ""
 
@@ -204,7 +197,7 @@ def _why_not_swapped(module: nn.Module) -> str:
         return "forward is overridden on the layer itself"
     if isinstance(module, FusedLinear) or type(module) is StockLinear:
         return ""
-    if isinstance(module, _FSDP):
+    if isinstance(module, FSDP):
         return "wrapped by fully_shard before patching: patch first"
     return f"no fused form of PEFT's shira.{type(module).__name__}"
 
@@ -212,7 +205,7 @@ def _why_not_swapped(module: nn.Module) -> str:
 def patch(model: nn.Module) -> None:
     """Exchange the class of every SHiRA layer. One whose guards hold is exchanged too: they are asked again at each call."""
     for _, module in _adapter_layers(model):
-        if type(module) is not StockLinear or _why_not_swapped(module) or _peft_version_reason():
+        if type(module) is not StockLinear or _why_not_swapped(module) or peft_version_reason():
             continue
         base: Any = module.base_layer
         if getattr(base, bnb.REPACK_FLAG, False):

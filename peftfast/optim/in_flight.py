@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
+from . import low_rank
 
 _CURRENT = "_peftfast_in_flight"  # on a swapped module: what its forward asks
 
@@ -128,7 +129,8 @@ def discover(run: Callable[[], Any], parameters: Sequence[Tensor]) -> Layout:
                 modules.setdefault(owner, []).append(Held(name, index))
         else:
             copied.append(index)
-    return Layout(modules, copied, watch.random, watch.outside)
+    # Every module here was called: that is the first set of calls that is known to be served.
+    return Layout(modules, copied, watch.random, watch.outside, {frozenset(id(module) for module in modules)})
 
 
 def _swappable(module: nn.Module) -> bool:
@@ -150,6 +152,7 @@ class Direction:
     tensor_ids: Sequence[int]
     thresholds: Tensor | None
     rademacher: bool
+    rank: int | None = None
     paired: bool = False
     called: set[int] = field(default_factory=set)
     fallbacks: list[nn.Module] = field(default_factory=list)
@@ -162,7 +165,11 @@ class Direction:
         outs: list[Tensor] = [torch.empty_like(p) for p in parameters]
         by_dtype: dict[torch.dtype, list[int]] = {}
         for k, parameter in enumerate(parameters):
-            by_dtype.setdefault(parameter.dtype, []).append(k)
+            if self.rank is not None and low_rank.serves(parameter, self.rank):
+                outs[k].copy_(parameter.detach())
+                low_rank.move_(outs[k], self.seed, self.scale, self.tensor_ids[indices[k]], self.rank, self.rademacher)
+            else:
+                by_dtype.setdefault(parameter.dtype, []).append(k)
         for members in by_dtype.values():
             limits = None
             if self.thresholds is not None:
@@ -183,6 +190,11 @@ class Direction:
 
     def both(self, parameter: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """(W + eps z, W - eps z) in new memory."""
+        if self.rank is not None and low_rank.serves(parameter, self.rank):
+            sides = (parameter.detach().clone(), parameter.detach().clone())
+            for side, scale in zip(sides, (self.eps, -self.eps), strict=True):
+                low_rank.move_(side, self.seed, scale, self.tensor_ids[index], self.rank, self.rademacher)
+            return sides
         plus, minus = ops.zeroth_order.perturbed_pair(
             parameter.detach(), self.seed, self.eps, self.threshold(index), self.tensor_ids[index], 0, self.rademacher
         )
@@ -203,7 +215,7 @@ def _swapped_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 @contextlib.contextmanager
-def _holding(module: nn.Module, held: Sequence[Held], values: Sequence[Tensor]) -> Iterator[None]:
+def _holding(module: nn.Module, held: Sequence[Held], values: Sequence[Tensor | None]) -> Iterator[None]:
     """The module's parameters exchanged, in its own table alone: the Parameter objects are not touched."""
     table: dict[str, Any] = module._parameters
     before = [table[one.name] for one in held]
@@ -219,12 +231,50 @@ def _holding(module: nn.Module, held: Sequence[Held], values: Sequence[Tensor]) 
 def _single_forward(
     module: nn.Module, stock: Any, run: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any
 ) -> Any:
-    if stock.forward is nn.Embedding.forward and _few_rows(module, args, kwargs):
+    if _by_factors(module, stock, held, direction, args, kwargs):
+        return _low_rank_forward(module, run, held, direction, args[0])
+    if stock.forward is nn.Embedding.forward and direction.rank is None and _few_rows(module, args, kwargs):
         return _embedded(module, held[0], direction, args[0])
     parameters = [module._parameters[one.name] for one in held]
     moved = direction.moved(parameters, [one.index for one in held])  # type: ignore[arg-type]
     with _holding(module, held, moved):
         return run(*args, **kwargs)
+
+
+def _by_factors(module: Any, stock: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any) -> bool:
+    return (
+        direction.rank is not None
+        and stock.forward is nn.Linear.forward
+        and any(one.name == "weight" for one in held)
+        and low_rank.serves(module.weight, direction.rank)
+        and len(args) == 1
+        and not kwargs
+    )
+
+
+def _low_rank_forward(module: Any, run: Any, held: list[Held], direction: Direction, x: Tensor) -> Tensor:
+    """The layer as it is, and the move of its weight as an adapter's: one sign, or with a doubled batch both at one reading."""
+    assert direction.rank is not None
+    weight = next(one for one in held if one.name == "weight")
+    bias = next((one for one in held if one.name == "bias"), None)
+    half = len(x) // 2 if direction.paired else None
+    scale = direction.eps if direction.paired else direction.scale
+    if bias is None:
+        y = run(x)
+    elif half is None:
+        with _holding(module, [bias], direction.moved([module.bias], [bias.index])):
+            y = run(x)
+    else:
+        with _holding(module, [bias], [None]):
+            y = run(x)
+        for part, value in zip((y[:half], y[half:]), direction.both(module.bias, bias.index), strict=True):
+            part.add_(value)
+    u, v = low_rank.factors(
+        module.weight, direction.seed, direction.tensor_ids[weight.index], direction.rank, direction.rademacher
+    )
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    low_rank.add_to_(out, rows, u * scale, v, None if half is None else len(rows) // 2)
+    return y
 
 
 def _few_rows(module: Any, args: Any, kwargs: Any) -> bool:
@@ -264,6 +314,8 @@ def _paired_forward(
     module: nn.Module, stock: Any, run: Any, held: list[Held], direction: Direction, args: Any, kwargs: Any
 ) -> Any:
     halves = _halves(module, args, kwargs)
+    if _by_factors(module, stock, held, direction, args, kwargs):
+        return _low_rank_forward(module, run, held, direction, args[0])
     weight = next((one for one in held if one.name == "weight"), None)
     if stock.forward is nn.Linear.forward and weight is not None and args[0].dtype == module.weight.dtype:
         biases: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..functional.zeroth_order import is_rademacher, seeds_tensor, signed_seed
-from . import exchange, in_flight
+from . import exchange, in_flight, low_rank
 from .arguments import (
     Closure,
     check_number,
@@ -19,12 +19,11 @@ from .arguments import (
     closures_of,
     float32,
     groups_of,
-    loss_of,
     magnitude_thresholds,
     momentum_weights,
-    same_random_numbers,
     window_of,
 )
+from .evaluation import ExactEvaluations, InplaceEvaluations
 from .readback import Unread
 from .seed_log import SeedLog, Step
 
@@ -33,7 +32,7 @@ MODES = ("exact", "inplace")
 SEED_STEP = signed_seed("SEED_STEP", 0x9E3779B97F4A7C15)
 
 
-class MeZO(torch.optim.Optimizer):
+class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
     """SGD along a random direction: g = (L(θ + ε z) - L(θ - ε z)) / 2 ε, θ ← θ (1 - lr wd) - lr g z.
 
     ``step(closure)`` calls the closure at moved weights; it returns the loss and does no backward. z is Philox's and never stored: a
@@ -62,6 +61,9 @@ class MeZO(torch.optim.Optimizer):
         clip: |g| is cut to it.
         density: Sparse MeZO: of each tensor of two or more dimensions only the elements with |θ| ≤ h move, h being the ``density``
             quantile of |θ| at construction. The mask is told from the unperturbed weight in the kernel and never stored.
+        rank: directions of matrices larger than it are z = U Vᵀ / sqrt(rank) (LOZO, arXiv 2410.07698): a linear layer then reads its
+            weight as it is, and its move is an adapter's forward, which takes fewer normals by far. The update is rounded to
+            nearest, which 16 bits lose when it is small.
         filter: (name, parameter) -> whether it is trained. Ids of z count all parameters, before it.
         seed: of the whole run, 64 bits; drawn by torch's generator if not given.
         stochastic_rounding: of the update in 16 bits; without it bfloat16 loses 97 % of an update at lr g = 1e-6.
@@ -88,6 +90,7 @@ class MeZO(torch.optim.Optimizer):
         momentum_window: int | None = None,
         clip: float | None = None,
         density: float | None = None,
+        rank: int | None = None,
         filter: Callable[[str, Tensor], bool] | None = None,
         seed: int | None = None,
         stochastic_rounding: bool = True,
@@ -112,6 +115,11 @@ class MeZO(torch.optim.Optimizer):
                 raise ValueError(
                     "density: Sparse MeZO needs mode='exact': the mask is a function of the unperturbed weight"
                 )
+        if rank is not None:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"rank: expected an int of at least 1, got {rank!r}")
+            if mode == "inplace" or density is not None:
+                raise ValueError("rank: expected mode='exact' and no density")
         if momentum_window is not None and (not isinstance(momentum_window, int) or momentum_window < 1):
             raise ValueError(f"momentum_window: expected an int of at least 1, got {momentum_window!r}")
         self._rademacher = is_rademacher(distribution)
@@ -127,7 +135,7 @@ class MeZO(torch.optim.Optimizer):
             signed_seed("seed", seed), self._names, [p.shape for p in self._parameters]
         )
         self.mode, self.eps, self.two_sided, self.directions = mode, float(eps), bool(two_sided), directions
-        self.momentum, self.clip, self.density = float(momentum), clip, density
+        self.momentum, self.clip, self.density, self.rank = float(momentum), clip, density, rank
         self.distribution, self.stochastic_rounding = distribution, bool(stochastic_rounding)
         self.paired_fallbacks: list[str] = []
         self._modules = {id(m): n for n, m in params.named_modules()} if isinstance(params, nn.Module) else {}
@@ -169,6 +177,7 @@ class MeZO(torch.optim.Optimizer):
             "window": self._seeds.numel() // self.directions,
             "stochastic_rounding": self.stochastic_rounding,
             "thresholds": thresholds,
+            "rank": self.rank,
         }
 
     @property
@@ -231,181 +240,6 @@ class MeZO(torch.optim.Optimizer):
             for i in range(self.directions)
         ]
 
-    # Losses: float64 [directions, sides, micro-batches] of this worker and all others.
-
-    def _exact_losses(self, closures: Sequence[Closure], seeds: Tensor, paired: bool) -> Tensor:
-        with same_random_numbers(self._device) as rewind:
-            base = None
-            if self._layout is None:
-                found = self._discover(closures, paired)
-                base = None if paired else found
-                rewind()
-            assert self._layout is not None
-            self._keep_copies()
-            if paired:
-                self._check_paired()
-            try:
-                sides = []
-                if not self.two_sided and base is None:
-                    base = self._run(closures)
-                    rewind()
-                for i in range(self.directions):
-                    seed = seeds[i : i + 1]
-                    if paired:
-                        sides.append(self._evaluate(closures, seed, self._eps, rewind, paired=True))
-                    else:
-                        plus = self._evaluate(closures, seed, self._eps, rewind)
-                        rewind()
-                        minus = base if not self.two_sided else self._evaluate(closures, seed, self._minus_eps, rewind)
-                        sides.append(torch.stack((plus, minus)))  # type: ignore[arg-type]
-                    if i + 1 < self.directions:
-                        rewind()
-            finally:
-                if self._layout.copied:
-                    torch._foreach_copy_([self._parameters[i].detach() for i in self._layout.copied], self._saved)
-        return torch.stack(sides)
-
-    def _discover(self, closures: Sequence[Closure], paired: bool = False) -> Tensor:
-        found: list[Tensor] = []
-        self._layout = in_flight.discover(lambda: found.append(self._run(closures, paired)), self._parameters)
-        return found[0]
-
-    def _keep_copies(self) -> None:
-        assert self._layout is not None
-        copied = [self._parameters[i].detach() for i in self._layout.copied]
-        if len(self._saved) != len(copied):
-            self._saved = [p.clone(memory_format=torch.contiguous_format) for p in copied]
-        elif copied:
-            torch._foreach_copy_(self._saved, copied)
-
-    def _evaluate(
-        self, closures: Sequence[Closure], seed: Tensor, scale: Tensor, rewind: Callable[[], None], paired: bool = False
-    ) -> Tensor:
-        assert self._layout is not None
-        layout = self._layout
-        direction = in_flight.Direction(
-            seed, scale, self._eps, self._ids, self._thresholds, self._rademacher, paired=paired
-        )
-        self._move_copies(layout, seed, scale)
-        with in_flight.perturbing(layout, direction):
-            losses = self._run(closures, paired)
-        calls = frozenset(direction.called)
-        if not layout.known_calls:
-            layout.known_calls.add(calls)
-        if calls not in layout.known_calls and self._found_outside(closures, rewind, paired):
-            rewind()
-            return self._evaluate(closures, seed, scale, rewind, paired)
-        self._layout.known_calls.add(calls)
-        if paired:
-            named = [self._modules.get(id(m), type(m).__name__) for m in direction.fallbacks]
-            self.paired_fallbacks = sorted({*self.paired_fallbacks, *named})
-        return losses
-
-    def _move_copies(self, layout: in_flight.Layout, seed: Tensor, scale: Tensor) -> None:
-        if layout.copied:
-            limits = None
-            if self._thresholds is not None:
-                limits = torch.cat([self._thresholds[i : i + 1] for i in layout.copied])
-            F.perturb_(
-                [self._parameters[i].detach() for i in layout.copied],
-                seed,
-                scale,
-                distribution=self.distribution,
-                tensor_ids=[self._ids[i] for i in layout.copied],
-                thresholds=limits,
-                sources=self._saved,
-            )
-
-    def _found_outside(self, closures: Sequence[Closure], rewind: Callable[[], None], paired: bool) -> bool:
-        """Other layers were called than ever before: whether some weight is now read where it was not moved. The closure is watched
-        again, and such weights are copied from now on."""
-        assert self._layout is not None
-        old = self._layout
-        if old.copied:
-            torch._foreach_copy_([self._parameters[i].detach() for i in old.copied], self._saved)
-        rewind()
-        self._discover(closures, paired)
-        new = self._layout
-        served = {held.index for helds in old.modules.values() for held in helds}
-        read = {held.index for helds in new.modules.values() for held in helds}
-        silent = served - read - new.read_outside
-        # Layers that this call does not use at all stay as they were.
-        for module, helds in old.modules.items():
-            kept = [held for held in helds if held.index in silent]
-            if kept:
-                new.modules[module] = [*new.modules.get(module, []), *kept]
-        new.copied = sorted(set(new.copied) - silent | set(old.copied))
-        for module in list(new.modules):
-            new.modules[module] = [held for held in new.modules[module] if held.index not in set(new.copied)]
-        new.modules = {module: helds for module, helds in new.modules.items() if helds}
-        new.known_calls = set(old.known_calls)
-        changed = set(new.copied) != set(old.copied)
-        if changed:
-            new.known_calls = set()
-            self._saved = []
-        self._keep_copies()
-        return changed
-
-    def _check_paired(self) -> None:
-        assert self._layout is not None
-        # A module with others inside it cannot be run half by half: those inside would halve their batches again.
-        outer = [h.index for m, helds in self._layout.modules.items() if any(m.children()) for h in helds]
-        if left := sorted({*self._layout.copied, *outer}):
-            raise ValueError(
-                "paired: these parameters cannot have two values at once: they are read outside the forward of the module that holds "
-                f"them, or it has modules inside: {', '.join(self._names[i] for i in left)}"
-            )
-        if self._layout.random:
-            raise ValueError(
-                "paired: the closure draws random numbers, which would differ between the two halves of the batch; switch dropout "
-                "off (model.eval()), or do not pair"
-            )
-
-    def _inplace_losses(self, closures: Sequence[Closure], seeds: Tensor) -> Tensor:
-        """Leaves the weights at the last side of the last direction; :meth:`_update` restores and updates in one pass."""
-        at: list[tuple[Tensor, Tensor]] = []  # what the weights are moved by now: (seed, scale)
-        away = self._eps + self._eps
-        sides: list[Tensor] = []
-        with same_random_numbers(self._device) as rewind:
-            try:
-                base = None
-                if not self.two_sided:
-                    base = self._run(closures)
-                    rewind()
-                for i in range(self.directions):
-                    seed = seeds[i : i + 1]
-                    # Back from the direction before and out along this one, in one pass.
-                    self._move([(s, -c) for s, c in at] + [(seed, self._eps)])
-                    at = [(seed, self._eps)]
-                    plus = self._run(closures)
-                    if self.two_sided:
-                        rewind()
-                        self._move([(seed, -away)])
-                        at = [(seed, self._minus_eps)]
-                        minus = self._run(closures)
-                    else:
-                        assert base is not None
-                        minus = base
-                    sides.append(torch.stack((plus, minus)))
-                    if i + 1 < self.directions:
-                        rewind()
-                return torch.stack(sides)
-            except BaseException:
-                if at:
-                    self._move([(s, -c) for s, c in at])
-                raise
-
-    def _move(self, terms: Sequence[tuple[Tensor, Tensor]]) -> None:
-        seeds, scales = (torch.cat(part) for part in zip(*terms, strict=True))
-        parameters = [p.detach() for p in self._parameters]
-        F.perturb_(parameters, seeds, scales, distribution=self.distribution, tensor_ids=self._ids)
-
-    def _run(self, closures: Sequence[Closure], paired: bool = False) -> Tensor:
-        """float64 ``[micro-batches]``, or ``[2, micro-batches]`` of a paired closure."""
-        losses = [loss_of(closure(), self._device, 2 if paired else 1) for closure in closures]
-        stacked = torch.stack(losses)
-        return stacked.T.contiguous() if paired else stacked.reshape(-1)
-
     def _projected(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """(g of each direction, float32; whether all are finite, one bool). Differences are summed in the order of ranks and
         micro-batches, one after the other, so that who computed them does not show."""
@@ -450,16 +284,23 @@ class MeZO(torch.optim.Optimizer):
             limits = None
             if self._thresholds is not None:
                 limits = self._thresholds[members.start : members.stop]
+            dense = [i for i in members if not low_rank.serves(self._parameters[i], self.rank)]
             F.perturb_(
-                [self._parameters[i].detach() for i in members],
+                [self._parameters[i].detach() for i in dense],
                 terms,
                 coefficients,
                 distribution=self.distribution,
-                tensor_ids=[self._ids[i] for i in members],
+                tensor_ids=[self._ids[i] for i in dense],
                 decay=decay,
                 thresholds=limits,
                 rounding_seed=seeds[:1] if self.stochastic_rounding else None,
             )
+            for i in members:
+                if self.rank is not None and low_rank.serves(self._parameters[i], self.rank):
+                    weight = self._parameters[i].detach()
+                    if decay is not None:
+                        weight.mul_(decay)
+                    low_rank.update_(weight, terms, coefficients, self._ids[i], self.rank, self._rademacher)
 
     # What the device knows is read when it has come, and raised a step later.
 

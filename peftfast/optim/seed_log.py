@@ -157,6 +157,7 @@ def replay(path: str | Path, params: nn.Module | Iterable[Any], *, steps: int | 
         momentum=header["momentum"],
         momentum_window=window if header["momentum"] else None,
         stochastic_rounding=header["stochastic_rounding"],
+        rank=header["rank"],
         seed=header["seed"],
     )
     return optimizer._replay(header, records, steps)

@@ -1,0 +1,93 @@
+"""The output directory of a fine-tuning: a PEFT adapter and, until the training is over, what is needed to go on with it.
+
+``OUT`` is replaced whole at each save (:mod:`.atomic`), so that the adapter and the state beside it are always of one step. The state
+lies in ``OUT/checkpoint``: a checkpoint of transformers' Trainer and, written last, ``complete.json``, which says that the rest is
+whole, of which step it is and of which command. Without that marker a checkpoint is not read.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from . import atomic
+from .errors import UserError
+
+FOLDER, MARKER = "checkpoint", "complete.json"
+# Options that may change from one start of a training to the next; under any other it would be another training.
+FREE = {"out", "overwrite", "resume", "device", "logging_steps", "save_steps", "max_steps", "num_train_epochs"}
+
+
+def check(out: Path, *, overwrite: bool, resume: bool) -> None:
+    """Whether ``out`` may be written to.
+
+    Raises:
+        UserError: it is a file or holds something else, it holds an adapter that was not to be replaced, or there is nothing whole to
+            resume from.
+    """
+    atomic.recover(out)
+    if not out.exists():
+        nearest = next(path for path in out.absolute().parents if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"--out: cannot write into {nearest}")
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise UserError(f"--out: {out} is not a directory")
+    if (out / "adapter_config.json").exists():
+        begun = (out / FOLDER).is_dir()
+        if resume:
+            if not begun:
+                raise UserError(f"--resume: the training in {out} is over; --overwrite begins another")
+            marker(out)
+        elif not overwrite:
+            also = "--resume goes on with it, " if begun else ""
+            raise UserError(f"--out: {out} holds an adapter already; {also}--overwrite replaces it")
+    elif any(out.iterdir()):
+        raise UserError(f"--out: {out} holds files and no adapter; expected a new, an empty or an adapter's directory")
+
+
+def marker(out: Path) -> dict[str, Any]:
+    """What the marker of ``out``'s checkpoint says. Raises UserError where there is none, or none that can be read."""
+    path = out / FOLDER / MARKER
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        step = said["step"]
+        assert isinstance(step, int) and isinstance(said["options"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f"--resume: the checkpoint in {out} is not whole: no {MARKER} in {out / FOLDER}") from None
+    return said
+
+
+def fingerprint(options: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """What must be the same for a training to go on: the options and the contents of the data file."""
+    kept = {name: _plain(value) for name, value in vars(options).items() if name not in FREE | {"data", "model"}}
+    return kept | {"data": hashlib.sha256(data.read_bytes()).hexdigest()}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, list, dict)) or value is None else str(value)
+
+
+def check_same(out: Path, wanted: dict[str, Any]) -> int:
+    """The step to resume from. Raises UserError where the checkpoint is of a training under other options."""
+    said = marker(out)
+    before, now = said["options"], json.loads(json.dumps(wanted))
+    for name in sorted(set(before) | set(now)):
+        if before.get(name) != now.get(name):
+            if name == "data":
+                raise UserError(
+                    f"--resume: the checkpoint in {out} is of another --data: its contents are not the same"
+                )
+            raise UserError(
+                f"--resume: the checkpoint in {out} is of --{name} {before.get(name)}, not of {now.get(name)}; "
+                "expected the same options"
+            )
+    return int(said["step"])
+
+
+def write_marker(folder: Path, step: int, options: dict[str, Any]) -> None:
+    """Last of all files of a checkpoint, after the others are on the disk."""
+    atomic.flush(folder)
+    atomic.replace_file(folder / MARKER, (json.dumps({"step": step, "options": options}, indent=1) + "\n").encode())

@@ -1,0 +1,244 @@
+"""``python -m peftfast merge``: an adapter put into its base model, written as a model of its own and checked by reading it back."""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import arguments, atomic, models
+from .errors import UserError
+from .finetune_job import LABEL_NAMES
+
+PACKAGES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "peft": "peft",
+    "accelerate": "accelerate",
+    "safetensors": "safetensors",
+}
+# Of the logits, in float32, adapter beside the base against adapter in it: sums in another order, over a model's depth. A scale or a
+# layer that is missing is orders of magnitude larger.
+TOLERANCE = 1e-3
+PROBE_TOKENS = 64
+
+DESCRIPTION = """\
+Writes base + adapter as one model. The base is read in float32 (four bytes a parameter), merged by PEFT, and the merged model must
+give the logits of the model with its adapter beside it. It is written in --dtype or in 4 bits, read back, and each tensor compared
+bit for bit."""
+
+
+def parser() -> arguments.Parser:
+    parse = arguments.Parser(prog="python -m peftfast merge", description=DESCRIPTION, allow_abbrev=False)
+    parse.add_argument("--adapter", type=Path, required=True, help="PEFT directory")
+    parse.add_argument("--out", type=Path, required=True, help="directory for the merged model")
+    parse.add_argument("--model", help="the base: a directory or OWNER/NAME (default: what the adapter names)")
+    parse.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default: %(default)s"
+    )
+    parse.add_argument("--four-bit", action="store_true", help="write NF4 weights, nested, as bitsandbytes does")
+    parse.add_argument(
+        "--four-bit-base",
+        action="store_true",
+        help="merge into the base as 4 bits left it: what an adapter of --method qlora was trained on",
+    )
+    parse.add_argument("--overwrite", action="store_true", help="replace the model that --out holds")
+    parse.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: cuda where there is one)")
+    return parse
+
+
+def main(argv: Sequence[str]) -> int:
+    """Merge, write and check; 0 when the merged model is in place. Raises UserError for bad input and where a check fails; ``--out`` is
+    left as it was then."""
+    options = parser().parse_args(argv)
+    config = _adapter_config(options.adapter)
+    name = options.model or config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"--model: the adapter in {options.adapter} names no base model; give it")
+    directory = None if models.is_hub_name(name) else models.directory_of("--model", name)
+    _check_out(options.out, options.overwrite)
+    packages = PACKAGES | ({"bitsandbytes": "bitsandbytes"} if options.four_bit or options.four_bit_base else {})
+    arguments.require("merge", packages)
+    device = arguments.device_name(options.device)
+    models.offline_unless_named(name)
+    arguments.quiet_libraries()
+    directory = directory or models.directory_of("--model", name)
+
+    arguments.writable_directory("--out", options.out.absolute().parent)
+    _run(options, str(directory), device)
+    return 0
+
+
+def _adapter_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"--adapter: no adapter_config.json in {adapter}; expected a PEFT directory")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--adapter: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--adapter: {path}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    atomic.recover(out)
+    if not out.exists():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise UserError(f"--out: {out} is not a directory")
+    if any(out.iterdir()) and not (overwrite and (out / "config.json").exists()):
+        if (out / "config.json").exists():
+            raise UserError(f"--out: {out} holds a model already; --overwrite replaces it")
+        raise UserError(f"--out: {out} holds files and no model; expected a new, an empty or a model's directory")
+
+
+def _run(options: argparse.Namespace, directory: str, device: str) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    with models.named("--model", directory, "config"):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    labels = options.adapter / LABEL_NAMES
+    classify = labels.is_file()
+    if classify:
+        names = [str(name) for name in json.loads(labels.read_text(encoding="utf-8"))]
+        config.num_labels = len(names)
+        config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
+    merged, probe, expected, gap = _merged(options, directory, config, classify, device)
+    print(f"merged: logits of the probe within {gap:.1e} of the adapter's, in float32")
+
+    merged.to(getattr(torch, options.dtype))
+    with atomic.replace_directory(options.out) as new:
+        if options.four_bit:
+            with tempfile.TemporaryDirectory(dir=new.parent, prefix=f".{options.out.name}.dense-") as dense:
+                merged.save_pretrained(dense)
+                del merged
+                written, _ = models.load(
+                    dense,
+                    AutoConfig.from_pretrained(dense),
+                    classify=classify,
+                    dtype=options.dtype,
+                    device=device,
+                    four_bit=True,
+                    skip=_heads() if classify else None,
+                )
+        else:
+            written = merged
+        written.save_pretrained(str(new))
+        _copy_tokenizer(directory, new)
+        _check(written.state_dict(), new, classify, device, probe, expected)
+    print(f"written to {options.out}")
+
+
+def _heads() -> list[str]:
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    return list(SEQ_CLS_HEAD_NAMES)
+
+
+def _merged(
+    options: argparse.Namespace, directory: str, config: Any, classify: bool, device: str
+) -> tuple[Any, Any, Any, float]:
+    """(the merged model in float32, token ids, the adapted model's logits of them, how far the merged model's are from these)."""
+    import torch
+    from peft import PeftModel
+
+    base, _ = models.load(
+        directory,
+        config,
+        classify=classify,
+        dtype="auto" if options.four_bit_base else "float32",
+        device=device,
+        four_bit=options.four_bit_base,
+        skip=_heads() if classify else None,
+    )
+    if options.four_bit_base:
+        _unquantise(base)
+        base.to(torch.float32)
+    base.to(device).eval()
+    with models.named("--adapter", str(options.adapter), "adapter"):
+        model = PeftModel.from_pretrained(base, str(options.adapter)).eval()
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(device)
+    with torch.no_grad():
+        expected = model(input_ids=probe).logits.float().cpu()
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            raise UserError(f"--adapter: PEFT cannot merge it: {arguments.first_line(error)}") from None
+        gap = _relative(merged(input_ids=probe).logits, expected)
+    if not gap <= TOLERANCE:
+        raise UserError(
+            f"--adapter: merging changes the logits by {gap:.1e} of their size, {TOLERANCE:g} at most expected; this adapter cannot be "
+            "merged, or it is not of this base"
+        )
+    return merged, probe, expected, gap
+
+
+def _relative(values: Any, expected: Any) -> float:
+    return float((values.float().cpu() - expected).norm() / expected.norm())
+
+
+def _unquantise(model: Any) -> None:
+    """A dense nn.Linear of the same values in place of each Linear4bit."""
+    import bitsandbytes
+    import torch
+
+    import peftfast.functional as F
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, bitsandbytes.nn.Linear4bit):
+                dense = torch.nn.Linear(
+                    child.in_features, child.out_features, bias=child.bias is not None, device="meta"
+                )
+                values = F.nf4_dequantize(F.NF4Weight.from_bitsandbytes(child.weight), torch.float32)
+                dense.weight = torch.nn.Parameter(values, requires_grad=False)
+                if child.bias is not None:
+                    dense.bias = child.bias
+                setattr(parent, name, dense)
+    # What transformers left to say that the model is quantised, which save_pretrained would repeat.
+    for attribute in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            model.__dict__.pop(attribute, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _copy_tokenizer(directory: str, new: Path) -> None:
+    for pattern in ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*"):
+        for path in Path(directory).glob(pattern):
+            if path.is_file() and not (new / path.name).exists():
+                shutil.copyfile(path, new / path.name)
+
+
+def _check(written: dict[str, Any], new: Path, classify: bool, device: str, probe: Any, expected: Any) -> None:
+    """Read back what was written. Raises UserError unless every tensor is what it was, bit for bit, and the logits are numbers."""
+    import torch
+
+    with models.named("--out", str(new), "merged model"):
+        again = models.auto_class(classify).from_pretrained(
+            str(new), dtype="auto", local_files_only=True, device_map={"": device}
+        )
+    if hasattr(again, "hf_quantizer"):
+        models.forbid_repacking(again)
+    read = again.state_dict()
+    different = sorted(
+        name
+        for name in written.keys() | read.keys()
+        if name not in written or name not in read or not torch.equal(written[name].cpu(), read[name].cpu())
+    )
+    if different:
+        raise UserError(
+            f"--out: read back, {len(different)} tensors are not what was written, {different[0]} the first"
+        )
+    with torch.no_grad():
+        logits = again.eval()(input_ids=probe).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("--out: read back, the model gives logits that are not finite")
+    print(f"read back: {len(read)} tensors, bit for bit; logits {_relative(logits, expected):.1e} from the adapter's")

@@ -1,0 +1,302 @@
+"""PEFT's adapter files for models that were adapted without PEFT, by :class:`peftfast.nn.LoRALinear`.
+
+A directory holds ``adapter_model.safetensors`` and ``adapter_config.json``, as ``PeftModel.save_pretrained`` writes them: stock PEFT
+loads what :func:`save_adapter` saved, and :func:`load_adapter` loads what PEFT saved. PEFT is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import LoRALinear
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+# The last part of a tensor's name in the file -> the parameter of a LoRALinear.
+PARTS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_bias",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+}
+# What a LoraConfig may say beyond the layers' sizes, with the values under which a LoRALinear computes the same.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "velora_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "megatron_config": (None,),
+    # Other initialisations rewrite the base weight, so that the adapter does not fit the base that is saved.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base_model_name_or_path: str = "") -> None:
+    """Write the adapters of all :class:`~peftfast.nn.LoRALinear` in ``model`` as a PEFT adapter directory.
+
+    Parameter names are the modules' paths in ``model``, ``[r, in]`` for A and ``[out, r]`` for B. Files of an adapter that the
+    directory holds are replaced, each in one step.
+
+    Args:
+        model: the module whose paths PEFT will look for: what ``get_peft_model`` would be given.
+        directory: made if need be.
+        base_model_name_or_path: what the file says of its base; empty: the model's own ``name_or_path``, if it has one.
+
+    Raises:
+        TypeError: not a module. ValueError: no LoRALinear in it, or layers that one LoraConfig cannot describe: some with
+            DoRA or a LoRA bias and some without, or several dropouts. RuntimeError: a layer is merged.
+    """
+    layers = _layers_of(model)
+    if not layers:
+        raise ValueError("model: expected at least one peftfast.nn.LoRALinear, found none")
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise RuntimeError(f"save_adapter: {merged[0]} is merged; unmerge it first")
+    name = base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    config = _config_of(model, layers) | {"base_model_name_or_path": name}
+    tensors = {
+        f"{PREFIX}{path}.{part}": getattr(layer, attribute).detach().cpu().contiguous()
+        for path, layer in layers.items()
+        for part, attribute in PARTS.items()
+        if getattr(layer, attribute) is not None
+    }
+    from safetensors.torch import save
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+    """Load a PEFT LoRA adapter into a model that PEFT has not touched.
+
+    A linear layer that the file has an adapter for (nn.Linear, bitsandbytes Linear4bit, :class:`~peftfast.nn.NF4Linear`) is replaced by
+    :meth:`LoRALinear.from_linear <peftfast.nn.LoRALinear.from_linear>`, which shares its storage; a LoRALinear takes the values, if
+    rank and options are the file's. Scaling, dropout, rsLoRA, DoRA and LoRA bias come from the file.
+
+    Args:
+        model: the base model, as saved; changed in place unless it is a single linear layer.
+        directory: holds adapter_model.safetensors and adapter_config.json.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        FileNotFoundError: one of the files is missing. TypeError: ``model`` is not a module, or a layer is not one of those above.
+        ValueError: not a LoRA adapter, one that uses what a LoRALinear does not compute, or one whose names or shapes are not the
+            model's. Nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    folder = Path(directory)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"directory: no {name} in {folder}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"directory: {folder / CONFIG} is not JSON ({error})") from None
+    _check_config(config, folder)
+    from safetensors.torch import load_file
+
+    grouped = _grouped(load_file(folder / WEIGHTS), folder)
+    # All is made ready before the first module is exchanged; from_linear freezes what it shares.
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        ready = {path: _adapted(model, path, tensors, config) for path, tensors in grouped.items()}
+    except (TypeError, ValueError):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(not any(parameter is other for other in frozen))
+        raise
+    for path, layer in ready.items():
+        for attribute, value in grouped[path].items():
+            with torch.no_grad():
+                getattr(layer, attribute).copy_(value)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def _layers_of(model: nn.Module) -> dict[str, LoRALinear]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, LoRALinear):
+        raise ValueError(
+            "model: expected a module that holds LoRALinear layers, got a single one: it has no name to be saved by"
+        )
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _one(layers: dict[str, LoRALinear], what: str, value: Any) -> Any:
+    """The value that all layers share."""
+    values = {name: value(layer) for name, layer in layers.items()}
+    if len(set(values.values())) > 1:
+        first, *others = values
+        other = next(name for name in others if values[name] != values[first])
+        raise ValueError(
+            f"model: a PEFT adapter has one {what}, but {first} has {values[first]} and {other} has {values[other]}"
+        )
+    return next(iter(values.values()))
+
+
+def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+    # The layers keep their scaling, not the rule that gave it: rsLoRA is what all of them fit, and plain LoRA fits by its alpha.
+    rslora = all(_close(layer.scaling, layer.lora_alpha / math.sqrt(layer.r)) for layer in layers.values()) and not all(
+        _close(layer.scaling, layer.lora_alpha / layer.r) for layer in layers.values()
+    )
+    ranks = {name: layer.r for name, layer in layers.items()}
+    alphas = {name: _plain(layer.lora_alpha if rslora else layer.scaling * layer.r) for name, layer in layers.items()}
+    rank, alpha = _most_frequent(ranks), _most_frequent(alphas)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "target_modules": _targets(model, list(layers)),
+        "r": rank,
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        "lora_alpha": alpha,
+        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
+        "use_rslora": rslora,
+        "use_dora": _one(layers, "use_dora", lambda layer: layer.lora_magnitude_vector is not None),
+        "lora_bias": _one(layers, "lora_bias", lambda layer: layer.lora_bias is not None),
+        "lora_dropout": _one(layers, "lora_dropout", lambda layer: layer.lora_dropout),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-9)
+
+
+def _plain(alpha: float) -> int | float:
+    """An alpha as people write it: 16, not 16.000000000000004."""
+    return int(round(alpha)) if _close(alpha, round(alpha)) else alpha
+
+
+def _most_frequent(values: dict[str, Any]) -> Any:
+    listed = list(values.values())
+    return max(dict.fromkeys(listed), key=listed.count)
+
+
+def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """Short names where they select these layers and no other linear layer; else a pattern that does. PEFT takes a list's entry as the
+    end of a path, and matches a string as a whole."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = set(names)
+    for candidates in ({name.rpartition(".")[2] for name in names}, chosen):
+        hit = {name for name in linear if any(name == end or name.endswith("." + end) for end in candidates)}
+        # "all-linear" is the one string that PEFT reads as a word; a list never is.
+        if hit == chosen:
+            return sorted(candidates)
+    return "(" + "|".join(re.escape(name) for name in sorted(names)) + ")"
+
+
+def _replace(path: Path, contents: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(contents)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _check_config(config: Any, folder: Path) -> None:
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise ValueError(f"directory: {folder / CONFIG}: expected peft_type LORA, got {kind!r}")
+    for name in ("r", "lora_alpha"):
+        if isinstance(config.get(name), bool) or not isinstance(config.get(name), (int, float)):
+            raise ValueError(f"directory: {folder / CONFIG}: {name}: expected a number, got {config.get(name)!r}")
+    for name, accepted in NEUTRAL.items():
+        if name in config and config[name] not in accepted:
+            raise ValueError(
+                f"directory: {folder / CONFIG}: {name}={config[name]!r} is not served; expected {accepted[0]!r}"
+            )
+
+
+def _grouped(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Path of a layer -> LoRALinear's attribute -> tensor."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part = next((part for part in PARTS if name.endswith("." + part)), None)
+        if part is None or not name.startswith(PREFIX):
+            raise ValueError(f"directory: {folder / WEIGHTS}: {name} is no part of a LoRA adapter of linear layers")
+        path = name.removeprefix(PREFIX).removesuffix("." + part)
+        grouped.setdefault(path, {})[PARTS[part]] = tensor
+    if not grouped:
+        raise ValueError(f"directory: {folder / WEIGHTS} holds no tensors")
+    for path, parts in grouped.items():
+        missing = {"lora_A", "lora_B"} - set(parts)
+        if missing:
+            raise ValueError(f"directory: {folder / WEIGHTS}: {path} has no {sorted(missing)[0]}")
+    return grouped
+
+
+def _of_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the path, or its end behind a dot."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _adapted(model: nn.Module, path: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> LoRALinear:
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"directory: the adapter has a layer {path}, and the model has none of that name") from None
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"model: {path}: expected a linear layer, got {type(layer).__name__}")
+    r = tensors["lora_A"].shape[0]
+    expected = {
+        "lora_A": (r, layer.in_features),
+        "lora_B": (layer.out_features, r),
+        "lora_bias": (layer.out_features,),
+        "lora_magnitude_vector": (layer.out_features,),
+    }
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(
+                f"directory: {path}.{name}: expected the shape {expected[name]}, got {tuple(tensor.shape)}"
+            )
+    options = {
+        "r": r,
+        "lora_alpha": _of_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]),
+        "lora_dropout": config.get("lora_dropout") or 0.0,
+        "use_rslora": bool(config.get("use_rslora")),
+        "lora_bias": "lora_bias" in tensors,
+        "use_dora": "lora_magnitude_vector" in tensors,
+    }
+    if not isinstance(layer, LoRALinear):
+        return LoRALinear.from_linear(layer, **options)
+    scaling = options["lora_alpha"] / (math.sqrt(r) if options["use_rslora"] else r)
+    found = (layer.r, layer.lora_bias is not None, layer.lora_magnitude_vector is not None)
+    wanted = (r, options["lora_bias"], options["use_dora"])
+    if found != wanted or not _close(layer.scaling, scaling):
+        raise ValueError(
+            f"directory: {path}: (r, lora_bias, use_dora) {wanted} and scaling {scaling:g}, "
+            f"but the model's layer has {found} and {layer.scaling:g}"
+        )
+    if layer.merged:
+        raise ValueError(f"model: {path} is merged; unmerge it first")
+    return layer

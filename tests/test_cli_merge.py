@@ -1,0 +1,194 @@
+"""merge: the merged model gives what base and adapter gave, in bf16 and in 4 bits, and is what was written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peftfast.__main__ import main
+from peftfast.cli import merge
+from tests.test_cli_finetune import (  # noqa: F401
+    command,
+    environment,
+    error_line,
+    labelled,
+    llama,
+    texts,
+    tree,
+    write_lines,
+)
+
+
+@pytest.fixture(scope="module")
+def adapters(llama, tmp_path_factory):  # noqa: F811
+    """A trained adapter of each method."""
+    folder = tmp_path_factory.mktemp("adapters")
+    rows = write_lines(folder / "texts.jsonl", [{"text": f"the quick fox {k} jumps"} for k in range(8)])
+    for method in ("lora", "qlora", "dora"):
+        options = ("--method", method, "--max-steps", "3", "--learning-rate", "1e-2", "--lora-alpha", "32")
+        assert main(command(llama, rows, folder / method, *options)) == 0
+    return folder
+
+
+TOKENS = torch.tensor([[1, 5, 60, 70, 33, 9]])
+
+
+def logits(directory: Path, **options) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(str(directory), **options).eval()(TOKENS).logits.float()
+
+
+def adapted_logits(llama: Path, adapter: Path) -> torch.Tensor:  # noqa: F811
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(llama)), str(adapter)).eval()
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_gives_what_the_adapter_gave(llama, adapters, tmp_path, capsys, method, dtype):  # noqa: F811
+    out = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(adapters / method), "--out", str(out), "--dtype", dtype]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    weights = load_file(out / "model.safetensors")
+    assert not any("lora" in name for name in weights)
+    assert {value.dtype for value in weights.values()} == {getattr(torch, dtype)}
+    expected = adapted_logits(llama, adapters / method)
+    assert relative(expected, logits(llama)) > 0.05  # the adapter says something
+    assert relative(logits(out, dtype=torch.float32), expected) < (1e-5 if dtype == "float32" else 1e-2)
+    # The tokenizer goes with it.
+    assert (out / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+
+def test_in_4_bits(llama, adapters, tmp_path):  # noqa: F811
+    out = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(adapters / "lora"), "--out", str(out), "--four-bit"]) == 0
+    weights = load_file(out / "model.safetensors")
+    assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
+    assert any("quant_state.bitsandbytes__nf4" in name for name in weights)
+    # What 4 bits cost the merged model, and nothing else: the same as quantising the merged bf16 model.
+    dense = tmp_path / "dense"
+    assert main(["merge", "--adapter", str(adapters / "lora"), "--out", str(dense)]) == 0
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    expected = AutoModelForCausalLM.from_pretrained(str(dense), quantization_config=settings, device_map={"": "cpu"})
+    again = AutoModelForCausalLM.from_pretrained(str(out), device_map={"": "cpu"})
+    ours, theirs = again.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_qlora_adapter_goes_into_what_it_was_trained_on(llama, adapters, tmp_path):  # noqa: F811
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    argv = ["merge", "--adapter", str(adapters / "qlora"), "--dtype", "float32"]
+    assert main([*argv, "--out", str(tmp_path / "four"), "--four-bit-base"]) == 0
+    assert main([*argv, "--out", str(tmp_path / "full")]) == 0
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(str(llama), quantization_config=settings, device_map={"": "cpu"})
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model = PeftModel.from_pretrained(base, str(adapters / "qlora")).eval()
+    with torch.no_grad():
+        trained = model(TOKENS).logits
+    assert relative(logits(tmp_path / "four"), trained) < 1e-4
+    assert relative(logits(tmp_path / "full"), trained) > 1e-2
+    assert "quantization_config" not in json.loads((tmp_path / "four" / "config.json").read_text())
+
+
+def test_a_classifier(llama, labelled, tmp_path):  # noqa: F811
+    from transformers import AutoModelForSequenceClassification
+
+    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    assert main(command(llama, labelled, adapter, "--max-steps", "2", "--learning-rate", "1e-2")) == 0
+    assert main(["merge", "--adapter", str(adapter), "--out", str(out)]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(str(out))
+    assert model.config.id2label == {0: "dates", 1: "network"}
+    saved = load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert torch.equal(model.score.weight, saved.bfloat16())
+
+
+def test_refusals_write_nothing(llama, adapters, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "merged"
+    good = ["merge", "--adapter", str(adapters / "lora"), "--out", str(out)]
+    assert main(good) == 0
+    nameless = tmp_path / "nameless"
+    shutil.copytree(adapters / "lora", nameless)
+    config = json.loads((nameless / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    ill = tmp_path / "ill"
+    shutil.copytree(adapters / "lora", ill)
+    tensors = load_file(ill / "adapter_model.safetensors")
+    save_file(
+        {k: v[:, :3].clone() if "lora_A" in k else v for k, v in tensors.items()}, ill / "adapter_model.safetensors"
+    )
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    cases = [
+        (good, ["--out", "--overwrite"]),
+        (["merge", "--adapter", str(tmp_path), "--out", str(out)], ["--adapter", "no adapter_config.json"]),
+        (["merge", "--adapter", str(nameless), "--out", str(tmp_path / "x")], ["--model", "names no base model"]),
+        ([*good[:-1], str(tmp_path / "full"), "--overwrite"], ["--out", "no model"]),
+        ([*good, "--overwrite", "--model", str(tmp_path / "gone")], ["--model", "does not exist"]),
+        (["merge", "--adapter", str(ill), "--out", str(out), "--overwrite"], ["--adapter", "no usable adapter"]),
+    ]
+    before = tree(tmp_path)
+    for argv, said in cases:
+        capsys.readouterr()
+        assert main(argv) == 2, argv
+        line = error_line(capsys)
+        for fragment in said:
+            assert fragment in line, line
+        assert tree(tmp_path) == before
+
+
+def test_failed_checks_leave_out_as_it_was(llama, adapters, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """A merge that computes something else, and a file that is not what was written."""
+    from peft.tuners import lora
+
+    out = tmp_path / "merged"
+    argv = ["merge", "--adapter", str(adapters / "lora"), "--out", str(out)]
+    with monkeypatch.context() as patch:
+        delta = lora.Linear.get_delta_weight
+        patch.setattr(lora.Linear, "get_delta_weight", lambda *args: 0.5 * delta(*args))
+        assert main(argv) == 2
+        assert "changes the logits" in error_line(capsys)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        copy = merge._copy_tokenizer
+
+        def spoil(directory, new):
+            copy(directory, new)
+            weights = load_file(new / "model.safetensors")
+            weights["model.norm.weight"][3] += 1
+            save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+
+        patch.setattr(merge, "_copy_tokenizer", spoil)
+        capsys.readouterr()
+        assert main(argv) == 2
+        assert "model.norm.weight the first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,90 @@
+"""What importing costs and needs, and what happens where a library cannot be loaded."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftfast.ops import native
+
+ROOT = Path(__file__).resolve().parents[1]
+BEYOND_TORCH = 0.3  # seconds of processor time
+
+TIMED = """
+import time, torch
+began = time.process_time()
+import peftfast
+peftfast.patch, peftfast.nn.LoRALinear, peftfast.functional.lora_linear, peftfast.save_adapter
+print(time.process_time() - began)
+import sys
+print([name for name in ("triton", "peft", "bitsandbytes", "transformers", "safetensors") if name in sys.modules])
+"""
+
+# As on a system that has none of these: every module of the package is imported, and the functions run on the definitions.
+BARE = """
+import importlib, pkgutil, sys
+GONE = {"triton", "fcntl", "resource", "pwd", "grp", "termios", "peft", "bitsandbytes", "transformers", "safetensors", "matplotlib"}
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in GONE:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+import torch
+for name in GONE:
+    sys.modules.pop(name, None)
+sys.meta_path.insert(0, Finder())
+import peftfast
+left_out = ("peftfast.kernels.", "peftfast.benchmarks.", "peftfast.integrations.peft", "peftfast.integrations.transformers",
+            "peftfast.integrations.shira", "peftfast.cli.classifier", "peftfast.cli.arms", "peftfast.__main__")
+names = [m.name for m in pkgutil.walk_packages(peftfast.__path__, "peftfast.") if not m.name.startswith(left_out)]
+assert len(names) > 20, names
+for name in names:
+    if not name.rpartition(".")[2].startswith("_"):
+        importlib.import_module(name)
+layer = peftfast.nn.LoRALinear(8, 4, r=2)
+layer(torch.randn(3, 8)).sum().backward()
+assert layer.lora_B.grad is not None
+quantised = peftfast.functional.nf4_quantize(torch.randn(8, 64))
+assert peftfast.functional.nf4_dequantize(quantised).shape == (8, 64)
+print("whole")
+"""
+
+
+def run(code: str, **variables: str) -> str:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/nowhere", "HOME": "/nowhere", **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_quick_and_lazy() -> None:
+    seconds, loaded = run(TIMED, OMP_NUM_THREADS="1").splitlines()
+    assert loaded == "[]"
+    assert float(seconds) < BEYOND_TORCH
+
+
+def test_import_without_triton_and_posix() -> None:
+    assert run(BARE).strip() == "whole"
+
+
+def test_a_library_that_does_not_load_leaves_a_warning_and_the_next_backend(tmp_path, monkeypatch, caplog) -> None:
+    """As after a build for another machine."""
+    (tmp_path / "_cpu.abi3.so").write_bytes(b"\x7fELF of another machine")
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    monkeypatch.setattr(native, "_verdicts", {})
+    with caplog.at_level(logging.WARNING, "peftfast"):
+        ok, reason = native.cpu_available()
+        native.cpu_available()
+    assert not ok and "_cpu.abi3.so does not load" in reason
+    assert len([r for r in caplog.records if "does not load" in r.message]) == 1
+    import torch
+
+    import peftfast.functional as F
+
+    y = F.lora_linear(torch.ones(2, 8), torch.ones(4, 8), torch.ones(2, 8), torch.ones(4, 2))
+    assert torch.equal(y, torch.full((2, 4), 24.0))
+    with pytest.raises(RuntimeError, match="the CPU kernels are not available: _cpu.abi3.so does not load"):
+        native.cpu_isa()

@@ -1,0 +1,141 @@
+"""PEFT's own tests of its LoRA and SHiRA layers, out of its source distribution, with every model patched.
+
+What passes stock passes patched; what fails is compared with a list. ``--full`` runs all of it stock as well.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import peft
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = ROOT / "tests" / "support" / "peft_suite"
+SHA256 = {"0.21.2": "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e"}
+NEEDED = ("attr", "datasets", "diffusers", "parameterized", "scipy", "sklearn")
+LAYERS = "tests/test_custom_models.py"
+SMALL = ("initialization", "lora_variants", "lorafa", "mixed", "shira")
+HUB_TESTS = 16  # tests in exceptions.txt that need the hub
+LONGEST = 600  # seconds for a part; each takes 20 to 40 of one core
+
+# Files, the expression for -k, the shard, the fewest tests that must pass (PEFT 0.21.2: 5,697 in custom_models, 283 in the small ones),
+# the fewest calls that must have run fused.
+PARTS = {
+    "layers 1/2": ((LAYERS,), "lora or shira", "1/2", 2700, 250),
+    "layers 2/2": ((LAYERS,), "lora or shira", "2/2", 2700, 250),
+    "small files": (tuple(f"tests/test_{name}.py" for name in SMALL), "lora or mixed or shira", "1/1", 280, 30),
+}
+
+
+def exceptions() -> dict[str, str]:
+    """Name of a test -> "hub" or "patched"."""
+    lines = (SUITE / "exceptions.txt").read_text().splitlines()
+    rows = [[part.strip() for part in line.split("|")] for line in lines if line and not line.startswith("#")]
+    assert all(len(row) == 3 and row[0] in ("hub", "patched") and row[2] for row in rows), rows
+    assert len({test for _, test, _ in rows}) == len(rows)
+    return {test: kind for kind, test, _ in rows}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution: as `make` has put it into .venv, or fetched now."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"PEFT's tests need {', '.join(missing)}: pip install -r requirements.txt")
+    name = f"peft-{peft.__version__}"
+    archive = Path(sys.prefix, "peft-sdist", f"{name}.tar.gz")
+    folder = tmp_path_factory.mktemp("peft")
+    if not archive.exists():
+        archive = folder / archive.name
+        options = ("--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder))
+        command = [sys.executable, "-m", "pip", "download", *options, f"peft=={peft.__version__}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            reason = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            reason = ["no answer in 60 s"]
+        if not archive.exists():
+            pytest.skip(f"PEFT's source distribution cannot be had: {' '.join(reason)}")
+    expected = SHA256.get(peft.__version__)
+    assert expected is None or hashlib.sha256(archive.read_bytes()).hexdigest() == expected, f"{archive} is not PEFT's"
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    # The sdist lacks it, and the tests import their neighbours relatively.
+    (folder / name / "tests" / "__init__.py").touch()
+    return folder / name
+
+
+def run(
+    source: Path,
+    outcomes: Path,
+    files: tuple[str, ...],
+    words: str,
+    shard: str,
+    *more: str,
+    path: tuple[Path, ...] = (),
+) -> dict:
+    """One run of a selection in a process of its own: what failed, how many passed, how many calls ran fused."""
+    quiet = ("-o", "addopts=", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "--timeout=120")
+    select = (*files, *(("-k", words) if words else ()), "--shard", shard, "--outcomes", str(outcomes))
+    dropped = ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER_COUNT", "PEFTFAST_BACKEND")
+    environment = {key: value for key, value in os.environ.items() if key not in dropped}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(map(str, [ROOT, SUITE, *path])),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "patch_every_model", *quiet, *select, *more]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=LONGEST)
+    assert outcomes.exists(), f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return json.loads(outcomes.read_text()) | {"said": done.stdout[-6000:]}
+
+
+def check(source: Path, tmp_path: Path, part: tuple, full: bool) -> None:
+    files, words, shard, fewest, fewest_fused = part
+    known = exceptions()
+    left_out = tmp_path / "left_out.txt"
+    left_out.write_text("".join(f"{test}\n" for test, kind in known.items() if kind == "hub"))
+    more = ("--leave-out", str(left_out))
+    patched = run(source, tmp_path / "patched.json", files, words, shard, *more)
+    assert set(patched["failed"]) <= {test for test, kind in known.items() if kind == "patched"}, patched["said"]
+    assert patched["passed"] >= fewest, patched["said"]
+    assert patched["fused_calls"] >= fewest_fused
+    if full:
+        stock = run(source, tmp_path / "stock.json", files, words, shard, *more, "--stock")
+        assert stock["fused_calls"] == 0 and stock["failed"] == [], stock["said"]
+        assert stock["passed"] == patched["passed"] + len(patched["failed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+def test_peft_s_own_tests(name: str, source: Path, tmp_path: Path, full: bool) -> None:
+    check(source, tmp_path, PARTS[name], full)
+
+
+def test_the_list_of_exceptions_is_what_it_was() -> None:
+    """It may not grow in silence: whoever adds a line changes these numbers too."""
+    kinds = list(exceptions().values())
+    assert (kinds.count("patched"), kinds.count("hub")) == (0, HUB_TESTS)
+
+
+@pytest.mark.slow
+def test_a_planted_fault_is_seen(source: Path, tmp_path: Path) -> None:
+    """The run would notice a fused layer that computes something else."""
+    (tmp_path / "planted_fault.py").write_text(
+        "from peftfast.integrations import peft as integration\n"
+        "fused = integration.F.lora_linear\n"
+        "integration.F.lora_linear = lambda x, *rest, **named: 1.01 * fused(x, *rest, **named)\n"
+    )
+    words = "test_lora_pissa_linear_init_default"
+    more = ("-p", "planted_fault")
+    outcome = run(
+        source, tmp_path / "planted.json", ("tests/test_initialization.py",), words, "1/1", *more, path=(tmp_path,)
+    )
+    assert outcome["failed"], outcome["said"]

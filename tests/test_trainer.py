@@ -1,0 +1,326 @@
+"""transformers' Trainer and TRL's trainers over patched models, and what they bring: accumulation, checkpointing, autocast, scaling."""
+
+import logging
+import sys
+import types
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import peftfast
+from peftfast.integrations.transformers import PatchCallback
+from tests.support import small_models
+
+STEPS = 3
+LAYERS = 14  # seven projections of two decoder layers
+ARMS = ("callback", "patch", "stock")
+
+
+def rows(count: int = 24) -> list[dict[str, list[int]]]:
+    batch = small_models.text_batches("llama", 1, rows=count, length=24)[0]
+    return [{"input_ids": ids, "labels": ids} for ids in batch["input_ids"].tolist()]
+
+
+def arguments(tmp_path, **options: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(tmp_path),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 7,
+    } | options
+
+
+def logged(trainer: Any) -> list[float]:
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def losses(arm: str, tmp_path, method: str = "lora", dtype: torch.dtype = torch.float32, **options: Any) -> list[float]:
+    """The losses of a Trainer's run, patched by one way or another."""
+    from transformers import Trainer, TrainingArguments
+
+    model = small_models.adapted("llama", method, dtype)
+    if options.get("gradient_checkpointing"):
+        model.enable_input_require_grads()
+    callback = PatchCallback(strict=True)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**arguments(tmp_path, **options)),
+        train_dataset=rows(),
+        callbacks=[callback] if arm == "callback" else [],
+    )
+    if arm == "patch":
+        peftfast.patch(trainer.model)
+    assert len(peftfast.report(trainer.model).fused) == LAYERS
+    assert [row.patched for row in peftfast.report(trainer.model).layers] == [arm != "stock"] * LAYERS
+    if arm == "callback":
+        assert callback.report is not None and len(callback.report.fused) == LAYERS
+    return logged(trainer)
+
+
+# Options of TrainingArguments, the adapted model's, and how far losses of about 5 may be apart.
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "plain": ({}, {}, 1e-4),
+    "accumulation": ({"gradient_accumulation_steps": 2}, {}, 1e-4),
+    "checkpointing": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {},
+        1e-4,
+    ),
+    "reentrant checkpointing": (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {},
+        1e-4,
+    ),
+    "bf16 autocast": ({"bf16": True}, {}, 1e-2),
+    "qlora in bf16": ({"bf16": True}, {"method": "qlora", "dtype": torch.bfloat16}, 1e-2),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trainer(name: str, tmp_path) -> None:
+    options, model, tolerance = RUNS[name]
+    by_callback, by_patch, stock = (losses(arm, tmp_path / arm, **model, **options) for arm in ARMS)
+    assert by_callback == by_patch
+    assert len(stock) == STEPS and stock[-1] < stock[0]
+    torch.testing.assert_close(torch.tensor(by_patch), torch.tensor(stock), rtol=0.0, atol=tolerance)
+
+
+def test_model_init_is_patched_when_training_begins(tmp_path) -> None:
+    """With model_init the Trainer makes another model in train()."""
+    from transformers import Trainer, TrainingArguments
+
+    callback = PatchCallback()
+    made = []
+
+    def model_init() -> torch.nn.Module:
+        made.append(small_models.adapted("llama", "lora", torch.float32))
+        return made[-1]
+
+    trainer = Trainer(
+        model_init=model_init,
+        args=TrainingArguments(**arguments(tmp_path, max_steps=1)),
+        train_dataset=rows(),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert len(made) == 2 and trainer.model is made[1]
+    assert all(row.patched for row in peftfast.report(trainer.model).layers)
+
+
+def test_callback_without_an_adapter_warns_and_strict_raises(tmp_path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    settings = TrainingArguments(**arguments(tmp_path))
+    with pytest.warns(UserWarning, match="no PEFT adapter layer found"):
+        Trainer(model=small_models.base("llama"), args=settings, train_dataset=rows(), callbacks=[PatchCallback()])
+    stays_stock = small_models.adapted("llama", "lora", torch.float32).double()
+    with pytest.raises(RuntimeError, match="would stay stock"):
+        Trainer(model=stays_stock, args=settings, train_dataset=rows(), callbacks=[PatchCallback(strict=True)])
+
+
+def scaled(method: str, patched: bool, scale: float, steps: int) -> tuple[list[float], list[float], torch.nn.Module]:
+    """Losses and scales of steps in fp16 under a GradScaler. By hand: transformers refuses fp16 on a CPU."""
+    model = small_models.adapted("llama", method, torch.float16 if method == "qlora" else torch.float32)
+    if patched:
+        peftfast.patch(model, strict=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    values, scales = [], []
+    for batch in small_models.text_batches("llama", steps):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(**batch).loss
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        values.append(loss.item())
+        scales.append(scaler.get_scale())
+    return values, scales, model
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_fp16_autocast_with_a_scaler(method: str) -> None:
+    stock, stock_scales, _ = scaled(method, False, 2.0**14, 8)
+    patched, scales, _ = scaled(method, True, 2.0**14, 8)
+    assert scales == stock_scales == [2.0**14] * 8
+    torch.testing.assert_close(torch.tensor(patched), torch.tensor(stock), rtol=0.0, atol=1e-2)
+    assert stock[-1] < stock[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_overflow_reaches_the_scaler(method: str) -> None:
+    """A scale that fp16 gradients cannot bear: both see infinities, skip the step and halve the scale."""
+    for patched in (False, True):
+        _, scales, model = scaled(method, patched, 2.0**40, 1)
+        assert scales == [2.0**39]
+        assert not any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
+    # The fused backward rounds less often on its way, and overflows no earlier.
+    _, stock, _ = scaled(method, False, 2.0**24, 8)
+    _, fused, _ = scaled(method, True, 2.0**24, 8)
+    assert all(a >= b for a, b in zip(fused, stock, strict=True))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_generates_the_same_tokens(method: str) -> None:
+    """Greedy, with a cache and without, and sampled, in float32."""
+    model = small_models.adapted("llama", method, torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    prompt = small_models.text_batches("llama", 1, rows=2, length=8)[0]["input_ids"]
+    ways = ({"do_sample": False}, {"do_sample": False, "use_cache": False}, {"do_sample": True, "temperature": 2.0})
+
+    def generate() -> list[torch.Tensor]:
+        made = []
+        for way in ways:
+            torch.manual_seed(3)
+            made.append(model.generate(input_ids=prompt, max_new_tokens=24, pad_token_id=0, **way))
+        return made
+
+    stock = generate()
+    peftfast.patch(model, strict=True)
+    for expected, tokens in zip(stock, generate(), strict=True):
+        assert torch.equal(tokens, expected)
+    assert len(set(stock[2].flatten().tolist())) > 8  # not one token again and again
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    from tests.test_cli_finetune import save_tokenizer
+
+    save_tokenizer(tmp_path / "tokenizer", unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    return AutoTokenizer.from_pretrained(str(tmp_path / "tokenizer"))
+
+
+def trl_model(tokenizer) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = small_models.SIZES | {"vocab_size": len(tokenizer)}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+
+
+LORA = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def test_trl_sft_builds_the_model_and_the_callback_patches_it(tokenizer, tmp_path) -> None:
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    data = datasets.Dataset.from_list([{"text": f"the quick brown fox {k} jumps over the lazy dog"} for k in range(16)])
+
+    def run(callbacks: list) -> list[float]:
+        settings = trl.SFTConfig(**arguments(tmp_path, bf16=False), max_length=32)
+        trainer = trl.SFTTrainer(
+            trl_model(tokenizer),
+            settings,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=LORA,
+            callbacks=callbacks,
+        )
+        assert all(row.patched for row in peftfast.report(trainer.model).layers) == bool(callbacks)
+        return logged(trainer)
+
+    callback = PatchCallback(strict=True)
+    patched, stock = run([callback]), run([])
+    assert len(callback.report.fused) == LAYERS
+    torch.testing.assert_close(torch.tensor(patched), torch.tensor(stock), rtol=0.0, atol=1e-3)
+
+
+def test_trl_dpo_takes_its_reference_from_the_disabled_adapter(tokenizer, tmp_path) -> None:
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    pairs = [{"prompt": "the quick", "chosen": f" brown fox {k}", "rejected": f" lazy dog {k}"} for k in range(16)]
+    data = datasets.Dataset.from_list(pairs)
+
+    def run(callbacks: list) -> tuple[list[float], list[float]]:
+        settings = trl.DPOConfig(**arguments(tmp_path, bf16=False), max_length=32, beta=1.0)
+        trainer = trl.DPOTrainer(
+            trl_model(tokenizer),
+            args=settings,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=LORA,
+            callbacks=callbacks,
+        )
+        assert trainer.ref_model is None
+        values = logged(trainer)
+        return values, [row["rewards/margins"] for row in trainer.state.log_history if "rewards/margins" in row]
+
+    callback = PatchCallback()
+    (patched, margins), (stock, stock_margins) = run([callback]), run([])
+    assert len(callback.report.fused) == LAYERS
+    # At first policy and reference are one: log 2. A reference with the adapter in it would leave it there.
+    assert abs(stock[0] - 0.6931) < 1e-3 and stock[-1] < 0.65
+    torch.testing.assert_close(torch.tensor(patched), torch.tensor(stock), rtol=0.0, atol=1e-3)
+    torch.testing.assert_close(torch.tensor(margins), torch.tensor(stock_margins), rtol=0.0, atol=1e-2)
+
+
+# Unsloth
+
+
+def unsloths(name: str) -> types.FunctionType:
+    """A function as Unsloth's modules define it."""
+    made: dict[str, Any] = {"__name__": "unsloth.kernels.fast_lora"}
+    exec(f"def {name}(self, *args, **kwargs):\n    return 0", made)
+    return made[name]
+
+
+@pytest.mark.parametrize("place", ["mlp.forward", "self_attn.apply_qkv"])
+def test_a_model_that_unsloth_has_patched_is_left_alone(place: str, monkeypatch) -> None:
+    """Its functions are bound to the modules and read the adapters' weights themselves."""
+    monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
+    model = small_models.adapted("llama", "lora", torch.float32)
+    part, attribute = place.split(".")
+    module = getattr(model.base_model.model.model.layers[1], part)
+    module.__dict__[attribute] = types.MethodType(unsloths(attribute), module)
+    with pytest.warns(UserWarning, match="Unsloth has patched this model"):
+        report = peftfast.patch(model)
+    assert report.reasons == {"Unsloth has patched this model: left alone": LAYERS}
+    assert not any(row.patched for row in peftfast.report(model).layers)
+    with pytest.raises(RuntimeError, match="Unsloth"):
+        peftfast.patch(model, strict=True)
+    del module.__dict__[attribute]
+    assert len(peftfast.patch(model).fused) == LAYERS
+
+
+def test_unsloth_in_the_process_is_no_reason_by_itself(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        report = peftfast.patch(small_models.adapted("llama", "lora", torch.float32))
+    assert len(report.fused) == LAYERS
+
+
+def test_modules_with_a_forward_of_their_own_call_the_layers(caplog) -> None:
+    """Liger's way (use_liger_kernel=True): an MLP, a norm and a loss with other forwards, which call the projections as modules."""
+    stock, patched = (small_models.adapted("llama", "lora", torch.float32) for _ in range(2))
+    batch = small_models.text_batches("llama", 1)[0]
+    for model in (stock, patched):
+        for layer in model.base_model.model.model.layers:
+            mlp = layer.mlp
+
+            def forward(self, x):
+                return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+            mlp.forward = types.MethodType(forward, mlp)
+    assert len(peftfast.patch(patched, strict=True).fused) == LAYERS
+    with caplog.at_level(logging.WARNING, "peftfast"):
+        loss = patched(**batch).loss
+    assert not [record for record in caplog.records if record.name == "peftfast"]
+    torch.testing.assert_close(loss, stock(**batch).loss, rtol=1e-5, atol=0.0)
