@@ -157,7 +157,7 @@ def _frozen(case: Case, inputs: Inputs) -> Work:
     return Work(lambda: {"y": nn.functional.linear(x, weight)}, {"dx": x}, inputs["dy"], (weight,))
 
 
-def _linear4bit(case: Case, inputs: Inputs) -> nn.Module:
+def linear4bit(case: Case, inputs: Inputs) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
 
     layer = Linear4bit(case.k, case.n, bias=False, compute_dtype=case.torch_dtype, quant_type="nf4", device="meta")
@@ -168,7 +168,7 @@ def _linear4bit(case: Case, inputs: Inputs) -> nn.Module:
 
 
 def _bitsandbytes(case: Case, inputs: Inputs) -> Work:
-    layer, x = _linear4bit(case, inputs), inputs["x"].detach().requires_grad_()
+    layer, x = linear4bit(case, inputs), inputs["x"].detach().requires_grad_()
     state = layer.weight.quant_state
     owned = (layer.weight.data, state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)
     return Work(lambda: {"y": layer(x)}, {"dx": x}, inputs["dy"], owned)
@@ -185,7 +185,7 @@ def _peft(case: Case, inputs: Inputs, autocast_adapter_dtype: bool) -> Work:
 
     nf4 = isinstance(inputs["weight"], F.NF4Weight)
     if nf4:
-        base = _linear4bit(case, inputs)
+        base = linear4bit(case, inputs)
     else:
         base = nn.Linear(case.k, case.n, bias=False, device="meta")
         base.weight = nn.Parameter(inputs["weight"], requires_grad=False)

@@ -10,6 +10,9 @@ from .numerics import narrow
 _NESTED_BLOCK_SIZE = tl.constexpr(256)
 
 
+CONTIGUOUS, WHOLE_BLOCKS, ANY_ROWS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
 @triton.jit
 def _nf4_dequantize_kernel(
     packed_ptr,
@@ -19,22 +22,30 @@ def _nf4_dequantize_kernel(
     nested_absmax_ptr,
     nested_code_ptr,
     nested_offset_ptr,
-    count,
+    first_block,
+    begin,
+    end,
     packed_count,
+    width,
+    stride_row,
     HALF: tl.constexpr,
     BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLAB: tl.constexpr,
 ):
-    """out[i] = code[nibble i] * absmax[i // block_size] for BLOCKS blocks of block_size = 2 HALF elements, HALF bytes
-    each.
+    """out element i = code[nibble i] * absmax[i // block_size] for elements begin <= i < end, in BLOCKS blocks of
+    block_size = 2 HALF elements, HALF bytes each.
 
     A row of the tile is a block, so a thread reads one maximum for all of its bytes. The nested scale is a product and
-    a sum that are rounded apart: the kernel must be compiled with enable_fp_fusion=False.
+    a sum that are rounded apart: the kernel must be compiled with enable_fp_fusion=False. ROWS: out is CONTIGUOUS; or
+    its rows of ``width`` elements lie ``stride_row`` apart and are WHOLE_BLOCKS, whose place is found once a block; or
+    ANY_ROWS, where it is found for each element. SLAB: begin is not 0.
     """
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    block = first_block + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     columns = tl.arange(0, HALF)
     offs_byte = block[:, None] * HALF + columns[None, :]
     bytes_ = tl.load(packed_ptr + offs_byte, mask=offs_byte < packed_count, other=0)
-    mask_block = block * (2 * HALF) < count
+    mask_block = block * (2 * HALF) < end
     absmax = tl.load(absmax_ptr + block, mask=mask_block, other=0)
     if nested_absmax_ptr is not None:
         nested = tl.load(nested_absmax_ptr + block // _NESTED_BLOCK_SIZE, mask=mask_block, other=0.0)
@@ -42,8 +53,20 @@ def _nf4_dequantize_kernel(
     code = tl.load(code_ptr + tl.arange(0, 16))
     index = tl.join(bytes_ >> 4, bytes_ & 15).reshape(BLOCKS * 2 * HALF)
     values = tl.gather(code, index.to(tl.int32), 0).reshape(BLOCKS, 2 * HALF) * absmax[:, None]
-    offs = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(out_ptr + offs, narrow(values, out_ptr.dtype.element_ty), mask=offs < count)
+    element = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    mask = element < end
+    if SLAB:
+        mask = mask & (element >= begin)
+    if ROWS == CONTIGUOUS:
+        offs = element - begin
+    elif ROWS == WHOLE_BLOCKS:
+        start = block * (2 * HALF) - begin
+        row = start // width
+        offs = (row * stride_row + (start - row * width))[:, None] + tl.arange(0, 2 * HALF)[None, :]
+    else:
+        row = (element - begin) // width
+        offs = row * stride_row + (element - begin - row * width)
+    tl.store(out_ptr + offs, narrow(values, out_ptr.dtype.element_ty), mask=mask)
 
 
 def nf4_dequantize(
@@ -51,35 +74,55 @@ def nf4_dequantize(
     absmax: torch.Tensor,
     code: torch.Tensor,
     block_size: int,
+    count: int,
     out: torch.Tensor,
+    first_row: int,
     nested_absmax: torch.Tensor | None,
     nested_code: torch.Tensor | None,
     nested_offset: torch.Tensor | None,
     config,
 ) -> torch.Tensor:
-    """Decode into ``out``, contiguous float32, bfloat16 or float16 of any shape; returns it. Everything else is
-    contiguous too.
+    """Decode a weight of ``count`` elements into ``out``, float32, bfloat16 or float16; returns it.
 
-    packed: uint8 ``[ceil(numel / 2), 1]``. absmax: float32 ``[blocks]``, or uint8 with the three nested tensors. code:
-        float32 ``[16]``.
+    packed: uint8 ``[ceil(count / 2), 1]``. absmax: float32 ``[blocks]``, or uint8 with the three nested tensors. code:
+        float32 ``[16]``. All contiguous.
     block_size: a power of two. Bit for bit the definition.
+    out: the whole weight, contiguous, of any shape; or a matrix that takes the rows from ``first_row`` on, its own rows
+        consecutive elements, ``out.stride(0)`` apart.
     """
-    if out.numel():
-        half = block_size // 2
-        blocks = max(1, config.tile_bytes // half)
-        _nf4_dequantize_kernel[(triton.cdiv(out.numel(), blocks * block_size),)](
-            packed,
-            absmax,
-            code,
-            out,
-            nested_absmax,
-            nested_code,
-            nested_offset,
-            out.numel(),
-            (out.numel() + 1) // 2,
-            HALF=half,
-            BLOCKS=blocks,
-            num_warps=config.num_warps,
-            enable_fp_fusion=False,
-        )
+    if out.numel() == 0:
+        return out
+    half = block_size // 2
+    blocks = max(1, config.tile_bytes // half)
+    begin, width, stride, rows = 0, out.numel(), out.numel(), CONTIGUOUS
+    if not (out.is_contiguous() and out.numel() == count):
+        width = out.shape[1]
+        begin = first_row * width
+        # One row, or rows that follow each other: contiguous too.
+        if out.shape[0] > 1 and out.stride(0) != width:
+            stride = out.stride(0)
+            rows = WHOLE_BLOCKS if width % block_size == 0 else ANY_ROWS
+    end = begin + out.numel()
+    first_block = begin // block_size
+    _nf4_dequantize_kernel[(triton.cdiv(triton.cdiv(end, block_size) - first_block, blocks),)](
+        packed,
+        absmax,
+        code,
+        out,
+        nested_absmax,
+        nested_code,
+        nested_offset,
+        first_block,
+        begin,
+        end,
+        (count + 1) // 2,
+        width,
+        stride,
+        HALF=half,
+        BLOCKS=blocks,
+        ROWS=rows,
+        SLAB=begin > 0,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
     return out

@@ -27,12 +27,17 @@ WIDE = {
     "_reduce_partials_kernel": ("partial_ptr",),
     "_reduce_two_kernel": ("partial_ptr", "other_partial_ptr"),
     "_nf4_dequantize_kernel": ("packed_ptr", "out_ptr"),
+    "_nf4_quantize_kernel": ("weight_ptr",),
+    "_nf4_nest_kernel": (),
+    "_nf4_linear_kernel": ("packed_ptr",),
     "_dropout_mask_kernel": ("mask_ptr",),
     "_philox_words_kernel": (),
     "_perturb_kernel": (),  # its tensors come from a table: below
     "_zo_linear_kernel": ("weight_ptr", "x_plus_ptr", "x_minus_ptr"),
 }
 QLORA, PEFT, HALF, SINGLE = lora.DTYPES[:4]
+# x, compute and output dtype of a product of a few rows.
+FEW_ROWS = (("float32", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16"), ("float16", "float16", "float16"))
 WHOLE = {"lora_shrink": 2**20, "lora_weight_grad": 64, "lora_dy_grads": 64}  # rows at which no sum is cut
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -114,6 +119,16 @@ def _other_requests() -> list[dict[str, Any]]:
                     }
                 )
         requests += [{"launcher": "dropout_mask", "arch": arch}, {"launcher": "philox_words", "arch": arch}]
+        rows = {"launcher": "nf4_dequantize", "arch": arch, "dtype": "bfloat16", "block_size": 64, "nested": True}
+        requests.append(rows | {"spare": 16, "first": 64})
+        for dtype, block_size in itertools.product(nf4.DTYPES, (64, 4096) if arch == 90 else (64,)):
+            requests.append({"launcher": "nf4_quantize", "arch": arch, "dtype": dtype, "block_size": block_size})
+        requests += [{"launcher": "nf4_nest", "arch": arch, "snapped": snapped} for snapped in (False, True)]
+        for m, (x, compute, out) in itertools.product(
+            (1, 16) if arch == 90 else (16,), FEW_ROWS if arch == 90 or FULL else FEW_ROWS[:1]
+        ):
+            few = {"launcher": "nf4_linear", "arch": arch, "x": x, "compute": compute, "out": out}
+            requests.append(few | {"M": m, "nested": m == 16})
     return requests
 
 

@@ -64,6 +64,36 @@ def test_a_sum_is_cut_until_the_gpu_is_full() -> None:
     assert many.splits == 1
 
 
+@pytest.mark.parametrize("device", (H200, *UNKNOWN), ids=lambda device: str(device.capability))
+def test_a_few_rows_are_cut_until_the_gpu_is_full(device: Device) -> None:
+    for M, N, K, R in (
+        (1, 4096, 4096, 16),
+        (64, 64, 128, 0),
+        (16, 14336, 4096, 16),
+        (33, 1, 256, 500),
+        (1, 2**20, 128, 1),
+    ):
+        splits = nf4.nf4_linear_splits(M, N, K, R, device)
+        assert 1 <= splits <= K // nf4.SPLIT_COLUMNS and splits <= (16 if M <= 16 else 4)
+        nf4.nf4_linear(M, "bfloat16", device)
+    assert nf4.nf4_linear_splits(1, 4096, 4096, 16, H200) == 5  # 65 tiles, 264 blocks wanted
+    with pytest.raises(ValueError, match="block_k: expected at most 128"):
+        nf4.LinearConfig(block_k=256)
+
+
+def test_adapter_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for route, casts, keeps_dtype, taken in (
+        ("expand", True, True, "expand"),
+        ("accumulate", False, True, "accumulate"),
+        ("accumulate", False, False, "expand"),  # y has another dtype than the products: a pass over it is made anyway
+        ("concatenate", True, True, "concatenate"),
+        ("concatenate", False, True, "expand"),  # x would be copied for nothing
+    ):
+        monkeypatch.setitem(nf4.ADAPTER_ROUTES, "cpu", route)
+        assert nf4.adapter_route("cpu", casts, keeps_dtype) == taken
+    assert nf4.adapter_route("xpu", True, True) == "expand"
+
+
 def test_the_matrix_holds_every_choice() -> None:
     """What the functions choose for some size is compiled by the gate."""
     matrix = {(case, config) for case, config in lora.launch_matrix(H200)}

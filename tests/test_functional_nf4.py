@@ -169,7 +169,10 @@ def test_dequantize_refuses() -> None:
         ("dtype: expected a floating", TypeError, lambda: F.nf4_dequantize(nf4, "float32")),
         ("dtype: torch.bfloat16 was asked for", ValueError, lambda: F.nf4_dequantize(nf4, BF16, out=out)),
         ("out: expected a tensor", TypeError, lambda: F.nf4_dequantize(nf4, out=1)),
-        ("out: expected contiguous floating", ValueError, lambda: F.nf4_dequantize(nf4, out=out[:7])),
+        ("out: expected contiguous floating", ValueError, lambda: F.nf4_dequantize(nf4, out=out[:, :7])),
+        ("first_row: expected an int", TypeError, lambda: F.nf4_dequantize(nf4, out=out, first_row=1.0)),
+        ("first_row: expected 0 without out", ValueError, lambda: F.nf4_dequantize(nf4, first_row=1)),
+        ("first_row: expected 0 to 4", ValueError, lambda: F.nf4_dequantize(nf4, out=out[:4], first_row=5)),
         ("out: expected contiguous floating", ValueError, lambda: F.nf4_dequantize(nf4, out=out.int())),
         ("out: expected contiguous floating", ValueError, lambda: F.nf4_dequantize(nf4, out=out.view(64, 8).T)),
         ("out: expected on", ValueError, lambda: F.nf4_dequantize(nf4, out=out.to("meta"))),
@@ -222,7 +225,7 @@ def test_linear_under_autocast() -> None:
 
 def test_linear_keeps_no_dense_weight() -> None:
     nf4 = weight_of(NF4Case((64, 128)))
-    x = torch.randn(4, 128, device=DEVICE, requires_grad=True)
+    x = torch.randn(80, 128, device=DEVICE, requires_grad=True)  # too many for the operator of a few rows
     with saved_tensors() as saved, Calls() as forward:
         y = F.nf4_linear(x, nf4, compute_dtype=BF16)
     kept = storages(saved)

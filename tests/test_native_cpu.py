@@ -234,7 +234,7 @@ def test_nf4_dequantize(isa: str, quant_type: str, dtype: torch.dtype, shape: tu
     table = reference_nf4.nested_code_table(torch.device("cpu"))
     for maxima, nesting in ((absmax, (None, None, None)), (nested, (nested_absmax, table, offset))):
         out = poisoned(*shape, dtype=dtype)
-        ops.nf4_dequantize(packed, maxima, code, block_size, *nesting, out)
+        ops.nf4_dequantize(packed, maxima, code, block_size, *nesting, out.numel(), 0, out)
         expected = reference_nf4.nf4_dequantize(packed, maxima, code, block_size, shape, dtype, *nesting)
         assert torch.equal(out, expected)
 
@@ -287,22 +287,32 @@ def bad_calls() -> list[tuple[str, Callable[[], None]]]:
         ("out: expected shape", lambda: ops.lora_weight_grad(s, x, None, 0.0, 1.0, poisoned(8, 2))),
         ("b: expected shape", lambda: ops.lora_dy_grads(base, s, randn(7, 2), 1.0, poisoned(4, 2), poisoned(8, 2))),
         ("db: expected shape", lambda: ops.lora_dy_grads(base, s, b, 1.0, poisoned(4, 2), poisoned(2, 8))),
-        ("packed: expected 32", lambda: ops.nf4_dequantize(packed[:31], absmax, code, 64, *none, weight)),
-        ("packed: expected dtype", lambda: ops.nf4_dequantize(packed.float(), absmax, code, 64, *none, weight)),
-        ("absmax: expected 2", lambda: ops.nf4_dequantize(packed, absmax, code, 32, *none, weight)),
-        ("absmax: expected dtype", lambda: ops.nf4_dequantize(packed, bytes_, code, 64, *none, weight)),
-        ("code: expected 16", lambda: ops.nf4_dequantize(packed, absmax, code[:15], 64, *none, weight)),
-        ("block_size", lambda: ops.nf4_dequantize(packed, absmax, code, 0, *none, weight)),
-        ("all or none", lambda: ops.nf4_dequantize(packed, bytes_, code, 64, absmax, None, None, weight)),
+        ("packed: expected 32", lambda: ops.nf4_dequantize(packed[:31], absmax, code, 64, *none, 64, 0, weight)),
+        ("packed: expected dtype", lambda: ops.nf4_dequantize(packed.float(), absmax, code, 64, *none, 64, 0, weight)),
+        ("absmax: expected 2", lambda: ops.nf4_dequantize(packed, absmax, code, 32, *none, 64, 0, weight)),
+        ("absmax: expected dtype", lambda: ops.nf4_dequantize(packed, bytes_, code, 64, *none, 64, 0, weight)),
+        ("code: expected 16", lambda: ops.nf4_dequantize(packed, absmax, code[:15], 64, *none, 64, 0, weight)),
+        ("block_size", lambda: ops.nf4_dequantize(packed, absmax, code, 0, *none, 64, 0, weight)),
+        ("all or none", lambda: ops.nf4_dequantize(packed, bytes_, code, 64, absmax, None, None, 64, 0, weight)),
         (
             "nested_absmax: expected 1",
-            lambda: ops.nf4_dequantize(packed, bytes_, code, 64, absmax[:0], table, absmax, weight),
+            lambda: ops.nf4_dequantize(packed, bytes_, code, 64, absmax[:0], table, absmax, 64, 0, weight),
         ),
         (
             "nested_code: expected 256",
-            lambda: ops.nf4_dequantize(packed, bytes_, code, 64, absmax, table[:255], absmax, weight),
+            lambda: ops.nf4_dequantize(packed, bytes_, code, 64, absmax, table[:255], absmax, 64, 0, weight),
         ),
-        ("out: expected a contiguous", lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, weight.T[:, :])),
+        (
+            "out: expected a contiguous",
+            lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, 0, weight.T[:, :]),
+        ),
+        ("out: expected rows within", lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, 1, weight)),
+        ("out: expected rows within", lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, -1, weight[:4])),
+        (
+            "out: expected rows within",
+            lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, 64, 0, weight[:, :5]),
+        ),
+        ("count: expected", lambda: ops.nf4_dequantize(packed, absmax, code, 64, *none, -1, 0, weight)),
         ("out: expected a contiguous", lambda: ops.dropout_mask(SEED, 0.5, torch.empty(3, 2, dtype=torch.bool).T)),
         ("out: expected dtype", lambda: ops.dropout_mask(SEED, 0.5, poisoned(2, 2))),
         ("seed: expected 1", lambda: ops.dropout_mask(torch.zeros(0, dtype=torch.int64), 0.5, mask)),

@@ -106,10 +106,13 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
     names = ("packed", "absmax", "code", "block_size", "shape", "nested_absmax", "nested_code", "nested_offset")
     out = torch.empty(8, 64, device=DEVICE)
 
-    def call(weight: F.NF4Weight = nf4, out: torch.Tensor = out, **changes: Any) -> Callable[[], Any]:
+    def call(
+        weight: F.NF4Weight = nf4, out: torch.Tensor = out, first_row: int = 0, **changes: Any
+    ) -> Callable[[], Any]:
         given = dict(zip(names, weight.storage(), strict=True)) | changes
-        return lambda: ops.nf4_dequantize_out(*given.values(), out)
+        return lambda: ops.nf4_dequantize_out(*given.values(), out, first_row)
 
+    table = definition.nested_code_table(DEVICE)
     weight, code = torch.randn(8, 64, device=DEVICE), definition.code_table("nf4", DEVICE)
     return {
         "packed size": ("packed: expected 256", call(packed=nf4.packed[:-1])),
@@ -129,7 +132,19 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "nested_absmax size": ("nested_absmax: expected 1", call(nested_absmax=torch.ones(2, device=DEVICE))),
         "nested_code size": ("nested_code: expected 256", call(nested_code=nf4.nested_code[:255])),
         "nested_offset dtype": ("nested_offset: expected 1", call(nested_offset=nf4.nested_offset.double())),
-        "out shape": ("out: expected contiguous floating", call(out=out[:7])),
+        "out shape": ("out: expected contiguous floating", call(out=out[:, :63])),
+        "out shape, too many rows": ("out: expected contiguous floating", call(out=torch.empty(9, 64, device=DEVICE))),
+        "out of three dimensions": ("out: expected contiguous floating", call(out=out[None])),
+        "out rows overlap": (
+            "which do not overlap",
+            call(out=torch.empty(520, device=DEVICE).as_strided((8, 64), (63, 1))),
+        ),
+        "first_row": ("first_row: expected 0 to 1", call(out=out[:7], first_row=2)),
+        "first_row below": ("first_row: expected 0 to 1", call(out=out[:7], first_row=-1)),
+        "nest dtype": ("values: expected a float32", lambda: ops.nf4_nest(out.double()[0], table, False)),
+        "nest shape": ("values: expected a float32", lambda: ops.nf4_nest(out, table, False)),
+        "nest nothing": ("values: expected a float32", lambda: ops.nf4_nest(out[0, :0], table, False)),
+        "nest code": ("code: expected 256", lambda: ops.nf4_nest(out[0], table[:16], False)),
         "out dtype": ("out: expected contiguous floating", call(out=out.int())),
         "out strides": ("out: expected contiguous floating", call(out=torch.empty(64, 8, device=DEVICE).T)),
         "out device": ("out: expected on", call(out=out.to("meta"))),

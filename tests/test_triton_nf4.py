@@ -43,7 +43,7 @@ def _check(
 ) -> None:
     packed, absmax, code, nesting = _quantized(shape, block_size, nested, quant_type)
     out = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-    assert nf4.nf4_dequantize(packed, absmax, code, block_size, out, *nesting, config) is out
+    assert nf4.nf4_dequantize(packed, absmax, code, block_size, out.numel(), out, 0, *nesting, config) is out
     assert torch.equal(out, definition.nf4_dequantize(packed, absmax, code, block_size, shape, dtype, *nesting))
 
 
@@ -75,7 +75,7 @@ def test_both_codes(quant_type: str) -> None:
 def test_no_elements() -> None:
     packed, absmax, code, nesting = _quantized((2, 64), 64, False)
     out = torch.empty((0, 64), device=DEVICE)
-    assert nf4.nf4_dequantize(packed[:0], absmax[:0], code, 64, out, *nesting, SMALL) is out
+    assert nf4.nf4_dequantize(packed[:0], absmax[:0], code, 64, 0, out, 0, *nesting, SMALL) is out
 
 
 def test_product_and_sum_of_the_nested_scale_are_rounded_apart() -> None:
@@ -93,7 +93,7 @@ def test_product_and_sum_of_the_nested_scale_are_rounded_apart() -> None:
     )  # code 15 is 1.0: out is the scale
     out = torch.empty(absmax.numel() * 64, device=DEVICE)
     code = definition.code_table("nf4", DEVICE)
-    nf4.nf4_dequantize(packed, absmax, code, 64, out, maximum, nested_code, offset, SMALL)
+    nf4.nf4_dequantize(packed, absmax, code, 64, out.numel(), out, 0, maximum, nested_code, offset, SMALL)
     assert torch.equal(out[::64], nested_code[index] * maximum + offset)
 
 
@@ -107,5 +107,18 @@ def test_a_wrong_nibble_order_or_scale_is_seen() -> None:
         (packed, absmax, code.flip(0), *nesting),
     ):
         out = torch.empty((33, 64), dtype=torch.bfloat16, device=DEVICE)
-        nf4.nf4_dequantize(faulty[0], faulty[1], faulty[2], 64, out, *faulty[3:], SMALL)
+        nf4.nf4_dequantize(faulty[0], faulty[1], faulty[2], 64, out.numel(), out, 0, *faulty[3:], SMALL)
         assert not torch.equal(out, right)
+
+
+# Rows 2 .. 9 of 12: whole blocks to a row, blocks that straddle rows, an odd width, rows in one block.
+@pytest.mark.parametrize(("width", "block_size"), [(128, 64), (96, 64), (33, 32), (32, 4096)])
+@pytest.mark.parametrize("spare", [0, 16, 5], ids=["consecutive", "apart", "askew"])
+def test_rows(width: int, block_size: int, spare: int) -> None:
+    packed, absmax, code, nesting = _quantized((12, width), block_size, True)
+    buffer = torch.full((7, width + spare), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    out = buffer[:, :width]
+    nf4.nf4_dequantize(packed, absmax, code, block_size, 12 * width, out, 2, *nesting, SMALL)
+    whole = definition.nf4_dequantize(packed, absmax, code, block_size, (12, width), torch.bfloat16, *nesting)
+    assert torch.equal(out, whole[2:9])
+    assert (buffer[:, width:] == 7.0).all()

@@ -6,7 +6,8 @@
 namespace peftfast::cpu {
 
 struct Nf4Kernels {
-    void (*dequantize)(const Nf4Weight& weight, void* out, DType dtype, int64_t begin_block, int64_t end_block);
+    void (*dequantize)(const Nf4Weight& weight, const Nf4Slab& slab, void* out, DType dtype, int64_t begin_block,
+                       int64_t end_block);
 };
 
 }  // namespace peftfast::cpu
@@ -17,12 +18,15 @@ struct Nf4Kernels {
 
 namespace peftfast::cpu {
 
-void nf4_dequantize(const Nf4Weight& weight, void* out, DType dtype, ParallelFor pool) {
+void nf4_dequantize(const Nf4Weight& weight, const Nf4Slab& slab, void* out, DType dtype, ParallelFor pool) {
+    if (slab.begin >= slab.end) return;
     const Nf4Kernels& kernels = kernels_in_use();
-    const int64_t blocks = weight.count / weight.block_size + (weight.count % weight.block_size != 0);
+    const int64_t first = slab.begin / weight.block_size;
+    const int64_t blocks = (slab.end - 1) / weight.block_size + 1 - first;
     // 2**16 elements take a thread about 10 us.
-    parallel_for(pool, blocks, 1 + 65536 / weight.block_size,
-                 [&](int64_t begin, int64_t end) { kernels.dequantize(weight, out, dtype, begin, end); });
+    parallel_for(pool, blocks, 1 + 65536 / weight.block_size, [&](int64_t begin, int64_t end) {
+        kernels.dequantize(weight, slab, out, dtype, first + begin, first + end);
+    });
 }
 
 }  // namespace peftfast::cpu

@@ -114,7 +114,56 @@ def _nf4_cases(random: torch.Generator) -> dict[str, list[Case]]:
             arguments = (*storage, *nested, torch.full(NF4_SHAPE, math.nan, dtype=dtype))
             expected = nf4.nf4_dequantize(*storage, dtype, *nested)
             cases.append(_exact(f"{level}, {_short(dtype)}", arguments, expected, written=len(arguments) - 1))
-    return {"nf4_quantize": [_exact("float32", quantise, (packed, absmax))], "nf4_dequantize_out": cases}
+    slab = (packed, absmax, code, NF4_BLOCK_SIZE, NF4_SHAPE, None, None, None)
+    rows = nf4.nf4_dequantize(*slab[:5], torch.bfloat16)[7:29]
+    wider = torch.full((22, NF4_SHAPE[1] + 9), math.nan, dtype=torch.bfloat16)[:, : NF4_SHAPE[1]]
+    cases.append(_exact("rows apart", (*slab, wider, 7), rows, written=8))
+    centred, table = absmax - absmax.mean(), nf4.nested_code_table(cpu)
+    nests = [
+        _exact(name, (centred, table, snapped), nf4.quantize_nested(centred, table, snapped))
+        for name, snapped in (("as on a GPU", False), ("as on a CPU", True))
+    ]
+    return {
+        "nf4_quantize": [_exact("float32", quantise, (packed, absmax))],
+        "nf4_nest": nests,
+        "nf4_dequantize_out": cases,
+    }
+
+
+def _few_rows(*given: Any) -> tuple[Tensor, Tensor]:
+    """The definition of nf4_linear; the weight in float64 is the float32 product unrounded."""
+    x, packed, absmax, code, block_size, shape, *nested, bias, lora_a, lora_b, lora_bias, scaling, compute, dtype = (
+        given
+    )
+    if compute == torch.float64:
+        absmax = absmax if nested[0] is None else nf4.unnest_absmax(absmax, *(t.float() for t in nested))
+        dense = nf4.nf4_dequantize(packed, absmax.float(), code.float(), block_size, shape, torch.float32)
+    else:
+        dense = nf4.nf4_dequantize(packed, absmax, code, block_size, shape, compute, *nested)
+    y, s = nf4.nf4_linear(x.to(compute), dense.to(compute), bias, lora_a, lora_b, lora_bias, scaling)
+    return y.to(dtype), x.new_empty((x.shape[0], 0), dtype=compute) if s is None else s
+
+
+def _few_rows_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    k = 256  # which the GPU's kernel takes; the awkward widths are in the suite
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    packed, absmax = nf4.nf4_quantize(normal(N, k) / k**0.5, NF4_BLOCK_SIZE, nf4.code_table("nf4", torch.device("cpu")))
+    index, nested_absmax, offset = nf4.nest_absmax(absmax)
+    storage = (packed, index, nf4.code_table("nf4", torch.device("cpu")), NF4_BLOCK_SIZE, (N, k))
+    nested = (nested_absmax, nf4.nested_code_table(torch.device("cpu")), offset)
+    adapter = (normal(N), normal(R, k) / k**0.5, normal(N, R) / R**0.5, normal(N), SCALING)
+    arguments = (normal(M, k), *storage, *nested, *adapter)
+    cases = [
+        _budgeted(name, _few_rows, (*arguments, compute, dtype), device)
+        for name, compute, dtype in (
+            ("qlora", torch.bfloat16, torch.float32),
+            ("float16", torch.float16, torch.float16),
+        )
+    ]
+    return {"nf4_linear": cases}
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -302,6 +351,7 @@ def cases(device: str) -> dict[str, list[Case]]:
     return {
         **_philox_cases(),
         **_nf4_cases(random),
+        **_few_rows_cases(random, device),
         **_lora_cases(random, device),
         **_terms_cases(random, device),
         **_dora_cases(random, device),

@@ -1,9 +1,9 @@
-"""Launch configurations of kernels/nf4.py."""
+"""Launch configurations of kernels/nf4.py and kernels/nf4_quantize.py, and which way a product with a 4-bit weight takes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .device import Device, measured, require_powers_of_two
+from .device import Device, bucket, measured, require_powers_of_two
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,6 +35,119 @@ class Case:
 
 def nf4_dequantize(case: Case, device: Device) -> Nf4Config:
     return measured(device, "nf4_dequantize", case.key, Nf4Config) or Nf4Config()
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Elements of one program, rounded up to a whole block, and its warps."""
+
+    tile: int = 2048
+    num_warps: int = 4
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "tile", "num_warps")
+
+
+@dataclass(frozen=True)
+class QuantizeCase:
+    """What a configuration of the quantiser and a compiled variant depend on."""
+
+    dtype: str
+    block_size: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.dtype} block{self.block_size}"
+
+
+def nf4_quantize(case: QuantizeCase, device: Device) -> QuantizeConfig:
+    return measured(device, "nf4_quantize", case.key, QuantizeConfig) or QuantizeConfig()
+
+
+@dataclass(frozen=True)
+class NestConfig:
+    """Warps of the one program that takes 256 block maxima."""
+
+    num_warps: int = 2
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "num_warps")
+
+
+def nf4_nest(device: Device) -> NestConfig:
+    return measured(device, "nf4_nest", "any", NestConfig) or NestConfig()
+
+
+# Rows of x up to which the fused few-row product is quicker than dequantising and the library's product, by backend.
+# cpu: with an adapter of rank 16 and the weight out of cache, 0.96 against 0.96 ms at 16 rows and 1.14 against 1.04 at 20
+# for 2048 x 2048, 0.88 against 1.02 and 1.06 against 1.18 for 1024 x 4096, bfloat16, one thread of an AMD EPYC of the Zen 5
+# generation (2026-11-21). cuda and triton: not measured; 64 is what the kernel was made for, 16 one tile of tl.dot.
+FEW_ROWS = {"cuda": 64, "cpu": 16, "triton": 16}
+
+
+# How the adapter's product joins the base product of many rows, by device type. "expand": added by a pass over y.
+# "accumulate": written first, and the base product adds itself to it (beta = 1). "concatenate": [x | S] [W | s B]^T in one
+# product, which costs no pass where x is cast anyway. On the CPU of FEW_ROWS, 2048 x 2048 at 64 to 2048 rows, the three lie
+# within 5 % of each other and none leads throughout; the first rounds least. cuda: not measured.
+ADAPTER_ROUTES = {"cpu": "expand", "cuda": "expand"}
+
+
+# Bytes of the buffer that a weight is dequantised into, by device type; 0: the whole weight. On the CPU of FEW_ROWS slabs of 2
+# and 4 MB are within 1 % of the whole at 64 to 512 rows, smaller ones slower. A GPU could keep a slab in its L2 cache, where
+# the product finds it: cuda is not measured, and off.
+SLAB_BYTES = {"cpu": 0, "cuda": 0}
+
+
+def slab_rows(device_type: str, N: int, K: int, itemsize: int) -> int:
+    """Rows of the weight that are dequantised and multiplied at a time: N, or a multiple of 64 within SLAB_BYTES."""
+    limit = SLAB_BYTES.get(device_type, 0)
+    if limit == 0 or N * K * itemsize <= limit:
+        return N
+    return max(64, limit // (K * itemsize) // 64 * 64)
+
+
+def adapter_route(device_type: str, casts: bool, keeps_dtype: bool) -> str:
+    """The route of a layer that casts x to its compute dtype or does not, and whose result has that dtype or another."""
+    route = ADAPTER_ROUTES.get(device_type, "expand")
+    if not keeps_dtype or (route == "concatenate" and not casts):
+        return "expand"
+    return route
+
+
+MOST_COLUMNS = 128  # of a step of the Triton kernel
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Tile of the Triton product of a few rows: weight rows and columns, and the pipeline."""
+
+    block_n: int = 32
+    block_k: int = MOST_COLUMNS
+    num_warps: int = 2
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        require_powers_of_two(self, "block_n", "block_k", "num_warps")
+        if self.block_k > MOST_COLUMNS:
+            raise ValueError(f"block_k: expected at most {MOST_COLUMNS}, got {self.block_k}")
+
+
+def nf4_linear(M: int, dtype: str, device: Device) -> LinearConfig:
+    """Narrow tiles, so that a weight of 4096 rows makes about as many programs as a GPU has multiprocessors, and two warps, whose
+    threads then read 16 bytes of a 64-element block's rows at once. Not measured."""
+    rows = bucket(M, (16, 32, 64))
+    return measured(device, "nf4_linear", f"{dtype} rows{rows}", LinearConfig) or LinearConfig()
+
+
+TILE_ROWS, SPLIT_COLUMNS = 64, 128  # of csrc/cuda/nf4_linear.cu
+
+
+def nf4_linear_splits(M: int, N: int, K: int, R: int, device: Device) -> int:
+    """Into how many parts the CUDA kernel cuts K, so that its blocks fill the GPU twice. Each part beyond the first is
+    M (N + R) float32 more to write and to read, so few rows are cut further than many. Not measured."""
+    tiles = -(-(N + R) // TILE_ROWS)
+    wanted = -(-2 * device.multiprocessors // tiles)
+    return max(1, min(wanted, K // SPLIT_COLUMNS, 16 if M <= 16 else 4))
 
 
 def launch_matrix(device: Device) -> Iterator[tuple[Case, Nf4Config]]:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from .. import ops
 from ..ops.backends import FLOAT_DTYPES, undisturbed
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
+from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
 from .precision import autocast_off, autocast_on, compute_dtype_of
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -78,6 +79,7 @@ class LoRALinearFunction(torch.autograd.Function):
         out_dtype: torch.dtype,
         *quantisation: Any,
     ) -> Tensor:
+        kept: tuple[Tensor, ...] = ()
         whole = out_dtype is dtype and (bias is None or bias.dtype is dtype) and x.is_contiguous()
         if whole and weight.dtype is dtype and not quantisation and _as_one(x, dtype):
             y, s = torch.ops.peftfast_cpu.lora_layer_forward.default(
@@ -85,10 +87,22 @@ class LoRALinearFunction(torch.autograd.Function):
             )
         else:
             rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-            dense = _dense_weight(weight, quantisation, dtype)
-            y = functional.linear(rows.to(dtype), dense, None if bias is None else bias.to(dtype))
-            s = ops.lora.lora_shrink(rows, lora_a, seed, p, 1.0, dtype)
-            y = _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
+            keep = bool(quantisation) and keeps_dense() and ctx.needs_input_grad[0]
+            done = None
+            if quantisation and not keep:
+                adapter = (lora_a, lora_b, bias, lora_bias, seed, p, scaling)
+                done = adapted_product(rows, weight, quantisation, *adapter, dtype, out_dtype)
+            if done is not None:
+                y, s = done
+            else:
+                if quantisation and not keep:
+                    y = base_product(rows, weight, quantisation, bias, dtype)
+                else:
+                    dense = _dense_weight(weight, quantisation, dtype)
+                    y = functional.linear(rows.to(dtype), dense, None if bias is None else bias.to(dtype))
+                    kept = (dense,) if keep else ()
+                s = ops.lora.lora_shrink(rows, lora_a, seed, p, 1.0, dtype)
+                y = _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
             y = y.reshape(*x.shape[:-1], lora_b.shape[0])
         needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
@@ -99,6 +113,7 @@ class LoRALinearFunction(torch.autograd.Function):
             s if needs_b else None,
             seed,
             *(one if needs_x and isinstance(one, Tensor) else None for one in quantisation),
+            *kept,
         )
         ctx.p, ctx.scaling, ctx.dtype = p, scaling, dtype
         ctx.dtypes = (x.dtype, weight.dtype, lora_a.dtype)
@@ -130,6 +145,7 @@ class LoRALinearFunction(torch.autograd.Function):
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dweight, da, db, dbias, dlora_bias, by an operator a pass."""
     x, weight, lora_a, lora_b, s, seed, *quantisation = ctx.saved_tensors
+    kept = quantisation.pop() if len(quantisation) > 7 else None  # the dense weight, after NF4Weight.storage()[1:]
     if ctx.stored:
         quantisation[2:4] = ctx.stored
     needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
@@ -146,7 +162,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs_a:
         da = ops.lora.lora_weight_grad(ds, rows, seed, p, 1.0, a_dtype)
     if needs_x:
-        dx = dy @ _dense_weight(weight, quantisation, dtype)
+        dx = dy @ (_dense_weight(weight, quantisation, dtype) if kept is None else kept)
         dx = _add_product(dx, ds, lora_a.T, None, seed, p, 1.0, x_dtype).reshape(*leading, lora_a.shape[1])
     if needs_weight:
         dweight = (dy.T @ rows.to(dtype)).to(weight_dtype)
@@ -273,6 +289,12 @@ def lora_linear(
 
             own = Projection(weight, lora_a, lora_b, scaling, lora_bias=lora_bias, dropout_p=p, seed=seed_tensor)
             return apply_group(x, [(weight, bias, magnitude)], [(own,)], None, training, dtype, out_dtype)[0]
+        if isinstance(weight, NF4Weight) and p == 0.0 and not torch.is_grad_enabled():
+            rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+            adapter = (lora_a, lora_b, bias, lora_bias, float(scaling))
+            y = product_without_gradient(rows, weight, *adapter, dtype, out_dtype)
+            if y is not None:
+                return y.reshape(*x.shape[:-1], weight.shape[0])
         base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight,)
         return LoRALinearFunction.apply(
             x, base, lora_a, lora_b, bias, lora_bias, seed_tensor, p, float(scaling), dtype, out_dtype, *quantisation

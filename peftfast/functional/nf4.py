@@ -1,4 +1,4 @@
-"""4-bit weights: the storage, its conversions, and a linear layer on it."""
+"""4-bit weights: the storage and its conversions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from .. import ops
 from ..reference import nf4 as definition
-from .precision import autocast_off, cache_signature, compute_dtype_of
 
 if TYPE_CHECKING:
     import bitsandbytes
@@ -145,11 +142,22 @@ class NF4Weight:
             **nested,
         )
 
-    def to_bitsandbytes(self) -> bitsandbytes.nn.Params4bit:
-        """A quantised Params4bit on the same storage. Needs bitsandbytes."""
+    def to_bitsandbytes(self, quant_storage: torch.dtype = torch.uint8) -> bitsandbytes.nn.Params4bit:
+        """A quantised Params4bit on the same storage, its bytes seen as ``quant_storage``. Needs bitsandbytes.
+
+        Raises:
+            ValueError: the bytes are no whole number of elements of ``quant_storage``.
+        """
         from bitsandbytes.functional import QuantState
         from bitsandbytes.nn import Params4bit
 
+        if not isinstance(quant_storage, torch.dtype):
+            raise TypeError(f"quant_storage: expected a dtype, got {type(quant_storage).__name__}")
+        if self.packed.numel() % quant_storage.itemsize:
+            raise ValueError(
+                f"quant_storage: expected a dtype whose {quant_storage.itemsize} bytes divide {self.packed.numel()}, "
+                f"got {quant_storage}"
+            )
         state2 = offset = None
         if self.nested_absmax is not None and self.nested_offset is not None:
             state2 = QuantState(
@@ -170,12 +178,13 @@ class NF4Weight:
             state2=state2,
         )
         return Params4bit(
-            self.packed,
+            self.packed.reshape(-1).view(quant_storage)[:, None],
             requires_grad=False,
             quant_state=state,
             blocksize=self.block_size,
             compress_statistics=self.nested,
             quant_type=self.quant_type,
+            quant_storage=quant_storage,
             bnb_quantized=True,
         )
 
@@ -204,21 +213,32 @@ def nf4_quantize(
     code = definition.code_table(quant_type, weight.device)
     with torch.no_grad():
         packed, absmax = ops.nf4.nf4_quantize(weight.detach(), block_size, code)
-        nested: dict[str, Any] = {}
-        if double_quant:
-            absmax, nested_absmax, nested_offset = definition.nest_absmax(absmax)
-            nested_code = definition.nested_code_table(weight.device)
-            nested = {"nested_absmax": nested_absmax, "nested_code": nested_code, "nested_offset": nested_offset}
+        absmax, nested = nest(absmax) if double_quant else (absmax, {})
     return NF4Weight(packed, absmax, code, block_size, weight.shape, weight.dtype, quant_type, **nested)
 
 
-def nf4_dequantize(nf4: NF4Weight, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
-    """The weight of ``nf4.shape``, bit for bit ``bitsandbytes.functional.dequantize_4bit``.
+def nest(absmax: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Double quantisation of block maxima as bitsandbytes does it on their device: their bytes, and the three nested fields.
+
+    bitsandbytes' kernel for CPU tensors takes a value to a grid of 65,536 first, its other backends do not; so do we.
+    """
+    code = definition.nested_code_table(absmax.device)
+    offset = absmax.mean()
+    index, nested_absmax = ops.nf4.nf4_nest(absmax - offset, code, absmax.device.type == "cpu")
+    return index, {"nested_absmax": nested_absmax, "nested_code": code, "nested_offset": offset[None]}
+
+
+def nf4_dequantize(
+    nf4: NF4Weight, dtype: torch.dtype | None = None, *, out: Tensor | None = None, first_row: int = 0
+) -> Tensor:
+    """The weight of ``nf4.shape``, bit for bit ``bitsandbytes.functional.dequantize_4bit``, in one launch without a temporary.
 
     Args:
         nf4: the weight.
         dtype: of the result; ``nf4.dtype`` if not given. Not together with ``out``.
-        out: contiguous, of ``nf4.shape``, floating, on ``nf4.device``: written and returned.
+        out: floating, on ``nf4.device``: written and returned. Either contiguous and of ``nf4.shape``; or, for a matrix, ``[rows, K]``
+            whose rows are consecutive elements and may lie further than K apart: part of a wider buffer, or a slab of rows.
+        first_row: of the weight, where the rows of ``out`` begin.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -227,20 +247,23 @@ def nf4_dequantize(nf4: NF4Weight, dtype: torch.dtype | None = None, *, out: Ten
         raise TypeError(f"nf4: expected an NF4Weight, got {type(nf4).__name__}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
+    if not isinstance(first_row, int) or isinstance(first_row, bool):
+        raise TypeError(f"first_row: expected an int, got {type(first_row).__name__}")
     if out is None:
+        if first_row:
+            raise ValueError(f"first_row: expected 0 without out, got {first_row}")
         out = torch.empty(nf4.shape, dtype=dtype or nf4.dtype, device=nf4.device)
     elif not isinstance(out, Tensor):
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
     elif dtype is not None and dtype != out.dtype:
         raise ValueError(f"dtype: {dtype} was asked for beside out of {out.dtype}")
-    elif tuple(out.shape) != tuple(nf4.shape) or not out.is_contiguous() or not out.is_floating_point():
-        raise ValueError(
-            f"out: expected contiguous floating {tuple(nf4.shape)}, got {out.dtype} {tuple(out.shape)} "
-            f"with strides {out.stride()}"
-        )
     elif out.device != nf4.device:
         raise ValueError(f"out: expected on {nf4.device}, got on {out.device}")
-    ops.nf4.nf4_dequantize_out(*nf4.storage(), out)
+    try:
+        ops.nf4.check_rows(out, nf4.shape, first_row)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    ops.nf4.nf4_dequantize_out(*nf4.storage(), out, first_row)
     return out
 
 
@@ -248,79 +271,6 @@ def dequantized(packed: Tensor, quantisation: tuple[Any, ...], dtype: torch.dtyp
     """The dense weight in ``dtype`` from ``packed`` and the rest of :meth:`NF4Weight.storage`."""
     absmax, code, block_size, shape, *nested = quantisation
     return ops.nf4.nf4_dequantize(packed, absmax, code, block_size, shape, dtype, *nested)
-
-
-@cache_signature
-class NF4LinearFunction(torch.autograd.Function):
-    """x Wᵀ + b on a 4-bit W: the dense weight lives during each product and no longer."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        bias: Tensor | None,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        block_size: int,
-        shape: Any,
-        nested_absmax: Tensor | None,
-        nested_code: Tensor | None,
-        nested_offset: Tensor | None,
-        compute_dtype: torch.dtype,
-    ) -> Tensor:
-        quantisation = (absmax, code, block_size, shape, nested_absmax, nested_code, nested_offset)
-        weight = dequantized(packed, quantisation, compute_dtype)
-        return functional.linear(x.to(compute_dtype), weight, None if bias is None else bias.to(compute_dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, bias, packed, absmax, code, block_size, shape, *nested, compute_dtype = inputs
-        ctx.save_for_backward(packed, absmax, code, *nested)
-        ctx.block_size, ctx.shape, ctx.compute_dtype = block_size, shape, compute_dtype
-        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        packed, absmax, code, *nested = ctx.saved_tensors
-        dx = dbias = None
-        with autocast_off(dy.device.type):
-            dy = dy.to(ctx.compute_dtype)
-            if ctx.needs_input_grad[0]:
-                quantisation = (absmax, code, ctx.block_size, ctx.shape, *nested)
-                dx = (dy @ dequantized(packed, quantisation, ctx.compute_dtype)).to(ctx.x_dtype)
-            if ctx.needs_input_grad[1]:
-                wide = torch.float64 if ctx.compute_dtype == torch.float64 else torch.float32
-                dbias = dy.sum(0, dtype=wide).to(ctx.bias_dtype)
-        return dx, dbias, *(None,) * 9
-
-
-def nf4_linear(
-    x: Tensor, nf4: NF4Weight, bias: Tensor | None = None, *, compute_dtype: torch.dtype | None = None
-) -> Tensor:
-    """x Wᵀ + b with a 4-bit W; gradients to x and bias.
-
-    Args:
-        x: ``[..., K]`` floating. nf4: of shape ``(N, K)``. bias: ``[N]``.
-        compute_dtype: of the product; autocast's or x's if not given. The result has x's dtype where this is given.
-
-    Returns:
-        ``[..., N]``.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    if not isinstance(nf4, NF4Weight):
-        raise TypeError(f"nf4: expected an NF4Weight, got {type(nf4).__name__}")
-    check_features(x, tuple(nf4.shape))
-    check_vector("bias", bias, nf4.shape[0], x)
-    if nf4.device != x.device:
-        raise ValueError(f"nf4: expected on {x.device} beside x, got on {nf4.device}")
-    dtype = compute_dtype_of(x, compute_dtype)
-    with autocast_off(x.device.type):
-        rows = x.reshape(-1, x.shape[-1])
-        y = NF4LinearFunction.apply(rows, bias, *nf4.storage(), dtype)
-        return y.to(x.dtype if compute_dtype is not None else dtype).reshape(*x.shape[:-1], nf4.shape[0])
 
 
 def check_features(x: Tensor, shape: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -199,7 +200,7 @@ class LoRALinear(nn.Linear):
         if self.lora_magnitude_vector is not None:
             dense = self._dense_weight().to(self.lora_A.dtype)
             added = added * self.lora_magnitude_vector / weight_norm(dense, self.lora_A, self.lora_B, self.scaling)
-        return (self.bias + added).to(self.bias.dtype)
+        return added if self.bias is None else (self.bias + added).to(self.bias.dtype)
 
     def _exchange(self, weight: Tensor) -> Any:
         """Store a new weight; what :meth:`_restore` needs of the old one is returned."""
@@ -243,17 +244,49 @@ class LoRANF4Linear(LoRALinear, NF4Linear):  # type: ignore[misc]  # from_linear
     def _base_forward(self, x: Tensor) -> Tensor:
         return NF4Linear.forward(self, x)
 
-    def _exchange(self, weight: Tensor) -> F.NF4Weight:
+    def _merged_weight(self) -> Any:
+        """The merged weight in 4 bits, with the bytes that PEFT's own merge gives; DoRA's, dense, is quantised by :meth:`_exchange`."""
+        if self.lora_magnitude_vector is not None:
+            return super()._merged_weight()
+        return F.nf4_merge(self.nf4, self.lora_A, self.lora_B, self.scaling)
+
+    def _exchange(self, weight: Tensor | F.NF4Weight) -> F.NF4Weight:
         before = self.nf4
-        self._hold(
-            F.nf4_quantize(
-                weight.to(before.dtype),
+        if isinstance(weight, Tensor):
+            quantised = F.nf4_quantize(
+                weight,
                 block_size=before.block_size,
                 double_quant=before.nested,
                 quant_type=before.quant_type,
             )
-        )
+            weight = dataclasses.replace(quantised, dtype=before.dtype)
+        self._hold(weight)
         return before
+
+    @torch.no_grad()
+    def merged_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A dense nn.Linear of the merged layer, W̃ + scaling B A rounded once to ``dtype`` (the weight's before quantisation if not
+        given); this layer stays as it is.
+
+        Raises:
+            RuntimeError: the layer is merged into its 4 bits already: unmerge first, or the roundings of 4 bits stay in.
+        """
+        if self.merged:
+            raise RuntimeError("merged_linear: the adapter is merged into the 4-bit weight: unmerge first")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
+        dtype = dtype or self.weight_dtype
+        if self.lora_magnitude_vector is None:
+            weight = F.nf4_merge_dense(self.nf4, self.lora_A, self.lora_B, self.scaling, dtype=dtype)
+        else:
+            weight = LoRALinear._merged_weight(self).to(dtype)
+        bias = self._merged_bias()
+        bias = self.bias if bias is None else bias
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+        return linear.train(self.training)
 
     def _restore(self, before: F.NF4Weight) -> None:
         self._hold(before.to(self.weight.device))

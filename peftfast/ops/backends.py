@@ -1,4 +1,4 @@
-"""The two backends that are not the definition: the C++ library for CPU tensors and Triton.
+"""The backends that are not the definition: the C++ library for CPU tensors, the CUDA library and Triton.
 
 Each gives an ``available`` verdict for the process, which is all that an implementation's table row needs besides its own
 ``accepts``. Triton is imported on first use: it costs 0.2 to 0.5 s.
@@ -43,6 +43,22 @@ def triton_available() -> Verdict:
 
 def cpu_available() -> Verdict:
     return native.cpu_available()
+
+
+def cuda_available() -> Verdict:
+    return native.cuda_available()
+
+
+def takes_cuda(*tensors: Tensor | None) -> Verdict:
+    """Whether the CUDA library takes these floating tensors: on a CUDA device, float32, bfloat16 or float16."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda":
+            return False, f"the CUDA library serves CUDA tensors, these are on {tensor.device.type}"
+        if tensor.is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
+            return False, f"the CUDA library takes float32, bfloat16 and float16, got {tensor.dtype}"
+    return True, ""
 
 
 def undisturbed() -> bool:

@@ -98,11 +98,17 @@ def nf4_dequantize(
     return values.to(dtype).reshape(shape)
 
 
-def nearest_code(values: Tensor, code: Tensor) -> Tensor:
-    """Index of the nearest entry of ``code`` (any order); a value halfway between two takes the lower."""
+def code_bounds(code: Tensor) -> tuple[Tensor, Tensor]:
+    """The middles between neighbours of a code of any order, ascending, and the indices of its entries in that order."""
     order = torch.argsort(code)
     ordered = code[order]
-    return order[torch.bucketize(values, (ordered[:-1] + ordered[1:]) / 2)]
+    return (ordered[:-1] + ordered[1:]) / 2, order
+
+
+def nearest_code(values: Tensor, code: Tensor) -> Tensor:
+    """Index of the nearest entry of ``code`` (any order); a value halfway between two takes the lower, a NaN the highest."""
+    bounds, order = code_bounds(code)
+    return order[torch.bucketize(values, bounds)]
 
 
 def _normalise_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -119,6 +125,29 @@ def _normalise_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return scaled, absmax
 
 
+def nf4_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """x Wᵀ + bias + scaling (S Bᵀ + lora_bias) and S = x Aᵀ (None without an adapter), for a few rows and no dropout.
+
+    Args:
+        x: ``[M, K]``. weight: ``[N, K]``, dequantised, of x's dtype. bias, lora_bias: ``[N]``. lora_a: ``[R, K]``. lora_b: ``[N, R]``.
+    """
+    dtype = x.dtype
+    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(dtype))
+    if lora_a is None or lora_b is None:
+        return y, None
+    s = x @ lora_a.to(dtype).T
+    added = s @ lora_b.to(dtype).T
+    return y + scaling * (added if lora_bias is None else added + lora_bias.to(dtype)), s
+
+
 def nf4_quantize(weight: Tensor, block_size: int, code: Tensor) -> tuple[Tensor, Tensor]:
     """Packed bytes uint8 ``[ceil(numel / 2), 1]`` and float32 block maxima of a floating weight of any shape."""
     scaled, absmax = _normalise_blocks(weight.detach().reshape(-1).float(), block_size)
@@ -128,11 +157,38 @@ def nf4_quantize(weight: Tensor, block_size: int, code: Tensor) -> tuple[Tensor,
     return ((index[::2] << 4) | index[1::2])[:, None], absmax
 
 
-def nest_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+_GRID = 65535  # steps of the grid that bitsandbytes' CPU kernel snaps to
+
+
+def _snapped(scaled: Tensor) -> Tensor:
+    """Values in [-1, 1] moved to the nearest of 65,536 equally spaced ones, in float32, as bitsandbytes' CPU kernel does."""
+    index = ((scaled + 1) * 0.5 * _GRID + 0.5).to(torch.int64)
+    return -1 + 2 * index.float() / _GRID
+
+
+def quantize_nested(centred: Tensor, code: Tensor, snapped: bool) -> tuple[Tensor, Tensor]:
+    """uint8 indices into the sorted ``code`` of 256 and float32 maxima of blocks of 256 of float32 values.
+
+    ``snapped`` is how bitsandbytes' kernel for CPU tensors does it: every block, a short last one too, is multiplied by the
+    reciprocal of its maximum and moved to a grid of 65,536 values before the nearest code is taken; a block of zeros gives index 0
+    and the maximum 0. Otherwise it is the formula of its CUDA kernel and of all its other backends.
+    """
+    if not snapped:
+        scaled, absmax = _normalise_blocks(centred, NESTED_BLOCK_SIZE)
+        return nearest_code(scaled, code).to(torch.uint8), absmax
+    count = centred.numel()
+    padded = torch.nn.functional.pad(centred, (0, -count % NESTED_BLOCK_SIZE)).reshape(-1, NESTED_BLOCK_SIZE)
+    absmax = padded.abs().amax(dim=1)
+    scaled = (padded * (1.0 / absmax)[:, None]).reshape(-1)[:count]  # 0 / 0 where a block is all zeros
+    index = nearest_code(_snapped(torch.nan_to_num(scaled, nan=0.0).clamp(-1, 1)), code)
+    return torch.where(scaled.isnan(), 0, index).to(torch.uint8), absmax
+
+
+def nest_absmax(absmax: Tensor, snapped: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantisation of block maxima: uint8 indices, float32 maxima of blocks of 256, and the offset ``[1]``.
 
     The offset is torch.mean of the maxima, so its last bits are the device's.
     """
     offset = absmax.mean()
-    scaled, nested_absmax = _normalise_blocks(absmax - offset, NESTED_BLOCK_SIZE)
-    return nearest_code(scaled, nested_code_table(absmax.device)).to(torch.uint8), nested_absmax, offset[None]
+    index, nested_absmax = quantize_nested(absmax - offset, nested_code_table(absmax.device), snapped)
+    return index, nested_absmax, offset[None]

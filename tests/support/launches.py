@@ -10,6 +10,8 @@ from peftfast.configs import sparse_delta as sparse_configs
 from peftfast.configs import zeroth_order as zo_configs
 from peftfast.configs.device import Device
 from peftfast.kernels import lora, lora_dora, lora_terms, nf4, philox, sparse_delta, zeroth_order
+from peftfast.kernels import nf4_linear as nf4_linear_kernels
+from peftfast.kernels import nf4_quantize as nf4_quantize_kernels
 
 DEVICES = {
     80: Device("", (8, 0), 108),
@@ -79,21 +81,44 @@ def lora_dy_grads(
     lora.lora_dy_grads(dy, s, b, 1.0, getattr(torch, narrow), config)
 
 
-def nf4_dequantize(dtype: str, block_size: int, nested: bool, arch: int, N: int = 4096, K: int = 4096) -> None:
-    config = nf4_configs.nf4_dequantize(nf4_configs.Case(dtype, block_size, nested), DEVICES[arch])
+def _nf4(N: int, K: int, block_size: int, nested: bool) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, ...]]:
     blocks = N * K // block_size
     nesting = (None, None, None)
     if nested:
-        nesting = tuple(_empty(size, dtype=torch.float32) for size in (blocks // 256, 256, 1))
-    nf4.nf4_dequantize(
-        _empty(N * K // 2, 1, dtype=torch.uint8),
-        _empty(blocks, dtype=torch.uint8 if nested else torch.float32),
-        _empty(16, dtype=torch.float32),
-        block_size,
-        _empty(N, K, dtype=dtype),
-        *nesting,
-        config,
-    )
+        nesting = tuple(_empty(size, dtype=torch.float32) for size in (-(-blocks // 256), 256, 1))
+    absmax = _empty(blocks, dtype=torch.uint8 if nested else torch.float32)
+    return [_empty(N * K // 2, 1, dtype=torch.uint8), absmax, _empty(16, dtype=torch.float32)], nesting
+
+
+def nf4_dequantize(
+    dtype: str, block_size: int, nested: bool, arch: int, N: int = 4096, K: int = 4096, spare: int = 0, first: int = 0
+) -> None:
+    config = nf4_configs.nf4_dequantize(nf4_configs.Case(dtype, block_size, nested), DEVICES[arch])
+    weight, nesting = _nf4(N, K, block_size, nested)
+    out = _empty(N - first, K + spare, dtype=dtype)[:, :K]
+    nf4.nf4_dequantize(*weight, block_size, N * K, out, first, *nesting, config)
+
+
+def nf4_quantize(dtype: str, block_size: int, arch: int, N: int = 4096, K: int = 4096) -> None:
+    config = nf4_configs.nf4_quantize(nf4_configs.QuantizeCase(dtype, block_size), DEVICES[arch])
+    blocks = N * K // block_size
+    bounds, order = _empty(15, dtype=torch.float32), _empty(16, dtype=torch.uint8)
+    packed, absmax = _empty(N * K // 2, 1, dtype=torch.uint8), _empty(blocks, dtype=torch.float32)
+    nf4_quantize_kernels.nf4_quantize(_empty(N, K, dtype=dtype), block_size, bounds, order, packed, absmax, config)
+
+
+def nf4_nest(snapped: bool, arch: int, count: int = 2**18) -> None:
+    values, bounds = _empty(count, dtype=torch.float32), _empty(255, dtype=torch.float32)
+    index, absmax = _empty(count, dtype=torch.uint8), _empty(count // 256, dtype=torch.float32)
+    nf4_quantize_kernels.nf4_nest(values, bounds, snapped, index, absmax, nf4_configs.nf4_nest(DEVICES[arch]))
+
+
+def nf4_linear(M: int, x: str, compute: str, out: str, nested: bool, arch: int, N: int = 4096, K: int = 4096) -> None:
+    config = nf4_configs.nf4_linear(M, compute, DEVICES[arch])
+    weight, nesting = _nf4(N, K, 64, nested)
+    bias = _empty(N, dtype=compute)
+    rows, y = _empty(M, K, dtype=x), _empty(M, N, dtype=out)
+    nf4_linear_kernels.nf4_linear(rows, *weight, 64, (N, K), *nesting, bias, getattr(torch, compute), y, config)
 
 
 def dropout_mask(arch: int, rows: int = 4096, columns: int = 4096) -> None:

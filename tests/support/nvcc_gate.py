@@ -65,3 +65,20 @@ def parse(output: str) -> list[KernelReport]:
             raise RuntimeError(f"ptxas said nothing of {name} on {arch}: {text[:500]}")
         reports.append(KernelReport(name, arch, int(registers[1]), *map(int, properties.groups())))
     return reports
+
+
+def compile_ptx(source: Path, target: Path, arch: str = "90a") -> str:
+    """The PTX of a source; a RuntimeError carries nvcc's message."""
+    nvcc = nvcc_path()
+    assert nvcc is not None
+    flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch=compute_{arch}", "-ptx", f"-I{ROOT / 'csrc'}"]
+    done = subprocess.run([nvcc, *flags, str(source), "-o", str(target)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source.name} does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
+    return target.read_text()
+
+
+def kernels_of(ptx: str) -> dict[str, str]:
+    """Mangled name -> text of each kernel."""
+    pieces = re.split(r"\.entry (\w+)\(", ptx)[1:]
+    return dict(zip(pieces[0::2], pieces[1::2], strict=True))

@@ -1,0 +1,125 @@
+"""A few rows times a 4-bit weight in Triton, decoded on the way into the product (the definition is
+peftfast.reference.nf4)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .numerics import convert, multiply_add, narrow, widen
+
+_NESTED_BLOCK_SIZE = tl.constexpr(256)
+
+
+@triton.jit
+def _nf4_linear_kernel(
+    x_ptr,
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    nested_offset_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    row_bytes,
+    stride_xm,
+    stride_xk,
+    block_size,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y[M, N] = x Wᵀ + bias for one tile of BLOCK_N weight rows and all of up to BLOCK_M rows of x.
+
+    BLOCK_K divides K and the block size, so that a step has one maximum a row. A byte holds an even column and the odd
+    one after it: two products, of the even and of the odd columns of x, need no interleaving of what was decoded. The
+    weight is rounded to COMPUTE as the dequantiser rounds it.
+    """
+    HALF: tl.constexpr = BLOCK_K // 2
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    row = tl.where(mask_n, offs_n, 0).to(tl.int64)
+    bytes_row = packed_ptr + row[:, None] * row_bytes + tl.arange(0, HALF)[None, :]
+    x_row = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + tl.arange(0, BLOCK_K)[None, :] * stride_xk
+    code = tl.load(code_ptr + tl.arange(0, 16))
+    if nested_absmax_ptr is not None:
+        offset = tl.load(nested_offset_ptr)
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        bytes_ = tl.load(bytes_row + k // 2)
+        block = (row * K + k) // block_size
+        absmax = tl.load(absmax_ptr + block)
+        if nested_absmax_ptr is not None:
+            nested = tl.load(nested_absmax_ptr + block // _NESTED_BLOCK_SIZE)
+            absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
+        high = tl.gather(code, (bytes_ >> 4).to(tl.int32).reshape(BLOCK_N * HALF), 0).reshape(BLOCK_N, HALF)
+        low = tl.gather(code, (bytes_ & 15).to(tl.int32).reshape(BLOCK_N * HALF), 0).reshape(BLOCK_N, HALF)
+        x = tl.load(x_row + k * stride_xk, mask=mask_m[:, None], other=0.0)
+        x_even, x_odd = tl.split(convert(x, COMPUTE).reshape(BLOCK_M, HALF, 2))
+        accumulator = multiply_add(narrow(high * absmax[:, None], COMPUTE), tl.trans(x_even), accumulator)
+        accumulator = multiply_add(narrow(low * absmax[:, None], COMPUTE), tl.trans(x_odd), accumulator)
+    if bias_ptr is not None:
+        accumulator += widen(tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0))[:, None]
+    offs = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+    tl.store(y_ptr + offs, narrow(accumulator, y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+
+
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def nf4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    block_size: int,
+    shape: tuple[int, int],
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    compute: torch.dtype,
+    y: torch.Tensor,
+    config,
+) -> torch.Tensor:
+    """x Wᵀ + bias into ``y``, contiguous ``[M, N]``; returns it.
+
+    x: ``[M, K]`` of any strides, rounded to ``compute``, bfloat16 or float16, on the way. K is a multiple of the smaller
+        of the block size and ``config.block_k``. The weight's tensors are contiguous, bias is ``[N]``. Sums are float32.
+    """
+    N, K = shape
+    M = x.shape[0]
+    if M == 0 or N == 0:
+        return y
+    block_m = max(16, min(64, triton.next_power_of_2(M)))
+    _nf4_linear_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(M, block_m))](
+        x,
+        packed,
+        absmax,
+        code,
+        nested_absmax,
+        nested_code,
+        nested_offset,
+        None if bias is None else bias.contiguous(),
+        y,
+        M,
+        N,
+        K,
+        K // 2,
+        x.stride(0),
+        x.stride(1),
+        block_size,
+        COMPUTE=_TRITON_DTYPES[compute],
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=min(config.block_k, block_size),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=False,
+    )
+    return y

@@ -1,0 +1,63 @@
+"""csrc/cuda compiled for the CPU: launches become calls of the emulator."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+_LAUNCH = re.compile(r"(\w+(?:<[^;<>]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
+
+
+def translated(source: str) -> str:
+    """CUDA C++ without its launch syntax."""
+    return _LAUNCH.sub(r"emulated::launch(\2, [&] { \1(\3); });", source)
+
+
+def _compile(sources: list[Path], target: Path) -> Path:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler")
+    # A misaligned wide access or an index past an array of known size traps.
+    checks = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w", *checks, f"-I{HERE}", f"-I{CSRC}"]
+    kind = ["-c"] if target.suffix == ".o" else ["-shared"]
+    done = subprocess.run(
+        [compiler, *flags, *kind, *map(str, sources), "-o", str(target)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return target
+
+
+def build(family: str, folder: Path, edit: tuple[str, str] | None = None, base: Path | None = None) -> ctypes.CDLL:
+    """A library of the family's launch functions under the names of its harness.
+
+    Args:
+        edit: a text in the sources and what replaces it. base: the folder of a build without, whose other objects are taken.
+
+    Raises:
+        RuntimeError: what the compiler says. ValueError: the text to edit is in no source.
+    """
+    texts = {path.stem: path.read_text() for path in sorted((CSRC / "cuda").glob(f"{family}*.cu"))}
+    edited = {stem for stem, text in texts.items() if edit is not None and edit[0] in text}
+    if edit is not None and not edited:
+        raise ValueError(f"no source has {edit[0]!r}")
+    objects = []
+    for stem, text in texts.items():
+        if base is not None and stem not in edited:
+            objects.append(base / f"{stem}.o")
+            continue
+        source = folder / f"{stem}.cpp"
+        text = text.replace(*edit) if edit is not None and stem in edited else text
+        source.write_text(translated(text).replace('#include "../', '#include "'))
+        objects.append(_compile([source], folder / f"{stem}.o"))
+    harness = base / "harness.o" if base is not None else _compile([HERE / f"{family}.cpp"], folder / "harness.o")
+    library = folder / f"{family}.so"
+    _compile([*objects, harness], library)
+    loaded = ctypes.CDLL(str(library))
+    for name in ("nf4_dequantize", "nf4_quantize", "nf4_nest", "nf4_linear"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    return loaded

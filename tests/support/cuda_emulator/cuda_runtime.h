@@ -1,0 +1,190 @@
+// CUDA kernels on a CPU, one block after the other: each thread is a fiber, and a fiber that reaches a barrier or a
+// warp's collective hands on to the next until all have come. Slow and exact; what it cannot show is timing and races
+// between barriers. Takes the place of CUDA's own header, for the tests.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+typedef void* cudaStream_t;
+typedef int cudaError_t;
+constexpr cudaError_t cudaSuccess = 0;
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+
+inline float __fadd_rn(float a, float b) { return a + b; }  // compiled with -ffp-contract=off
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+
+namespace emulated {
+
+[[noreturn]] inline void fail(const char* what) {
+    fprintf(stderr, "emulated kernel: %s\n", what);
+    abort();
+}
+
+inline dim3 thread_index, block_index;
+
+class Block {
+  public:
+    explicit Block(unsigned threads) : threads_(threads), warps_((threads + 31) / 32), fibers_(threads) {}
+
+    void run(const std::function<void()>& body) {
+        body_ = &body;
+        current_ = this;
+        alive_ = threads_;
+        for (unsigned i = 0; i < threads_; ++i) {
+            Fiber& fiber = fibers_[i];
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = stack_of(i);
+            fiber.context.uc_stack.ss_size = kStack;
+            fiber.context.uc_link = &scheduler_;
+            makecontext(&fiber.context, &Block::enter, 0);
+        }
+        while (alive_ > 0) {
+            const uint64_t before = events_;
+            for (running_ = 0; running_ < threads_; ++running_) {
+                if (fibers_[running_].done) continue;
+                thread_index = dim3(running_);
+                swapcontext(&scheduler_, &fibers_[running_].context);
+            }
+            if (events_ == before) fail("threads wait for each other for ever");
+        }
+    }
+
+    static Block& current() { return *current_; }
+    unsigned lane() const { return running_ % 32; }
+
+    void barrier() {
+        const uint64_t mine = generation_;
+        ++events_;
+        ++arrived_;
+        release();
+        while (generation_ == mine) yield();
+    }
+
+    // The values that the warp's 32 lanes bring.
+    template <class T>
+    const T* exchange(const T& value) {
+        static_assert(sizeof(T) <= kSlot, "");
+        Warp& warp = warps_[running_ / 32];
+        const uint64_t mine = warp.generation;
+        T* values = reinterpret_cast<T*>(warp.values[mine % 2]);
+        memcpy(values + running_ % 32, &value, sizeof(T));
+        ++events_;
+        if (++warp.arrived == 32) {
+            warp.arrived = 0;
+            ++warp.generation;
+        } else {
+            while (warp.generation == mine) yield();
+        }
+        return values;
+    }
+
+  private:
+    static constexpr size_t kSlot = 32, kStack = 64 * 1024;
+    static char* stack_of(unsigned thread) {  // kept from block to block
+        static std::vector<char*> stacks;
+        while (stacks.size() <= thread) stacks.push_back(static_cast<char*>(aligned_alloc(64, kStack)));
+        return stacks[thread];
+    }
+    struct Warp {
+        uint64_t generation = 0;
+        unsigned arrived = 0;
+        alignas(16) char values[2][32 * kSlot];
+    };
+    struct Fiber {
+        ucontext_t context;
+        bool done = false;
+    };
+
+    static void enter() {
+        Block& block = *current_;
+        (*block.body_)();
+        block.fibers_[block.running_].done = true;
+        --block.alive_;
+        ++block.events_;
+        block.release();
+    }
+
+    void release() {  // those that have returned are not waited for
+        if (arrived_ > 0 && arrived_ == alive_) {
+            arrived_ = 0;
+            ++generation_;
+        }
+    }
+
+    void yield() {
+        const unsigned mine = running_;
+        swapcontext(&fibers_[mine].context, &scheduler_);
+        thread_index = dim3(mine);
+    }
+
+    inline static Block* current_ = nullptr;
+    const std::function<void()>* body_ = nullptr;
+    unsigned threads_, running_ = 0, alive_ = 0, arrived_ = 0;
+    uint64_t generation_ = 0, events_ = 0;
+    std::vector<Warp> warps_;
+    std::vector<Fiber> fibers_;
+    ucontext_t scheduler_;
+};
+
+inline void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const std::function<void()>& body) {
+    if (grid.x == 0 || grid.y == 0 || threads == 0 || threads > 1024) fail("a grid that CUDA refuses");
+    for (unsigned y = 0; y < grid.y; ++y) {
+        for (unsigned x = 0; x < grid.x; ++x) {
+            block_index = dim3(x, y);
+            Block(threads).run(body);
+        }
+    }
+}
+
+}  // namespace emulated
+
+#define threadIdx emulated::thread_index
+#define blockIdx emulated::block_index
+
+inline void __syncthreads() { emulated::Block::current().barrier(); }
+inline void __syncwarp() { emulated::Block::current().exchange(0); }
+
+template <class T>
+inline T __shfl_xor_sync(uint32_t mask, T value, int distance) {
+    if (mask != 0xffffffffu) emulated::fail("a collective of part of a warp");
+    return emulated::Block::current().exchange(value)[emulated::Block::current().lane() ^ distance];
+}
+
+template <class T>
+inline T __ldg(const T* p) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) emulated::fail("an address that is not aligned");
+    return *p;
+}

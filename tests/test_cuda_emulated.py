@@ -1,0 +1,232 @@
+"""csrc/cuda run on the CPU, thread by thread, against the definitions: what compiling alone cannot show where there is no GPU."""
+
+import ctypes
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftfast.reference import nf4 as definition
+from tests.support.budget import assert_within_budget
+from tests.support.cuda_emulator.build import build, translated
+from tests.test_nf4_linear import Case, arguments_of, expected_of
+from tests.test_nf4_quantize import awkward
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (F32, BF16, F16)  # numbered as csrc/narrow.h numbers them
+CPU = torch.device("cpu")
+GUARD = 64
+
+pytestmark = pytest.mark.interpreter  # where there is a GPU the kernels themselves are tested
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> ctypes.CDLL:
+    return build("nf4", folder)
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def number(dtype: torch.dtype) -> int:
+    return DTYPES.index(dtype)
+
+
+def call(function: Any, *arguments: Any) -> None:
+    converted = [
+        pointer(one) if one is None or isinstance(one, Tensor)
+        else ctypes.c_float(one) if isinstance(one, float)
+        else ctypes.c_int32(number(one)) if isinstance(one, torch.dtype)
+        else ctypes.c_int32(one) if isinstance(one, bool)
+        else ctypes.c_int64(one)
+        for one in arguments
+    ]  # fmt: skip
+    assert function(*converted) is None
+
+
+class Guarded:
+    """A tensor of ``shape`` with elements on both sides that must stay what they are; NaN, or 0xA5, inside until it is written."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        count = torch.Size(shape).numel()
+        self.whole = torch.full((count + 2 * GUARD,), 0xA5 if dtype == torch.uint8 else float("nan")).to(dtype)
+        self.whole[:GUARD] = self.whole[GUARD + count :] = 7
+        self.tensor = self.whole[GUARD : GUARD + count].view(shape)
+
+    def check(self) -> Tensor:
+        assert (self.whole[:GUARD] == 7).all() and (self.whole[GUARD + self.tensor.numel() :] == 7).all()
+        return self.tensor
+
+
+def stored(
+    shape: tuple[int, ...], block_size: int, nested: bool, data: int = 0, quant_type: str = "nf4"
+) -> tuple[Any, ...]:
+    """packed, absmax, code and the three nested tensors."""
+    code = definition.code_table(quant_type, CPU)
+    packed, absmax = definition.nf4_quantize(awkward(shape, F32, data).cpu(), block_size, code)
+    if not nested:
+        return packed, absmax, code, None, None, None
+    index, nested_absmax, offset = definition.nest_absmax(absmax)
+    return packed, index, code, nested_absmax, definition.nested_code_table(CPU), offset
+
+
+def dequantize(
+    library: ctypes.CDLL,
+    weight: tuple[Any, ...],
+    block_size: int,
+    shape: tuple[int, int],
+    rows: slice,
+    spare: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    n, k = shape
+    first, last, _ = rows.indices(n)
+    buffer = Guarded((last - first, k + spare), dtype)
+    slab = (first * k, last * k, k, k + spare)
+    if first == 0 and last == n and spare == 0:
+        slab = (0, n * k, n * k, n * k)
+    call(library.nf4_dequantize, *weight, block_size, n * k, *slab, buffer.tensor, dtype)
+    out = buffer.check()
+    assert out[:, k:].isnan().all()
+    return out[:, :k]
+
+
+def check_dequantize(library: ctypes.CDLL, **fixed: Any) -> None:
+    draw = random.Random(0)
+    for data in range(150):
+        shape = draw.choice([(33, 64), (70, 96), (5, 33), (17, 256), (3, 1000), (130, 72)])
+        block_size, dtype, nested = draw.choice((32, 64, 128, 4096)), draw.choice(DTYPES), draw.random() < 0.6
+        weight = stored(shape, block_size, nested, data, draw.choice(definition.QUANT_TYPES))
+        rows = draw.choice([slice(None), slice(1, None), slice(2, 3)])
+        out = dequantize(library, weight, block_size, shape, rows, draw.choice((0, 8, 5)), dtype)
+        packed, absmax, code, *nesting = weight
+        expected = definition.nf4_dequantize(packed, absmax, code, block_size, shape, dtype, *nesting)[rows]
+        wrong = (out != expected).sum().item()
+        assert wrong == 0, f"{shape} {block_size} {dtype} {rows}: {wrong} values differ"
+
+
+def check_quantize(library: ctypes.CDLL) -> None:
+    draw = random.Random(1)
+    for data in range(150):
+        shape, block_size = (
+            draw.choice([(33, 64), (7, 9), (130, 96), (1, 1), (5, 1000)]),
+            draw.choice(definition.BLOCK_SIZES),
+        )
+        dtype, code = draw.choice(DTYPES), definition.code_table(draw.choice(definition.QUANT_TYPES), CPU)
+        weight = awkward(shape, dtype, data).cpu()
+        if data % 4 == 0:  # an address that 16 does not divide
+            weight = torch.cat((weight.new_zeros(1), weight.reshape(-1)))[1:].view(shape)
+        bounds, order = definition.code_bounds(code)
+        packed, absmax = (
+            Guarded(((weight.numel() + 1) // 2, 1), torch.uint8),
+            Guarded((-(-weight.numel() // block_size),), F32),
+        )
+        call(
+            library.nf4_quantize,
+            weight,
+            dtype,
+            weight.numel(),
+            block_size,
+            bounds,
+            order.to(torch.uint8),
+            packed.tensor,
+            absmax.tensor,
+        )
+        expected = definition.nf4_quantize(weight, block_size, code)
+        wrong = sum((one.check() != other).sum().item() for one, other in zip((packed, absmax), expected, strict=True))
+        assert wrong == 0, f"{shape} {block_size} {dtype}: {wrong} values differ"
+
+
+def check_nest(library: ctypes.CDLL) -> None:
+    code = definition.nested_code_table(CPU)
+    bounds = (code[1:] + code[:-1]) / 2
+    for count in (1, 7, 255, 256, 257, 3000):
+        for snapped in (False, True):
+            values = torch.randn(count, generator=torch.Generator().manual_seed(count))
+            values = values - values.mean()
+            index, absmax = Guarded((count,), torch.uint8), Guarded((-(-count // 256),), F32)
+            call(library.nf4_nest, values, count, bounds, snapped, index.tensor, absmax.tensor)
+            expected = definition.quantize_nested(values, code, snapped)
+            wrong = sum(
+                (one.check() != other).sum().item() for one, other in zip((index, absmax), expected, strict=True)
+            )
+            assert wrong == 0, f"{count} {snapped}: {wrong} values differ"
+
+
+# Rows on both sides of each number of tiles, weight rows past a tile's end, A in one tile and in two, parts of K.
+LINEAR = [
+    (Case(M=1, N=16, K=128, R=3, x=BF16), 1),
+    (Case(M=8, N=70, K=256, R=16, x=F32, adapter=BF16, data=1), 2),
+    (Case(M=9, N=5, K=384, R=70, x=F16, compute=F16, adapter=F16, out=F16, nested=False, data=2), 3),
+    (Case(M=17, N=65, K=128, R=0, x=BF16, out=BF16, bias=False, data=3), 1),
+    (Case(M=33, N=64, K=640, R=8, x=F32, block_size=4096, lora_bias=False, data=4), 4),
+    (Case(M=64, N=130, K=256, R=5, x=BF16, out=BF16, block_size=32, data=5), 2),
+]
+
+
+def check_linear(library: ctypes.CDLL) -> None:
+    for case, splits in LINEAR:
+        arguments = arguments_of(case)
+        x, packed, absmax, code, block_size, _, *nested, bias, lora_a, lora_b, lora_bias, scaling, compute, out = (
+            arguments
+        )
+        partial = Guarded((splits, case.M, case.N + case.R), F32)
+        s, y = Guarded((case.M, case.R), compute), Guarded((case.M, case.N), out)
+        adapter = [(t, F32 if t is None else t.dtype) for t in (bias, lora_a, lora_b, lora_bias)]
+        call(
+            library.nf4_linear,
+            *(packed, absmax, code, *nested, block_size),
+            *(case.M, case.N, case.K, case.R, x, x.dtype),
+            *(one for pair in adapter for one in pair),
+            *(scaling, compute, splits, partial.tensor, s.tensor, y.tensor, out),
+        )
+        partial.check()
+        rows = zip(
+            ("y", "s"), (y.check(), s.check()), expected_of(arguments, False), expected_of(arguments, True), strict=True
+        )
+        for name, actual, composed, exact in rows:
+            assert_within_budget(f"{name} of {case}", actual, composed, exact)
+
+
+CHECKS = {"dequantize": check_dequantize, "quantize": check_quantize, "nest": check_nest, "linear": check_linear}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels(name: str, library: ctypes.CDLL) -> None:
+    CHECKS[name](library)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("dequantize", ("row * slab.stride + static_cast", "row * slab.width + static_cast")),
+        ("quantize", ("word |= index << (8 * (j / 2) + (j % 2 == 0 ? 4 : 0))", "word |= index << (4 * j)")),
+        ("nest", ("distance = 16; distance > 0", "distance = 16; distance > 1")),
+        ("linear", ("{upper[0], lower[0], upper[1], lower[1]}", "{upper[0], upper[1], lower[0], lower[1]}")),
+        ("linear", ("second_row * p.K + k + kLinearColumns", "second_row * p.K + k")),
+        ("linear", ("part < p.splits", "part < p.splits - 1")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[1],
+)
+def test_a_planted_fault_is_found(
+    name: str, edit: tuple[str, str], library: ctypes.CDLL, folder: Path, tmp_path: Path
+) -> None:
+    faulty = build("nf4", tmp_path, edit, base=folder)
+    with pytest.raises(AssertionError):
+        CHECKS[name](faulty)
+
+
+def test_translation() -> None:
+    source = "kernel<T, true>\n    <<<grid, 128, 0, stream>>>(a, b + (c), d);"
+    assert translated(source) == "emulated::launch(grid, 128, 0, stream, [&] { kernel<T, true>(a, b + (c), d); });"
+    with pytest.raises(ValueError, match="no source has"):
+        build("nf4", Path("/nonexistent"), ("no such text", ""))
