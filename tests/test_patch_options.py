@@ -295,6 +295,38 @@ def test_threads() -> None:
     assert not wrong
 
 
+def test_a_switch_while_the_guards_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict that is remembered is of the adapter that was active when its names were read."""
+    model = stir(with_second())
+    twin = copy.deepcopy(model)
+    peftfast.patch(model)
+    layer, guards = layer_of(model), peft_call.why_stock
+
+    def switched(*given: Any) -> str:
+        layer.set_adapter("second")
+        return guards(*given)
+
+    monkeypatch.setattr(peft_call, "why_stock", switched)
+    layer(X)
+    monkeypatch.undo()
+    layer_of(twin).set_adapter("second")
+    assert relative(layer(X), layer_of(twin)(X)) < 1e-5
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "mixed"])
+def test_training_after_inference_mode(option: str) -> None:
+    """Nothing that is kept from call to call is an inference tensor, which no backward could use."""
+    model = stir(with_second() if option == "mixed" else OPTIONS[option]())
+    peftfast.patch(model)
+    names = {"adapter_names": NAMES} if option == "mixed" else {}
+    layer = layer_of(model)
+    with torch.inference_mode():
+        layer(X, **names)
+    x = X.clone().requires_grad_()
+    layer(x, **names).sum().backward()
+    assert x.grad is not None and x.grad.any()
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("option", ["dora", "two active"])
 def test_compiles_fullgraph(option: str) -> None:

@@ -39,9 +39,9 @@ class Verdict:
     identities that nothing has changed: modules, parameters, their addresses (which a move, a cast or a partition changes), hooks.
     A copy or a pickle of the layer does not hold it."""
 
-    def __init__(self, layer: Any, names: list[str]) -> None:
+    def __init__(self, layer: Any, active: str | list[str], names: list[str]) -> None:
         base = layer.base_layer
-        self.active = layer._active_adapter if isinstance(layer._active_adapter, str) else list(layer._active_adapter)
+        self.active = active
         self.four_bit = is_bitsandbytes_4bit(base)
         self.base, self.weight, self.bias = base, base.weight, base.bias
         self.adapters = []
@@ -118,11 +118,11 @@ def _remembered(layer: Any) -> Verdict | None:
     return verdict if verdict is not None and verdict.holds(layer) else None
 
 
-def _remember(layer: Any, names: list[str]) -> None:
+def _remember(layer: Any, active: str | list[str], names: list[str]) -> None:
     plain = (Tensor, nn.Parameter)
     base = layer.base_layer
     known = type(base.weight) in plain or is_bitsandbytes_4bit(base)
-    layer.__dict__[VERDICT] = Verdict(layer, names) if known else None
+    layer.__dict__[VERDICT] = Verdict(layer, active, names) if known else None
 
 
 def fused_or_stock(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -158,7 +158,9 @@ def fused_or_stock(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[st
 
 def _by_the_guards(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
     # Not guards but PEFT's own states, in which its forward is the right one and nothing is lost.
-    names = active_names(layer)
+    # Read once: another thread may switch adapters meanwhile, and names and verdict must be of one state.
+    active = layer._active_adapter if isinstance(layer._active_adapter, str) else list(layer._active_adapter)
+    names = _present(layer, active)
     mixed = not args and list(kwargs) == ["adapter_names"] and kwargs["adapter_names"] is not None
     if not mixed and (args or kwargs or not names) or layer.disable_adapters or layer.merged:
         if layer.merged:
@@ -180,12 +182,16 @@ def _by_the_guards(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[st
         log_once(reason)
         return stock(x, **kwargs)
     if not mixed and not torch.compiler.is_compiling():
-        _remember(layer, names)
+        _remember(layer, active, names)
     return _run(layer, x, names, rows, None)
 
 
+def _present(layer: Any, active: str | list[str]) -> list[str]:
+    return [name for name in ([active] if isinstance(active, str) else active) if name in layer.lora_A]
+
+
 def active_names(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+    return _present(layer, layer.active_adapters)
 
 
 @functools.lru_cache(maxsize=256)
@@ -193,8 +199,9 @@ def _row_ids(asked: tuple[str, ...], names: tuple[str, ...], rows_each: int, dev
     """int32: for each row of x the index of its adapter in ``names``, -1 for none. Kept, since all layers of a model ask for the same:
     one copy to the device a batch, and none in a captured graph."""
     index = {name: i for i, name in enumerate(names)}
-    ids = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32)
-    return ids.repeat_interleave(rows_each).to(device)
+    with torch.inference_mode(False):  # a later call may save them for its backward
+        ids = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32)
+        return ids.repeat_interleave(rows_each).to(device)
 
 
 def _run(layer: Any, x: Tensor, names: Sequence[str], rows: tuple[str, ...] | None, verdict: Verdict | None) -> Tensor:
