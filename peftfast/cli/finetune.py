@@ -44,7 +44,8 @@ TRL's formats train a causal language model:
   {"text": "..."}
   {"messages": [{"role": ..., "content": ...}, ...]}
   {"prompt": ..., "completion": ...}
-and {"text": "...", "label": "..."} trains a sequence classifier (labels are strings or whole numbers). A local --model needs no network.
+and {"text": "...", "label": "..."} trains a sequence classifier (labels are strings or whole numbers). A local --model needs no
+network.
 
 Any other flag of transformers.TrainingArguments is taken by its own name, such as --optim or --dataloader_num_workers."""
 
