@@ -90,6 +90,8 @@ def test_disable_adapter_before_the_backward_under_ddp(results) -> None:
 @pytest.mark.parametrize("base", ["dense", "4-bit uint8", "4-bit bfloat16"])
 def test_fsdp2_by_decoder_layer_stays_fused(results, base: str) -> None:
     fsdp = of(results, f"fsdp {base}")
+    if "unsupported" in fsdp:
+        pytest.skip(fsdp["unsupported"])
     assert fsdp["is_dtensor"] == "DTensor" and fsdp["same_keys"]
     assert fsdp["fused"] > 0 and not fsdp["reasons"]
     assert_same(fsdp["losses"], of(results, f"single {base.split()[0]}")["stock"])

@@ -113,6 +113,17 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
+def integer_storage() -> str:
+    """The storage dtype of a sharded 4-bit base: torch 2.11's fully_shard takes floating-point parameters alone."""
+    holder = nn.Module()
+    holder.weight = nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
+    try:
+        fully_shard(holder)
+    except RuntimeError:
+        return "bfloat16"
+    return "uint8"
+
+
 class Watched:
     """``with Watched() as watched``: calls that ran fused, and the reasons that were logged for those that did not."""
 
@@ -281,6 +292,14 @@ def disabled_under_fsdp() -> dict[str, Any]:
     return {"patched": losses_of(wrapped, True), "stock": losses_of(stock, True)}
 
 
+def fsdp_uint8() -> dict[str, Any]:
+    if integer_storage() != "uint8":
+        return {
+            "unsupported": f"fully_shard of torch {torch.__version__} takes no integer parameters: quant_storage=bfloat16"
+        }
+    return fsdp("uint8")
+
+
 def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "single dense": lambda: single(None),
@@ -290,12 +309,12 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "ddp patched inside": ddp_patched_inside,
         "ddp disabled": disabled_under_fsdp,
         "fsdp dense": lambda: fsdp(None),
-        "fsdp 4-bit uint8": lambda: fsdp("uint8"),
+        "fsdp 4-bit uint8": fsdp_uint8,
         "fsdp 4-bit bfloat16": lambda: fsdp("bfloat16"),
         "fsdp each linear": fsdp_each_linear,
         "fsdp patched after": fsdp_patched_after,
         "checkpoint dense": lambda: checkpoint(folder / "dense", None),
-        "checkpoint 4-bit": lambda: checkpoint(folder / "4bit", "uint8"),
+        "checkpoint 4-bit": lambda: checkpoint(folder / "4bit", integer_storage()),
     }
 
 
