@@ -145,3 +145,10 @@ def test_seeds_come_from_torch_s_generator() -> None:
     first = MeZO([W])._seed
     torch.manual_seed(5)
     assert MeZO([W])._seed == first != MeZO([W])._seed
+
+
+def test_groups_are_fixed_when_the_optimiser_is_made() -> None:
+    """A tensor added later would be moved by nobody."""
+    optimizer = MeZO([W])
+    with pytest.raises(ValueError, match="param_group: expected all groups"):
+        optimizer.add_param_group({"params": [torch.zeros(2, device=DEVICE)]})
