@@ -12,7 +12,7 @@ from .numerics import multiply_add, narrow, widen
 from .philox import normal_tile, rounding_tile, sign_tile
 
 _COLUMNS = tl.constexpr(7)  # of the table: source, out, minus, count, offset, tensor id, first block
-_TABLES = 256
+_TABLES = 4096  # a model's layers, each with the few places that its scratch comes to lie in
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from peftfast.ops import zeroth_order as ops
 from peftfast.optim import MeZO, mezo
 from peftfast.optim.mezo import SEED_STEP
 from tests.support import zo_checks, zo_mutants
+from tests.support.mezo_checks import LABELS, TOKENS, closure_of, net, reference_step, z_of
 from tests.support.mutants import Mutant, plant
-from tests.test_mezo import LABELS, TOKENS, closure_of, net, reference_step, z_of
 
 
 def check_perturb() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftfast.optim import MeZO, replay
 from peftfast.optim.seed_log import MAGIC, RECORD, read
 from tests.support.lora_checks import BF16, DEVICE, F16, F32
-from tests.test_mezo import LABELS, TOKENS, Net, closure_of, net, same, state
+from tests.support.mezo_checks import LABELS, TOKENS, Net, closure_of, net, same, state
 
 
 def run(model: nn.Module, path: Path, steps: int = 5, **options: Any) -> MeZO:

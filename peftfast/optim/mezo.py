@@ -155,6 +155,14 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
             self._scalars = torch.zeros(window * directions, device=self._device)
         self._log = None if log is None else SeedLog.create(Path(log), self._header())
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Groups are those of the construction: z counts their tensors, and so does the log. Raises ValueError after it."""
+        if hasattr(self, "_parameters"):
+            raise ValueError(
+                "param_group: expected all groups when the optimiser is made: ids of z and the log count them"
+            )
+        super().add_param_group(param_group)
+
     # What a step needs of the run; also what the log's header holds and a replay reads.
     def _header(self) -> dict[str, Any]:
         thresholds = None if self._thresholds is None else self._thresholds.tolist()
