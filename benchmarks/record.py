@@ -20,7 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmarks: begin, written by benchmarks/record.py -->", "<!-- benchmarks: end -->"
 COLUMNS = ("peftfast", "torch", "torch.compile", "peft", "peft:16bit", "bitsandbytes", "frozen")
 # What the README shows: whole layers, and each family's one pass that users know by name.
-SHOWN = ("lora_linear", "qlora_linear", "nf4_dequantize", "sparse_delta_linear", "perturb")
+SHOWN = ("lora_linear", "qlora_linear", "nf4_dequantize", "sparse_delta_linear", "perturb_gaussian")
 
 
 def _reports(path: Path, keys: set[str]) -> list[dict[str, Any]]:

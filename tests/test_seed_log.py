@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import struct
 import warnings
 from pathlib import Path
@@ -132,7 +131,7 @@ def test_a_torn_end_is_dropped_with_a_warning(cut: int, tmp_path: Path) -> None:
     assert same(base, state(four))
 
 
-@pytest.mark.parametrize("garbage", [b"\0" * 16, os.urandom(16), struct.pack("<qff", 9, math.nan, 1.0)])
+@pytest.mark.parametrize("garbage", [b"\0" * 16, bytes(range(3, 19)), struct.pack("<qff", 9, math.nan, 1.0)])
 def test_foreign_records_are_dropped(garbage: bytes, tmp_path: Path) -> None:
     """A file that was grown and never written: the seeds follow one another, so that what is no step is seen."""
     model = net()
