@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfast
+from peftfast.functional.lora import LoRALinearFunction
 from peftfast.integrations.peft_call import logged
 from peftfast.ops.dispatch import Operator
 
@@ -127,7 +128,7 @@ def integer_storage() -> str:
 
 
 class Watched:
-    """``with Watched() as watched``: how often peftfast's operators were called, and the reasons logged for layers that ran stock."""
+    """``with Watched() as watched``: how often peftfast's operators and its LoRA layer were called, and the reasons logged for layers that ran stock."""
 
     def __enter__(self) -> "Watched":
         self.fused, self.reasons = 0, []
@@ -138,6 +139,14 @@ class Watched:
             return self._call(operator, *args)
 
         Operator.__call__ = counted  # type: ignore[method-assign]
+        # On a CPU a dense layer is one call of the library, past the operators.
+        self._forward = LoRALinearFunction.forward
+
+        def counted_forward(*args: Any) -> Any:
+            self.fused += 1
+            return self._forward(*args)
+
+        LoRALinearFunction.forward = staticmethod(counted_forward)  # type: ignore[method-assign]
         logged.clear()
         self._handler = logging.Handler()
         self._handler.emit = lambda record: self.reasons.append(record.getMessage())  # type: ignore[method-assign]
@@ -146,6 +155,7 @@ class Watched:
 
     def __exit__(self, *_: object) -> None:
         Operator.__call__ = self._call  # type: ignore[method-assign]
+        LoRALinearFunction.forward = staticmethod(self._forward)  # type: ignore[method-assign]
         logging.getLogger("peftfast").removeHandler(self._handler)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import peft.tuners.tuners_utils
 import pytest
 
+from peftfast.functional.lora import LoRALinearFunction
 from peftfast.integrations import peft as integration
 from peftfast.ops.dispatch import Operator
 
@@ -49,6 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
         return call(operator, *args)
 
     Operator.__call__ = counted
+    # On a CPU a dense layer is one call of the library, past the operators.
+    forward = LoRALinearFunction.forward
+
+    def counted_forward(*args):
+        global fused_calls
+        fused_calls += 1
+        return forward(*args)
+
+    LoRALinearFunction.forward = staticmethod(counted_forward)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
