@@ -132,7 +132,7 @@ def _peft(case: Case, inputs: Inputs, patched: bool) -> Work:
 
     nf4 = isinstance(inputs["weight"], F.NF4Weight)
     if nf4:
-        base = layers._linear4bit(case, inputs)
+        base = layers.linear4bit(case, inputs)
         base.weight.quant_state.dtype = case.torch_dtype
     else:
         base = nn.Linear(case.k, case.n, bias=False, device="meta")

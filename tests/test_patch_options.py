@@ -313,10 +313,18 @@ def test_a_switch_while_the_guards_are_asked(monkeypatch: pytest.MonkeyPatch) ->
     assert relative(layer(X), layer_of(twin)(X)) < 1e-5
 
 
-@pytest.mark.parametrize("option", [*OPTIONS, "mixed"])
+INFERRED = {
+    **OPTIONS,
+    "mixed": with_second,
+    "4-bit": lambda: adapted(four_bit=True),
+    "4-bit dora": lambda: adapted(four_bit=True, use_dora=True),
+}
+
+
+@pytest.mark.parametrize("option", INFERRED)
 def test_training_after_inference_mode(option: str) -> None:
     """Nothing that is kept from call to call is an inference tensor, which no backward could use."""
-    model = stir(with_second() if option == "mixed" else OPTIONS[option]())
+    model = stir(INFERRED[option]())
     peftfast.patch(model)
     names = {"adapter_names": NAMES} if option == "mixed" else {}
     layer = layer_of(model)

@@ -44,7 +44,9 @@ void check_weight(const Tensor& weight, const Tensor& like) {
 }
 
 Tensor product(const char* name, std::vector<StableIValue> stack) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+    // torch's own check of a status is a macro of another name in 2.11.
+    const auto status = torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION);
+    STD_TORCH_CHECK(status == 0, name, " failed");
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

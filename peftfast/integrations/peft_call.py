@@ -122,7 +122,8 @@ def _remember(layer: Any, active: str | list[str], names: list[str]) -> None:
     plain = (Tensor, nn.Parameter)
     base = layer.base_layer
     known = type(base.weight) in plain or is_bitsandbytes_4bit(base)
-    layer.__dict__[VERDICT] = Verdict(layer, active, names) if known else None
+    with torch.inference_mode(False):  # the views of a 4-bit weight may be saved for a later call's backward
+        layer.__dict__[VERDICT] = Verdict(layer, active, names) if known else None
 
 
 def fused_or_stock(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
