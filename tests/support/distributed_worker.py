@@ -128,7 +128,7 @@ def integer_storage() -> str:
 
 
 class Watched:
-    """``with Watched() as watched``: how often peftfast's operators and its LoRA layer were called, and the reasons logged for layers that ran stock."""
+    """``with Watched() as watched``: how often peftfast's operators and its LoRA layer were called, and the reasons that were logged."""
 
     def __enter__(self) -> "Watched":
         self.fused, self.reasons = 0, []
