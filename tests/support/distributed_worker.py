@@ -128,7 +128,7 @@ def integer_storage() -> str:
 
 
 class Watched:
-    """``with Watched() as watched``: how often peftfast's operators and its LoRA layer were called, and the reasons that were logged."""
+    """``with Watched() as watched``: how often peftfast's operators and its LoRA layer were called, and the reasons logged."""
 
     def __enter__(self) -> "Watched":
         self.fused, self.reasons = 0, []
