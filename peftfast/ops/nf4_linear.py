@@ -312,5 +312,5 @@ def most_rows(device_type: str, k: int, block_size: int, compute: torch.dtype) -
     return _most_rows(device_type, k, block_size, compute)
 
 
-# What torch.compiler.assume_constant_result sets. The decorator itself imports torch._dynamo, and with it triton, when this is imported.
+# What torch.compiler.assume_constant_result sets. The decorator itself imports torch._dynamo, and with it triton.
 most_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
