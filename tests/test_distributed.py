@@ -129,7 +129,7 @@ def logged(
     model: torch.nn.Module, caplog: pytest.LogCaptureFixture
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], str]:
     """Loss, gradients and what the log says of one step."""
-    worker.integration._logged.clear()
+    worker.logged.clear()
     caplog.clear()
     model.zero_grad()
     with caplog.at_level(logging.WARNING, "peftfast"):

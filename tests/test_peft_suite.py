@@ -25,7 +25,7 @@ HUB_TESTS = 16  # tests in exceptions.txt that need the hub
 LONGEST = 600  # seconds for a part; each takes 20 to 40 of one core
 
 # Files, the expression for -k, the shard, the fewest tests that must pass (PEFT 0.21.2: 5,697 in custom_models, 283 in the small ones),
-# the fewest calls that must have run fused.
+# the fewest calls of peftfast's operators.
 PARTS = {
     "layers 1/2": ((LAYERS,), "lora or shira", "1/2", 2700, 250),
     "layers 2/2": ((LAYERS,), "lora or shira", "2/2", 2700, 250),
@@ -130,8 +130,8 @@ def test_a_planted_fault_is_seen(source: Path, tmp_path: Path) -> None:
     """The run would notice a fused layer that computes something else."""
     (tmp_path / "planted_fault.py").write_text(
         "from peftfast.integrations import peft as integration\n"
-        "fused = integration.F.lora_linear\n"
-        "integration.F.lora_linear = lambda x, *rest, **named: 1.01 * fused(x, *rest, **named)\n"
+        "forward = integration.FusedLinear.forward\n"
+        "integration.FusedLinear.forward = lambda self, x, *rest, **named: 1.01 * forward(self, x, *rest, **named)\n"
     )
     words = "test_lora_pissa_linear_init_default"
     more = ("-p", "planted_fault")

@@ -306,8 +306,11 @@ def _most_rows(device_type: str, k: int, block_size: int, compute: torch.dtype) 
     return 0
 
 
-@torch.compiler.assume_constant_result
 def most_rows(device_type: str, k: int, block_size: int, compute: torch.dtype) -> int:
     """Up to how many rows :data:`nf4_linear` is quicker than dequantising and a library product, on the backend that serves it; 0
     where only the definition does."""
     return _most_rows(device_type, k, block_size, compute)
+
+
+# What torch.compiler.assume_constant_result sets. The decorator itself imports torch._dynamo, and with it triton.
+most_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora as peft_lora
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -25,7 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfast
-from peftfast.integrations import peft as integration
+from peftfast.functional.lora import LoRALinearFunction
+from peftfast.integrations.peft_call import logged
+from peftfast.ops.dispatch import Operator
 
 WORLD = 2
 STEPS = 4
@@ -125,30 +128,34 @@ def integer_storage() -> str:
 
 
 class Watched:
-    """``with Watched() as watched``: calls that ran fused, and the reasons that were logged for those that did not."""
+    """``with Watched() as watched``: how often peftfast's operators and its LoRA layer were called, and the reasons logged."""
 
     def __enter__(self) -> "Watched":
         self.fused, self.reasons = 0, []
-        self._names = [name for name in ("lora_linear", "lora_linears") if hasattr(integration.F, name)]
-        self._before = {name: getattr(integration.F, name) for name in self._names}
-        for name, function in self._before.items():
-            setattr(integration.F, name, self._counting(function))
-        integration._logged.clear()
+        self._call = Operator.__call__
+
+        def counted(operator: Operator, *args: Any) -> Any:
+            self.fused += 1
+            return self._call(operator, *args)
+
+        Operator.__call__ = counted  # type: ignore[method-assign]
+        # On a CPU a dense layer is one call of the library, past the operators.
+        self._forward = LoRALinearFunction.forward
+
+        def counted_forward(*args: Any) -> Any:
+            self.fused += 1
+            return self._forward(*args)
+
+        LoRALinearFunction.forward = staticmethod(counted_forward)  # type: ignore[method-assign]
+        logged.clear()
         self._handler = logging.Handler()
         self._handler.emit = lambda record: self.reasons.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("peftfast").addHandler(self._handler)
         return self
 
-    def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.fused += 1
-            return function(*args, **kwargs)
-
-        return counted
-
     def __exit__(self, *_: object) -> None:
-        for name, function in self._before.items():
-            setattr(integration.F, name, function)
+        Operator.__call__ = self._call  # type: ignore[method-assign]
+        LoRALinearFunction.forward = staticmethod(self._forward)  # type: ignore[method-assign]
         logging.getLogger("peftfast").removeHandler(self._handler)
 
 
@@ -214,7 +221,7 @@ def fsdp_patched_after() -> dict[str, Any]:
     """fully_shard on the adapter layers themselves, then patch: exchanging the class would take FSDPModule away."""
     model = llama()
     for module in list(model.modules()):
-        if isinstance(module, integration.peft_lora.Linear):
+        if isinstance(module, peft_lora.Linear):
             fully_shard(module)
     sharded(model)
     report = peftfast.patch(model)

@@ -57,15 +57,19 @@ def is_reader(name: str) -> bool:
     return name.endswith("down_proj") or (name.endswith("output.dense") and "attention" not in name)
 
 
-def permutation() -> torch.Tensor:
+def permutation(number: int) -> torch.Tensor:
     """Of the intermediate features, in blocks of 64, so that the blocks of a 4-bit weight stay what they are."""
     blocks = torch.arange(INTERMEDIATE).view(-1, 64)
-    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(5)).tolist()].flip(0).flatten()
+    return (
+        blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(4 + number)).tolist()]
+        .flip(0)
+        .flatten()
+    )
 
 
-def reorder(model: nn.Module, *, adapters: bool) -> None:
+def reorder(model: nn.Module, number: int, *, adapters: bool) -> None:
     """Permute an MLP's intermediate features: the same function, but for the order in which the next layer sums them."""
-    order = permutation()
+    order = permutation(number)
     with torch.no_grad():
         for name, module in model.named_modules():
             if not adapters and type(module) is nn.Linear:
@@ -93,11 +97,11 @@ def _reorder_support(layer: nn.Module, order: torch.Tensor, reads: bool, writes:
     kept.copy_(torch.stack([flat // layer.in_features, flat % layer.in_features]).to(kept.dtype))
 
 
-def adapted(shape: str, method: str, dtype: torch.dtype, *, reordered: bool = False) -> nn.Module:
+def adapted(shape: str, method: str, dtype: torch.dtype, *, reordered: int = 0) -> nn.Module:
     """A PEFT model. ``method``: lora, qlora, dora or shira; ``dtype`` of the dense weights, or of the products of a 4-bit base."""
     model = copy.deepcopy(base(shape))
     if reordered:
-        reorder(model, adapters=False)
+        reorder(model, reordered, adapters=False)
     if method == "qlora":
         quantise(model, dtype)
     else:
@@ -111,14 +115,13 @@ def adapted(shape: str, method: str, dtype: torch.dtype, *, reordered: bool = Fa
         config = peft.ShiraConfig(r=8, target_modules=targets, random_seed=0)
     model = peft.get_peft_model(model, config)
     if reordered:
-        reorder(model, adapters=True)
+        reorder(model, reordered, adapters=True)
     return model
 
 
 def text_batches(shape: str, steps: int, *, rows: int = 8, length: int = 32) -> list[dict[str, torch.Tensor]]:
-    """Bytes of this project's own documents; for "bert" every seventh is masked and has to be found."""
-    text = b"".join((ROOT / name).read_bytes() for name in ("LICENSE", "README.md", "CONTRIBUTING.md"))
-    data = torch.tensor(list(text))
+    """Bytes of the licence, a text that does not change; for "bert" every seventh is masked and has to be found."""
+    data = torch.tensor(list((ROOT / "LICENSE").read_bytes()))
     generator = torch.Generator().manual_seed(3)
     batches = []
     for _ in range(steps):

@@ -1,7 +1,8 @@
 """A pytest plugin for PEFT's own tests: every model that PEFT adapts is patched as soon as its adapters are in.
 
 Loaded by ``-p patch_every_model`` with this folder on the path, since PEFT's tests are a package named ``tests`` too. ``--stock`` runs
-the same selection unpatched, ``--shard 1/3`` a third of the tests, ``--outcomes FILE`` writes what failed and how many calls ran fused.
+the same selection unpatched, ``--shard 1/3`` a third of the tests, ``--outcomes FILE`` writes what failed and how often
+peftfast's operators were called.
 """
 
 import functools
@@ -12,7 +13,9 @@ from pathlib import Path
 import peft.tuners.tuners_utils
 import pytest
 
+from peftfast.functional.lora import LoRALinearFunction
 from peftfast.integrations import peft as integration
+from peftfast.ops.dispatch import Operator
 
 fused_calls = 0
 outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
@@ -39,22 +42,23 @@ def pytest_configure(config: pytest.Config) -> None:
         return result
 
     peft.tuners.tuners_utils.BaseTuner.inject_adapter = inject_and_patch
-    for name in ("lora_linear", "lora_linears", "multi_lora_linear"):
-        if hasattr(integration.F, name):
-            _count(name)
+    call = Operator.__call__
 
-
-def _count(name: str) -> None:
-    """Count the calls that a fused layer makes of ``peftfast.functional``."""
-    fused = getattr(integration.F, name)
-
-    @functools.wraps(fused)
-    def counted(*args, **kwargs):
+    def counted(operator: Operator, *args):
         global fused_calls
         fused_calls += 1
-        return fused(*args, **kwargs)
+        return call(operator, *args)
 
-    setattr(integration.F, name, counted)
+    Operator.__call__ = counted
+    # On a CPU a dense layer is one call of the library, past the operators.
+    forward = LoRALinearFunction.forward
+
+    def counted_forward(*args):
+        global fused_calls
+        fused_calls += 1
+        return forward(*args)
+
+    LoRALinearFunction.forward = staticmethod(counted_forward)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
