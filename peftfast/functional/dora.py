@@ -13,7 +13,7 @@ from .nf4 import NF4Weight, nf4_dequantize
 # In rows this short, or no longer than twice the rank, B A may cancel most of a row of W, and a difference of squares would lose the
 # digits of what is left; there the sum itself is small.
 SHORT_ROW = 64
-# weight -> (version, address, its squared row norms): W is frozen, so they are computed once.
+# weight -> (version, address, its row norms): W is frozen, so they are computed once.
 _norms = WeakTensorKeyDictionary()
 
 
@@ -22,13 +22,13 @@ def forget_norms(weight: Tensor) -> None:
     _norms.pop(weight, None)
 
 
-def _squared_norms(weight: Tensor, dense: Tensor, dtype: torch.dtype) -> Tensor:
+def _row_norms(weight: Tensor, dense: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling() or weight.is_inference():
-        return dense.to(dtype).square().sum(1)
+        return torch.linalg.vector_norm(dense.to(dtype), dim=1)
     key = (weight._version, weight.data_ptr(), dtype)
     known = _norms.get(weight)
     if known is None or known[0] != key:
-        known = _norms[weight] = (key, dense.to(dtype).square().sum(1))
+        known = _norms[weight] = (key, torch.linalg.vector_norm(dense.to(dtype), dim=1))
     return known[1]
 
 
@@ -57,5 +57,7 @@ def row_gain(
             crossed = ops.lora.lora_shrink(dense, a, None, 0.0, 2.0 * scaling, wide)
             squares = crossed + (b @ (a @ a.T)) * scaling**2
             total = (squares * b) @ squares.new_ones(b.shape[1])  # a product: torch sums short rows slowly
-            norm = (_squared_norms(held, dense, wide) + total).clamp_min_(0.0).sqrt_()
+            plain = _row_norms(held, dense, wide)
+            # Where B is 0, as DoRA begins, the norm is W's own to the bit, and the gain exactly 1.
+            norm = torch.where(total == 0, plain, (plain * plain + total).clamp_min_(0.0).sqrt_())
     return magnitude.to(wide) / norm
