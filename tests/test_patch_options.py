@@ -85,7 +85,9 @@ def test_agrees_with_peft_in_float32(option: str, freeze: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "x", [torch.randn(3, 5, K), torch.randn(2, 3, 5, K), torch.randn(K), X.T.contiguous().T], ids=str
+    "x",
+    [torch.randn(3, 5, K), torch.randn(2, 3, 5, K), torch.randn(K), X.T.contiguous().T],
+    ids=["3-D", "4-D", "1-D", "transposed"],
 )
 def test_shapes_of_x(x: torch.Tensor) -> None:
     for options in ({}, {"use_dora": True}):
