@@ -87,7 +87,7 @@ class LoRALinearFunction(torch.autograd.Function):
             )
         else:
             rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-            keep = bool(quantisation) and keeps_dense() and ctx.needs_input_grad[0]
+            keep = len(quantisation) > 0 and keeps_dense() and ctx.needs_input_grad[0]
             done = None
             if quantisation and not keep:
                 adapter = (lora_a, lora_b, bias, lora_bias, seed, p, scaling)
@@ -144,10 +144,10 @@ class LoRALinearFunction(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dweight, da, db, dbias, dlora_bias, by an operator a pass."""
-    x, weight, lora_a, lora_b, s, seed, *quantisation = ctx.saved_tensors
-    kept = quantisation.pop() if len(quantisation) > 7 else None  # the dense weight, after NF4Weight.storage()[1:]
-    if ctx.stored:
-        quantisation[2:4] = ctx.stored
+    x, weight, lora_a, lora_b, s, seed, *rest = ctx.saved_tensors
+    kept = rest[7] if len(rest) > 7 else None  # the dense weight, after NF4Weight.storage()[1:]
+    # Slices, not assignments: torch 2.11's compiler hands these out as a tuple.
+    quantisation = (*rest[:2], *ctx.stored, *rest[4:7]) if ctx.stored else ()
     needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
     dtype, p, leading = ctx.dtype, ctx.p, dy.shape[:-1]
     x_dtype, weight_dtype, a_dtype = ctx.dtypes

@@ -214,10 +214,12 @@ class NF4LinearFunction(torch.autograd.Function):
             rest = (bias, None, None, None, 1.0, compute_dtype, out_dtype)
             return ops.nf4_linear.nf4_linear(x, packed, *quantisation, *rest)[0], None
         if not keep:
-            return base_product(x, packed, quantisation, bias, compute_dtype).to(out_dtype), None
+            y = base_product(x, packed, quantisation, bias, compute_dtype)
+            return y if y.dtype == out_dtype else y.to(out_dtype), None
         weight = dequantized(packed, quantisation, compute_dtype)
         y = functional.linear(x.to(compute_dtype), weight, None if bias is None else bias.to(compute_dtype))
-        return y.to(out_dtype), weight
+        # Not y.to of its own dtype: torch 2.11's compiler would give zero gradients.
+        return y if y.dtype == out_dtype else y.to(out_dtype), weight
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
