@@ -155,9 +155,8 @@ def cost(problem: Problem, method: str) -> int:
     size, block = problem.size, problem.size.block
     layers = problem.layers or size.layers
     tokens = problem.rows * problem.length
-    linear = layers * sum(n * k for n, k in block.projections().values()) + size.vocabulary * block.hidden
     attention = layers * 2 * tokens * problem.length * block.heads * block.head_dim
-    forward = 2 * tokens * linear + attention
+    forward = 2 * tokens * size.linear_elements(problem.layers) + attention
     return 2 * forward if method == "mezo" else 2 * forward + attention
 
 

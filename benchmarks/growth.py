@@ -121,13 +121,12 @@ def sweep(over: str, options: Sequence[str]) -> dict[str, Any]:
     """The rows of run's over several sizes; ``options`` are run's and come before the sweep's own."""
     given = {word.split("=")[0] for word in options if word.startswith("--")}
     device = run.parser().parse_args(list(options)).device.split(":")[0]
-    chosen = list(options)
     extra = [] if "--op" in given else ["--op", *operators(over)]
     for words in (SWEEPS[over][device], ELSEWHERE[device][:2], ELSEWHERE[device][2:], ("--seconds", "0.15")):
         if words[0] not in given:
             given.add(words[0])
             extra += words
-    return run.execute(run.parse_arguments([*chosen, *extra]))
+    return run.execute(run.parse_arguments([*options, *extra]))
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:

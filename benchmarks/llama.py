@@ -20,10 +20,10 @@ class Size:
     layers: int
     vocabulary: int
 
-    def linear_elements(self) -> int:
-        """Elements of all weights that tokens are multiplied by, the head's among them."""
+    def linear_elements(self, layers: int | None = None) -> int:
+        """Elements of all weights that tokens are multiplied by, the head's among them; ``layers``: of a model cut to so many."""
         block = sum(n * k for n, k in self.block.projections().values())
-        return self.layers * block + self.vocabulary * self.block.hidden
+        return (layers or self.layers) * block + self.vocabulary * self.block.hidden
 
 
 SIZES = {

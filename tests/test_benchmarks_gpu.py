@@ -96,7 +96,7 @@ def test_the_stages_as_they_are(context: Context, monkeypatch: pytest.MonkeyPatc
             assert all(
                 command and all(isinstance(word, str) for word in command) for command in found.commands(context)
             )
-    assert {s.name for s in gpu.STAGES if s.needs(context)} == {"sanitizer", "dram"}
+    assert {s.name for s in gpu.STAGES if s.needs(context)} == {"sanitizer", "dram", "plots"}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu.architecture() == "90a"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
