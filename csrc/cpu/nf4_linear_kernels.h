@@ -1,67 +1,10 @@
 // Kernels of cpu/nf4_linear.cpp, compiled once for each instruction set. Packed bytes are read once and decoded in
 // registers: a vector of bytes is a vector of even elements and one of odd ones, so x lies sorted in the same way.
 
-#include "cpu/nf4_lookup.h"
+#include "cpu/nf4_rows.h"
 
-static inline float element_of(const FloatMatrix& matrix, int64_t offset) {
-    if (matrix.dtype == DType::f32) return ((const float*)matrix.data)[offset];
-    const uint16_t half = ((const uint16_t*)matrix.data)[offset];
-    return matrix.dtype == DType::bf16 ? float_from_bf16(half) : float_from_f16(half);
-}
-
-// A row in float32.
-static void widen_row(const FloatMatrix& matrix, int64_t row, int64_t count, float* out) {
-    const int64_t offset = row * matrix.row_stride;
-    int64_t i = 0;
-    if (matrix.column_stride == 1) {
-        const int64_t whole = count / kWidth * kWidth;
-        if (matrix.dtype == DType::f32) {
-            for (; i < whole; i += kWidth) vec_store(out + i, vec_load((const float*)matrix.data + offset + i));
-        } else if (matrix.dtype == DType::bf16) {
-            for (; i < whole; i += kWidth) vec_store(out + i, vec_load_bf16((const uint16_t*)matrix.data + offset + i));
-        } else {
-            for (; i < whole; i += kWidth) vec_store(out + i, vec_load_f16((const uint16_t*)matrix.data + offset + i));
-        }
-    }
-    for (; i < count; ++i) out[i] = element_of(matrix, offset + i * matrix.column_stride);
-}
-
-static inline float rounded(float value, DType dtype) {
-    if (dtype == DType::bf16) return float_from_bf16(bf16_from_float(value));
-    if (dtype == DType::f16) return float_from_f16(f16_from_float(value));
-    return value;
-}
-
-#if defined(PEFTFAST_DOT_BF16)
-// Pairs of bfloat16 products added in float32: the compute dtype is bfloat16, and the weight is rounded to it as the
-// dequantiser rounds it (but for denormals, which the instruction takes for zeros).
-typedef uint16_t Element;
-constexpr int64_t kLanes = 32;
-static inline Element to_element(float value, DType) { return bf16_from_float(value); }
-static inline __m512bh load_x(const Element* x) { return (__m512bh)_mm512_loadu_si512(x); }
-static inline Vec multiply_add(__m512bh weight, const Element* x, Vec sum) {
-    return _mm512_dpbf16_ps(sum, weight, load_x(x));
-}
-struct Values {
-    __m512i all;
-};
-static inline Values block_values(const float* code, float maximum) {
-    const Vec scaled = vec_mul(vec_load(code), vec_set(maximum));
-    return {_mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled))};
-}
-static inline void decode(const uint8_t* bytes, const Values& values, __m512bh* even, __m512bh* odd) {
-    const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)bytes));
-    // Bit 4 of an index, which the permutation reads too, does not matter: the table is there twice.
-    *even = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), values.all);
-    *odd = (__m512bh)_mm512_permutexvar_epi16(index, values.all);
-}
-typedef __m512bh Weights;
-#else
-typedef float Element;
 constexpr int64_t kLanes = kWidth;
-static inline Element to_element(float value, DType compute) { return rounded(value, compute); }
-static inline Vec multiply_add(Vec weight, const Element* x, Vec sum) { return vec_fma(weight, vec_load(x), sum); }
-typedef Vec Weights;
+static inline Vec multiply_add(Vec weight, const float* x, Vec sum) { return vec_fma(weight, vec_load(x), sum); }
 #if PEFTFAST_ISA == 512
 struct Values {
     __m512 all;
@@ -108,85 +51,33 @@ static inline void decode(const uint8_t* bytes, const Values& values, Vec* even,
     }
 }
 #endif
-#endif
 constexpr int64_t kGroup = 2 * kLanes;  // columns that are decoded together
 
 constexpr int kRowsAtOnce = 8;  // of x
 
-// Row m of x in float32 as it is, and rounded to the compute dtype into x. Where `sorted`, x is made of up to eight
-// rows each, within them of groups, within those of rows, and a group has its even columns before its odd ones: that is
-// the order in which the products read it.
-static void prepare_row(const Nf4Linear& p, int64_t m, bool sorted, float* exact, void* x) {
-    widen_row(p.x, m, p.K, exact);
+// Row m of x rounded to the compute dtype, into x. Where `sorted`, x is made of up to eight rows each, within them of
+// groups, within those of rows, and a group has its even columns before its odd ones: that is the order in which the
+// products read it.
+static void prepare_row(const Nf4Linear& p, int64_t m, bool sorted, const float* exact, float* x) {
     if (!sorted) {
-        for (int64_t k = 0; k < p.K; ++k) ((float*)x)[m * p.K + k] = rounded(exact[k], p.compute);
+        for (int64_t k = 0; k < p.K; ++k) x[m * p.K + k] = rounded(exact[k], p.compute);
         return;
     }
     const int64_t first = m / kRowsAtOnce * kRowsAtOnce;
     const int64_t many = p.M - first < kRowsAtOnce ? p.M - first : kRowsAtOnce;
-    Element* target = (Element*)x + first * p.K + (m - first) * kGroup;
+    float* target = x + first * p.K + (m - first) * kGroup;
     for (int64_t k = 0; k < p.K; k += kGroup, target += many * kGroup) {
         for (int64_t i = 0; i < kLanes; ++i) {
-            target[i] = to_element(exact[k + 2 * i], p.compute);
-            target[kLanes + i] = to_element(exact[k + 2 * i + 1], p.compute);
+            target[i] = rounded(exact[k + 2 * i], p.compute);
+            target[kLanes + i] = rounded(exact[k + 2 * i + 1], p.compute);
         }
     }
 }
-
-// Columns whose products one float32 vector adds up; the vectors of further columns are added by their sums.
-constexpr int64_t kPart = 8192;
-
-static float dot(const float* a, const float* b, int64_t count) {
-    float sum = 0.0f;
-    for (int64_t part = 0; part < count; part += kPart) {
-        const int64_t end = part + kPart < count ? part + kPart : count;
-        Vec first = vec_zero(), second = vec_zero();
-        int64_t i = part;
-        for (; i + 2 * kWidth <= end; i += 2 * kWidth) {
-            first = vec_fma(vec_load(a + i), vec_load(b + i), first);
-            second = vec_fma(vec_load(a + i + kWidth), vec_load(b + i + kWidth), second);
-        }
-        float tail = 0.0f;
-        for (; i < end; ++i) tail += a[i] * b[i];
-        sum += vec_sum(vec_add(first, second)) + tail;
-    }
-    return sum;
-}
-
-// A row in float32: where it lies, or widened into `scratch`.
-static inline const float* float_row(const FloatMatrix& matrix, int64_t row, int64_t count, float* scratch) {
-    if (matrix.dtype == DType::f32 && matrix.column_stride == 1) {
-        return (const float*)matrix.data + row * matrix.row_stride;
-    }
-    widen_row(matrix, row, count, scratch);
-    return scratch;
-}
-
-// Column r of S from row r of A, which may need `scratch`. `s` keeps what was stored, in float32.
-static void shrink(const Nf4Linear& p, const float* exact, int64_t stride, int64_t r, float* scratch, float* s,
-                   int64_t stride_s) {
-    const float* row = float_row(p.lora_a, r, p.K, scratch);
-    for (int64_t m = 0; m < p.M; ++m) {
-        const float value = rounded(dot(exact + m * stride, row, p.K), p.compute);
-        s[m * stride_s + r] = value;
-        if (p.compute == DType::f32) {
-            ((float*)p.s)[m * p.R + r] = value;
-        } else {
-            ((uint16_t*)p.s)[m * p.R + r] = p.compute == DType::bf16 ? bf16_from_float(value) : f16_from_float(value);
-        }
-    }
-}
-
-// Float32 maxima of the blocks of a tile, from block `begin` on.
-struct Maxima {
-    const float* values;
-    int64_t begin;
-};
 
 // Adds the products of kM rows of x with weight rows n .. n + kN over columns begin .. end to out[m * kN + row]. A
 // group lies in one block; kAligned: so do blocks in rows.
 template <int kM, int kN, bool kAligned>
-static void add_products(const Nf4Linear& p, const Element* x, const Maxima& maxima, int64_t n, int64_t begin,
+static void add_products(const Nf4Linear& p, const float* x, const Maxima& maxima, int64_t n, int64_t begin,
                          int64_t end, float* out) {
     const int64_t size = p.weight.block_size;
     const uint8_t* bytes[kN];
@@ -212,7 +103,7 @@ static void add_products(const Nf4Linear& p, const Element* x, const Maxima& max
         }
         for (int64_t j = 0; j < count; j += kGroup, x += kM * kGroup) {
             for (int i = 0; i < kN; ++i) {
-                Weights even, odd;
+                Vec even, odd;
                 decode(bytes[i] + j / 2, values[i], &even, &odd);
                 for (int m = 0; m < kM; ++m) {
                     Vec &sum = sums[m * kN + i], &odd_sum = sums[m * kN + i + kOdd];
@@ -236,7 +127,7 @@ static void add_products(const Nf4Linear& p, const Element* x, const Maxima& max
 
 // The same for one row of x where a group is a block, one weight row after the other: the packed bytes are then a
 // single stream, which the processor reads ahead of. Eight groups at a time hide the latency of decoding and adding.
-static void add_row_products(const Nf4Linear& p, const Element* x, const Maxima& maxima, int64_t n, int64_t begin,
+static void add_row_products(const Nf4Linear& p, const float* x, const Maxima& maxima, int64_t n, int64_t begin,
                              int64_t end, float* out) {
     constexpr int kGroups = 8;
     const int64_t first = n * p.K + begin;
@@ -248,7 +139,7 @@ static void add_row_products(const Nf4Linear& p, const Element* x, const Maxima&
     int64_t groups = (end - begin) / kGroup;
     for (; groups >= kGroups; groups -= kGroups) {
         for (int i = 0; i < kGroups; ++i) {
-            Weights even, odd;
+            Vec even, odd;
             decode(bytes + i * (kGroup / 2), block_values(p.weight.code, maximum[i]), &even, &odd);
             sums[i] = multiply_add(even, x + i * kGroup, sums[i]);
             sums[i] = multiply_add(odd, x + i * kGroup + kLanes, sums[i]);
@@ -256,7 +147,7 @@ static void add_row_products(const Nf4Linear& p, const Element* x, const Maxima&
         bytes += kGroups * (kGroup / 2), maximum += kGroups, x += kGroups * kGroup;
     }
     for (; groups > 0; --groups) {
-        Weights even, odd;
+        Vec even, odd;
         decode(bytes, block_values(p.weight.code, *maximum), &even, &odd);
         sums[0] = multiply_add(odd, x + kLanes, multiply_add(even, x, sums[0]));
         bytes += kGroup / 2, ++maximum, x += kGroup;
@@ -265,7 +156,7 @@ static void add_row_products(const Nf4Linear& p, const Element* x, const Maxima&
     out[0] += vec_sum(sums[0]);
 }
 
-typedef void (*AddProducts)(const Nf4Linear& p, const Element* x, const Maxima& maxima, int64_t n, int64_t begin,
+typedef void (*AddProducts)(const Nf4Linear& p, const float* x, const Maxima& maxima, int64_t n, int64_t begin,
                             int64_t end, float* out);
 // Weight rows at once, by rows of x: as many as leave the sums in registers.
 constexpr int kTwo = kWidth >= 16 ? 2 : 1, kFour = 2 * kTwo;
@@ -304,10 +195,10 @@ static inline void finish(const Nf4Linear& p, int64_t m, int64_t n, float value,
 
 // Products of `many` rows of x with weight rows begin .. end, to products[(n - begin) * kRowsAtOnce + m]. Columns are
 // taken in parts, so that those of x stay in the first cache while all the weight rows pass.
-static void multiply_tile(const Nf4Linear& p, const Element* x, const Maxima& maxima, int many, int64_t begin,
+static void multiply_tile(const Nf4Linear& p, const float* x, const Maxima& maxima, int many, int64_t begin,
                           int64_t end, float* products) {
     const int64_t size = p.weight.block_size;
-    int64_t part = 16384 / ((int64_t)sizeof(Element) * many) / 512 * 512;
+    int64_t part = 16384 / ((int64_t)sizeof(float) * many) / 512 * 512;
     part = part < 512 ? 512 : part > kPart ? kPart : part;
     const bool stream = many == 1 && size == kGroup;
     const AddProducts several = stream ? add_row_products : kSeveral[p.K % size == 0][many - 1];
@@ -343,20 +234,20 @@ static void multiply_rows(const Nf4Linear& p, const float* x, int many, int64_t 
 
 // Rows begin .. end of the weight, at most kTileRows. `scratch` holds a row of B, the products,
 // and a weight row or the tile's maxima, of which there are at most as many and two more.
-static void linear_rows(const Nf4Linear& p, bool sorted, const void* x, const float* s, int64_t padded, float* scratch,
+static void linear_rows(const Nf4Linear& p, bool sorted, const float* x, const float* s, int64_t padded, float* scratch,
                         int64_t begin, int64_t end) {
     float* b = scratch;
     float* products = scratch + padded;
     float* weight = products + kTileRows * kRowsAtOnce;
     for (int64_t r = p.R; r < padded; ++r) b[r] = 0.0f;
-    const Maxima maxima = {weight, begin * p.K / p.weight.block_size};  // in the place of the row, which is not decoded
-    if (sorted) fill_maxima(p.weight.maxima, maxima.begin, (end * p.K - 1) / p.weight.block_size + 1, weight);
+    // In the place of the row, which is not decoded.
+    const Maxima maxima = sorted ? tile_maxima(p, begin, end, weight) : Maxima{};
     for (int64_t m = 0; m < p.M; m += kRowsAtOnce) {
         const int many = (int)(p.M - m < kRowsAtOnce ? p.M - m : kRowsAtOnce);
         if (sorted) {
-            multiply_tile(p, (const Element*)x + m * p.K, maxima, many, begin, end, products);
+            multiply_tile(p, x + m * p.K, maxima, many, begin, end, products);
         } else {
-            multiply_rows(p, (const float*)x + m * p.K, many, begin, end, weight, products);
+            multiply_rows(p, x + m * p.K, many, begin, end, weight, products);
         }
         for (int64_t n = begin; n < end; ++n) {
             const float* row = b;
@@ -372,4 +263,4 @@ static void linear_rows(const Nf4Linear& p, bool sorted, const void* x, const fl
     }
 }
 
-static const Nf4LinearKernels nf4_linear_table = {prepare_row, shrink, linear_rows, kWidth, kGroup, kRowsAtOnce};
+static const Nf4LinearKernels nf4_linear_table = {widen_x, prepare_row, shrink, linear_rows, kWidth, kGroup, kRowsAtOnce};

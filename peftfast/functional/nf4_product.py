@@ -81,7 +81,7 @@ def product_without_gradient(
     quarter of the product; merged as :func:`merged_dequantization` says; None where neither applies."""
     if takes_few_rows(x, weight.block_size, compute_dtype):
         adapter = (bias, lora_a, lora_b, lora_bias, scaling)
-        return ops.nf4_linear.nf4_linear(x, *weight.storage(), *adapter, compute_dtype, out_dtype)[0]
+        return ops.nf4_linear.nf4_linear_now(x, *weight.storage(), *adapter, compute_dtype, out_dtype)[0]
     if not _switches["merged"]:
         return None
     packed, *quantisation = weight.storage()
@@ -144,7 +144,7 @@ def adapted_product(
     if seed is None and takes_few_rows(x, block_size, compute_dtype):
         storage = (packed, absmax, code, block_size, shape, *nested)
         adapter = (bias, lora_a, lora_b, lora_bias, scaling)
-        return ops.nf4_linear.nf4_linear(x, *storage, *adapter, compute_dtype, out_dtype)
+        return ops.nf4_linear.nf4_linear_now(x, *storage, *adapter, compute_dtype, out_dtype)
     route = configs.adapter_route(x.device.type, x.dtype != compute_dtype, out_dtype == compute_dtype)
     if route == "concatenate":
         return _concatenated(x, packed, quantisation, lora_a, lora_b, bias, lora_bias, seed, p, scaling, compute_dtype)
@@ -212,7 +212,7 @@ class NF4LinearFunction(torch.autograd.Function):
         quantisation = (absmax, code, block_size, shape, nested_absmax, nested_code, nested_offset)
         if not keep and takes_few_rows(x, block_size, compute_dtype):
             rest = (bias, None, None, None, 1.0, compute_dtype, out_dtype)
-            return ops.nf4_linear.nf4_linear(x, packed, *quantisation, *rest)[0], None
+            return ops.nf4_linear.nf4_linear_now(x, packed, *quantisation, *rest)[0], None
         if not keep:
             y = base_product(x, packed, quantisation, bias, compute_dtype)
             return y if y.dtype == out_dtype else y.to(out_dtype), None
@@ -284,7 +284,7 @@ def nf4_linear(
         records = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if not records and takes_few_rows(rows, nf4.block_size, dtype):
             # Past autograd, whose bookkeeping takes as long as a quarter of the product.
-            y, _ = ops.nf4_linear.nf4_linear(rows, *nf4.storage(), bias, None, None, None, 1.0, dtype, out_dtype)
+            y, _ = ops.nf4_linear.nf4_linear_now(rows, *nf4.storage(), bias, None, None, None, 1.0, dtype, out_dtype)
         else:
             keep = keeps_dense() and records and x.requires_grad
             y, _ = NF4LinearFunction.apply(rows, bias, *nf4.storage(), dtype, out_dtype, keep)

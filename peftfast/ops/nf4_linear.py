@@ -10,6 +10,7 @@ from ..configs import nf4 as configs
 from ..reference import nf4 as definition
 from . import lora as lora_ops
 from .backends import (
+    FLOAT_DTYPES,
     cpu_available,
     cuda_available,
     device_of,
@@ -20,6 +21,7 @@ from .backends import (
     takes_cuda,
     takes_triton,
     triton_available,
+    undisturbed,
 )
 from .dispatch import Implementation, Operator, Verdict, reference, requested_backend, require
 from .nf4 import WEIGHT_SCHEMA, check_weight
@@ -283,6 +285,18 @@ nf4_linear = Operator(
         reference(_reference),
     ),
 )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def nf4_linear_now(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """:data:`nf4_linear` for arguments that have been checked: of a plain CPU tensor, where nobody watches operators, straight from
+    the C++ library, which checks its own. The way through the operator takes 18 us, a third of a 2048 x 2048 product of one row."""
+    if x.is_cpu and type(x) in _PLAIN and not torch.compiler.is_compiling() and undisturbed():
+        if all(dtype in FLOAT_DTYPES for dtype in (x.dtype, *rest[-2:])):
+            return _cpu(x, *rest)
+    return nf4_linear(x, *rest)
 
 
 def _most_rows(device_type: str, k: int, block_size: int, compute: torch.dtype) -> int:
