@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from peftfast.ops import zeroth_order as ops
+from peftfast.ops import zeroth_order_linear as linear_ops
 from peftfast.reference import zeroth_order as definition
 
 from .layers import normal
@@ -162,7 +163,7 @@ def _linear_formula(case: Case, inputs: Inputs, _: str, dtype: torch.dtype) -> R
 def _linear_fused(case: Case, inputs: Inputs) -> Work:
     def call() -> Results:
         terms = (inputs["direction"], inputs["eps"], None, 0, False)
-        plus, minus = ops.zo_linear(inputs["x_plus"], inputs["x_minus"], inputs["weight"], None, None, *terms)
+        plus, minus = linear_ops.zo_linear(inputs["x_plus"], inputs["x_minus"], inputs["weight"], None, None, *terms)
         return {"plus": plus, "minus": minus}
 
     return Work(call)

@@ -1,5 +1,5 @@
-"""Weights moved along seeded directions in Triton: any number of tensors in one launch, and a linear layer that sees both signs of a
-move that is never written (the definition is peftfast.reference.zeroth_order)."""
+"""Weights moved along seeded directions in Triton: any number of tensors in one launch (the definition is
+peftfast.reference.zeroth_order)."""
 
 import functools
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import multiply_add, narrow, widen
+from .numerics import narrow, widen
 from .philox import normal_tile, rounding_tile, sign_tile
 
 _COLUMNS = tl.constexpr(7)  # of the table: source, out, minus, count, offset, tensor id, first block
@@ -205,114 +205,3 @@ def perturb(
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )
-
-
-@triton.jit(do_not_specialize=["M"])
-def _zo_linear_kernel(
-    x_plus_ptr,
-    x_minus_ptr,
-    weight_ptr,
-    bias_plus_ptr,
-    bias_minus_ptr,
-    seed_ptr,
-    eps_ptr,
-    threshold_ptr,
-    out_plus_ptr,
-    out_minus_ptr,
-    M,
-    N,
-    K,
-    tensor_id,
-    RADEMACHER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """BLOCK_N columns of both products: each tile of W is loaded once, moved both ways in registers, and met by both inputs.
-
-    K is a multiple of 4, so that a counter's normals lie in one row of W.
-    """
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_K)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    rows_n = offs_n[:, None].to(tl.int64)
-    seed, eps = tl.load(seed_ptr), tl.load(eps_ptr)
-    id_ = tensor_id.to(tl.int64)
-    plus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    minus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, K, BLOCK_K):
-        offs_k = first + columns
-        mask_k = offs_k < K
-        at = rows_n * K + offs_k[None, :]
-        w = widen(tl.load(weight_ptr + at, mask=mask_n[:, None] & mask_k[None, :], other=0.0))
-        if RADEMACHER:
-            # A row may begin inside a counter: the position itself, not the column, tells the bit.
-            z = sign_tile(seed, at * 0, at, id_)
-        else:
-            z = normal_tile(seed, (rows_n * K + first) // 4, columns[None, :], id_)
-        term = eps * z
-        w_plus, w_minus = w + term, w - term
-        if threshold_ptr is not None:
-            moves = tl.abs(w) <= tl.load(threshold_ptr)
-            w_plus, w_minus = tl.where(moves, w_plus, w), tl.where(moves, w_minus, w)
-        # What lies past K is not zero any more: x is, there.
-        mask_x = mask_m[:, None] & mask_k[None, :]
-        at_x = offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
-        x_plus = tl.load(x_plus_ptr + at_x, mask=mask_x, other=0.0)
-        x_minus = tl.load(x_minus_ptr + at_x, mask=mask_x, other=0.0)
-        plus = multiply_add(x_plus, tl.trans(narrow(w_plus, weight_ptr.dtype.element_ty)), plus)
-        minus = multiply_add(x_minus, tl.trans(narrow(w_minus, weight_ptr.dtype.element_ty)), minus)
-    if bias_plus_ptr is not None:
-        plus += widen(tl.load(bias_plus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
-        minus += widen(tl.load(bias_minus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
-    at_y = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-    mask_y = mask_m[:, None] & mask_n[None, :]
-    tl.store(out_plus_ptr + at_y, narrow(plus, out_plus_ptr.dtype.element_ty), mask=mask_y)
-    tl.store(out_minus_ptr + at_y, narrow(minus, out_minus_ptr.dtype.element_ty), mask=mask_y)
-
-
-def zo_linear(
-    x_plus: torch.Tensor,
-    x_minus: torch.Tensor,
-    weight: torch.Tensor,
-    bias_plus: torch.Tensor | None,
-    bias_minus: torch.Tensor | None,
-    seed: torch.Tensor,
-    eps: torch.Tensor,
-    threshold: torch.Tensor | None,
-    tensor_id: int,
-    rademacher: bool,
-    config,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x_plus (W + eps z)ᵀ + bias_plus, x_minus (W - eps z)ᵀ + bias_minus); x ``[M, K]``, weight ``[N, K]``, K a multiple of 4."""
-    M, K = x_plus.shape
-    N = weight.shape[0]
-    out_plus = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
-    out_minus = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
-    if M and N:
-        grid = (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))
-        _zo_linear_kernel[grid](
-            x_plus.contiguous(),
-            x_minus.contiguous(),
-            weight,
-            None if bias_plus is None else bias_plus.contiguous(),
-            None if bias_minus is None else bias_minus.contiguous(),
-            seed,
-            eps,
-            threshold,
-            out_plus,
-            out_minus,
-            M,
-            N,
-            K,
-            tensor_id,
-            RADEMACHER=rademacher,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=False,
-        )
-    return out_plus, out_minus

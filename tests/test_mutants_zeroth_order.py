@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from peftfast.ops import zeroth_order as ops
+from peftfast.ops import zeroth_order_linear as linear_ops
 from peftfast.optim import MeZO, mezo
 from peftfast.optim.mezo import SEED_STEP
 from tests.support import zo_checks, zo_mutants
@@ -72,7 +73,7 @@ def test_planting_itself_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     def through(run, *given, **named):  # type: ignore[no-untyped-def]
         return run(*given, **named)
 
-    for operator in (ops.perturb_, ops.zo_linear):
+    for operator in (ops.perturb_, linear_ops.zo_linear):
         plant(monkeypatch, Mutant("none", operator, through))
     for name in ("_projected", "_update", "_evaluate", "_move_copies"):
         zo_mutants.plant_in_step(monkeypatch, zo_mutants.StepMutant("none", mezo.MeZO, name, through))

@@ -8,6 +8,7 @@ import torch
 from torch.library import opcheck
 
 from peftfast.ops import zeroth_order as ops
+from peftfast.ops import zeroth_order_linear as linear_ops
 from peftfast.reference import zeroth_order as definition
 from tests.support.lora_checks import BF16, DEVICE, F16, F32
 from tests.support.zo_checks import (
@@ -43,7 +44,9 @@ def test_opcheck(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(6, 8, device=DEVICE)
     opcheck(ops.perturbed_pair.overload, (weight, SEED, EPS, EPS, 1, 0, True), test_utils=utilities)
     x, bias = torch.randn(3, 8, device=DEVICE), torch.randn(6, device=DEVICE)
-    opcheck(ops.zo_linear.overload, (x, x + 1, weight, bias, bias, SEED, EPS, None, 1, False), test_utils=utilities)
+    opcheck(
+        linear_ops.zo_linear.overload, (x, x + 1, weight, bias, bias, SEED, EPS, None, 1, False), test_utils=utilities
+    )
 
 
 @pytest.mark.parametrize("first", range(0, 120, 40))
@@ -111,7 +114,7 @@ def test_nothing_to_do(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     none = torch.empty(0, dtype=torch.int64, device=DEVICE)
     ops.perturb_([weight], [], none, none.float(), None, None, None, [0], [0], False)
     assert torch.equal(weight, torch.ones_like(weight))
-    plus, minus = ops.zo_linear(empty, empty, weight, None, None, SEED, EPS, None, 0, False)
+    plus, minus = linear_ops.zo_linear(empty, empty, weight, None, None, SEED, EPS, None, 0, False)
     assert plus.shape == minus.shape == (0, 3)
 
 
@@ -154,7 +157,7 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
             "tensor_id": 0,
             "rademacher": False,
         }
-        return lambda: ops.zo_linear(*(given | changes).values())
+        return lambda: linear_ops.zo_linear(*(given | changes).values())
 
     return {
         "lengths": ("sources, tensor_ids, offsets: expected 1", perturb(tensor_ids=[])),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peftfast.configs.zeroth_order import PerturbConfig, ZoLinearConfig
-from peftfast.kernels import zeroth_order
+from peftfast.kernels import zeroth_order, zeroth_order_linear
 from peftfast.reference import zeroth_order as definition
 
 from .support.budget import assert_within_budget
@@ -64,7 +64,7 @@ def test_linear_does_not_depend_on_the_tile(config: ZoLinearConfig, rademacher: 
         torch.randn(*shape, generator=generator).half().to(DEVICE) for shape in ((19, 76), (19, 76), (35, 76))
     )
     eps = torch.tensor([0.25], device=DEVICE)
-    got = zeroth_order.zo_linear(x, y, weight, None, None, seed_of(8), eps, None, 2, rademacher, config)
+    got = zeroth_order_linear.zo_linear(x, y, weight, None, None, seed_of(8), eps, None, 2, rademacher, config)
     right = definition.zo_linear(
         x.double(), y.double(), weight.double(), None, None, seed_of(8), eps, None, 2, rademacher
     )

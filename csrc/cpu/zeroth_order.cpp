@@ -4,9 +4,6 @@
 
 namespace peftfast::cpu {
 
-// A multiple of the 128 signs of a counter and of 32 normals of a vector step. Five arrays of it are 9 KiB.
-constexpr int64_t kZoBlock = 512;
-
 struct ZoKernels {
     void (*blocks)(const ZoTensor& tensor, const ZoTerms& terms, int64_t begin, int64_t end);
     void (*survey)(uint64_t begin, uint64_t end, NormalSurvey* survey);

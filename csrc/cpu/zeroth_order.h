@@ -6,6 +6,10 @@
 
 namespace peftfast::cpu {
 
+// Elements of the logical tensor whose z is drawn at a time: a multiple of the 128 signs of a counter and of the 32
+// normals of a vector step. Five arrays of it are 10 KiB.
+constexpr int64_t kZoBlock = 512;
+
 // One tensor: out = decay * source + sum of coefficients[k] * z(seeds[k]); minus, where there is one, with the sum
 // subtracted. Without a source the first term is left out altogether. All contiguous, of one dtype; source may be out.
 struct ZoTensor {

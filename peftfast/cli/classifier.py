@@ -29,9 +29,16 @@ class MeanPooledClassifier(BertPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
         """input_ids, attention_mask ``[B, T]``, labels ``[B]`` -> logits ``[B, num_labels]`` and, with labels, their mean loss."""
+        return self.judged(self.pooled(input_ids, attention_mask), labels)
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """``[B, hidden]``: what the head sees of a text, the mean over its words."""
         hidden = self.bert(input_ids, attention_mask=attention_mask)[0]
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        logits = self.classifier(self.dropout((hidden * weight).sum(1) / weight.sum(1)))
+        return (hidden * weight).sum(1) / weight.sum(1)
+
+    def judged(self, pooled: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        logits = self.classifier(self.dropout(pooled))
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

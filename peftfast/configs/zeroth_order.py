@@ -11,6 +11,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_FUSED_ROWS = 128
 
 
+# Rows a sign up to which the CPU kernel, which writes no moved weight, is quicker than moving slabs of rows and multiplying each by
+# torch. 2048 x 2048 and 1024 x 4096, Gaussian, one thread of an AMD EPYC of the Zen 5 generation (2026-11-21), fused against slabs, ms:
+# bfloat16 4.0 and 4.1 at 8 rows, 5.0 and 4.5 at 16, where torch multiplies on other instructions; float16 6.4 and 21.7 at 32; float32
+# 18.7 and 25.5 at 128.
+CPU_FUSED_ROWS = {"float32": 128, "bfloat16": 8, "float16": 128}
+# Of each moved weight: two slabs of bfloat16 are 1 MB, a second-level cache.
+CPU_SLAB_ELEMENTS = 1 << 18
+
+
 @dataclass(frozen=True)
 class PerturbConfig:
     """Elements of one program, a multiple of 1024, and its warps."""
@@ -54,6 +63,16 @@ def zo_linear(M: int, N: int, K: int, dtype: str, rademacher: bool, device: Devi
     key = f"{dtype} {'rademacher' if rademacher else 'gaussian'} M{rows}"
     default = ZoLinearConfig(rows, num_warps=8 if rows >= 32 else 4)
     return measured(device, "zo_linear", key, ZoLinearConfig) or default
+
+
+def zo_nf4_linear(M: int, block_size: int, dtype: str, distribution: str, device: Device) -> ZoLinearConfig | None:
+    """The tile for M rows a sign of a 4-bit weight; ``distribution`` is gaussian, rademacher, or scales where z moves those. None:
+    many rows, which scratch serves better. A step has one maximum a row, so it is at most a block."""
+    if M > LARGEST_FUSED_ROWS:
+        return None
+    rows = bucket(M, (16, 32, 64, 128))
+    default = ZoLinearConfig(rows, block_k=min(64, block_size), num_warps=8 if rows >= 32 else 4)
+    return measured(device, "zo_nf4_linear", f"{dtype} {distribution} M{rows}", ZoLinearConfig) or default
 
 
 def launch_matrix(device: Device) -> Iterator[tuple[str, str, bool, int, PerturbConfig | ZoLinearConfig]]:

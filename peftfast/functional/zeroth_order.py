@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .nf4 import NF4Weight, nf4_dequantize
+from .nf4 import NF4Weight
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 
@@ -152,9 +152,10 @@ def zo_linear(
 ) -> tuple[Tensor, Tensor]:
     """Both sides of a two-point estimate in one layer: x_plus (W + eps z)ᵀ + b and x_minus (W - eps z)ᵀ + b.
 
-    W is read once and z drawn once for both signs, and W itself is never written. On a GPU with few rows the perturbed weights exist
-    only in registers; with many rows, and on a CPU, both are written to scratch that lives as long as the call. A 4-bit weight is
-    decoded, then perturbed, in x's dtype.
+    W is read once and z drawn once for both signs, and W itself is never written. With few rows the perturbed weights exist in
+    registers, on a CPU in scratch of a few rows; with many, a slab of rows (a CPU) or the layer (a GPU) is written to scratch that
+    lives as long as the call. A 4-bit weight is decoded in x's dtype on the way, then perturbed: no dense copy of it is made where the
+    rows are few.
 
     Args:
         x_plus, x_minus: ``[..., K]`` of one shape and of weight's dtype. weight: ``[N, K]``, or an NF4Weight of that shape.
@@ -178,49 +179,44 @@ def zo_linear(
             f"{tuple(x_minus.shape)} on {x_minus.device}"
         )
     _check_places([tensor_id], [0])
-    with torch.no_grad():
-        if isinstance(weight, NF4Weight):
-            if x_plus.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise TypeError(
-                    f"x_plus: expected float32, bfloat16 or float16 beside a 4-bit weight, got {x_plus.dtype}"
-                )
-            dense = nf4_dequantize(weight, x_plus.dtype)
-        elif isinstance(weight, Tensor):
-            dense = weight.detach()
-        else:
-            raise TypeError(f"weight: expected a tensor or an NF4Weight, got {type(weight).__name__}")
-        if dense.dim() != 2 or x_plus.dim() == 0 or x_plus.shape[-1] != dense.shape[1]:
+    if isinstance(weight, NF4Weight):
+        if x_plus.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"x_plus: expected float32, bfloat16 or float16 beside a 4-bit weight, got {x_plus.dtype}")
+        dtype = x_plus.dtype
+    elif isinstance(weight, Tensor):
+        dtype = weight.dtype
+    else:
+        raise TypeError(f"weight: expected a tensor or an NF4Weight, got {type(weight).__name__}")
+    shape, device = tuple(weight.shape), weight.device
+    if len(shape) != 2 or x_plus.dim() == 0 or x_plus.shape[-1] != shape[1]:
+        raise ValueError(f"x_plus: expected [..., K] for a weight [N, K], got {tuple(x_plus.shape)} and {shape}")
+    if dtype != x_plus.dtype or device != x_plus.device:
+        raise ValueError(f"weight: expected {x_plus.dtype} on {x_plus.device}, got {dtype} on {device}")
+    for name, one in (("bias", bias), ("bias_minus", bias_minus)):
+        if one is not None and (tuple(one.shape), one.dtype, one.device) != (shape[:1], dtype, device):
             raise ValueError(
-                f"x_plus: expected [..., K] for a weight [N, K], got {tuple(x_plus.shape)} and {tuple(dense.shape)}"
+                f"{name}: expected {dtype} ({shape[0]},) on {device}, got {one.dtype} {tuple(one.shape)} on {one.device}"
             )
-        if dense.dtype != x_plus.dtype or dense.device != x_plus.device:
-            raise ValueError(f"weight: expected {x_plus.dtype} on {x_plus.device}, got {dense.dtype} on {dense.device}")
-        for name, one in (("bias", bias), ("bias_minus", bias_minus)):
-            if one is not None and (tuple(one.shape), one.dtype, one.device) != (
-                (dense.shape[0],),
-                dense.dtype,
-                dense.device,
-            ):
-                raise ValueError(
-                    f"{name}: expected {dense.dtype} ({dense.shape[0]},) on {dense.device}, got {one.dtype} {tuple(one.shape)}"
-                )
-        if bias_minus is not None and bias is None:
-            raise ValueError("bias_minus: expected bias beside it")
-        seeds, scale = seeds_tensor("seed", seed, dense.device), floats_tensor("eps", eps, dense.device)
-        limit = None if threshold is None else floats_tensor("threshold", threshold, dense.device)
-        for name, value in (("seed", seeds), ("eps", scale), ("threshold", limit)):
-            if value is not None and value.numel() != 1:
-                raise ValueError(f"{name}: expected one, got {value.numel()}")
+    if bias_minus is not None and bias is None:
+        raise ValueError("bias_minus: expected bias beside it")
+    seeds, scale = seeds_tensor("seed", seed, device), floats_tensor("eps", eps, device)
+    limit = None if threshold is None else floats_tensor("threshold", threshold, device)
+    for name, value in (("seed", seeds), ("eps", scale), ("threshold", limit)):
+        if value is not None and value.numel() != 1:
+            raise ValueError(f"{name}: expected one, got {value.numel()}")
+    with torch.no_grad():
         biases = [
             None if one is None else one.detach().contiguous()
             for one in (bias, bias_minus if bias_minus is not None else bias)
         ]
         rows = [x.detach().reshape(-1, x.shape[-1]) for x in (x_plus, x_minus)]
-        plus, minus = ops.zeroth_order.zo_linear(
-            *rows, dense.contiguous(), *biases, seeds, scale, limit, tensor_id, rademacher
-        )
-        shape = (*x_plus.shape[:-1], dense.shape[0])
-        return plus.reshape(shape), minus.reshape(shape)
+        terms = (*biases, seeds, scale, limit, tensor_id, rademacher)
+        if isinstance(weight, NF4Weight):
+            plus, minus = ops.zeroth_order_linear.zo_nf4_linear(*rows, *weight.storage(), *terms, False)
+        else:
+            plus, minus = ops.zeroth_order_linear.zo_linear(*rows, weight.detach().contiguous(), *terms)
+        result = (*x_plus.shape[:-1], shape[0])
+        return plus.reshape(result), minus.reshape(result)
 
 
 def is_rademacher(distribution: str) -> bool:

@@ -1,10 +1,10 @@
-"""Operators that move weights along seeded directions. What they compute stands in ``peftfast.reference.zeroth_order``."""
+"""Operators that move weights along seeded directions. What they compute stands in ``peftfast.reference.zeroth_order``; the layers that
+move their weight in flight are in :mod:`.zeroth_order_linear`."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..configs import zeroth_order as configs
 from ..reference import zeroth_order as definition
@@ -29,12 +29,12 @@ LARGEST_OFFSET = 1 << 62
 _TERMS = "Tensor seeds, Tensor coefficients, Tensor? decay, Tensor? thresholds, Tensor? rounding_seed"
 
 
-def _check_place(tensor_id: int, offset: int) -> None:
+def check_place(tensor_id: int, offset: int) -> None:
     require(0 <= tensor_id < WORDS, lambda: f"tensor_id: expected a value in [0, 2**32), got {tensor_id}")
     require(0 <= offset <= LARGEST_OFFSET, lambda: f"offset: expected a value in [0, 2**62], got {offset}")
 
 
-def _check_one_float(name: str, value: Tensor, like: Tensor, count: int = 1) -> None:
+def check_one_float(name: str, value: Tensor, like: Tensor, count: int = 1) -> None:
     require(
         value.dtype == torch.float32 and value.numel() == count and value.is_contiguous(),
         lambda: f"{name}: expected {count} contiguous float32, got {value.dtype} of shape {tuple(value.shape)}",
@@ -50,11 +50,11 @@ def _check_terms(
         lambda: f"seeds: expected contiguous int64 [K], got {seeds.dtype} of shape {tuple(seeds.shape)}",
     )
     require(seeds.device == like.device, lambda: f"seeds: expected on {like.device}, got on {seeds.device}")
-    _check_one_float("coefficients", coefficients, like, seeds.numel())
+    check_one_float("coefficients", coefficients, like, seeds.numel())
     if decay is not None:
-        _check_one_float("decay", decay, like)
+        check_one_float("decay", decay, like)
     if thresholds is not None:
-        _check_one_float("thresholds", thresholds, like, count)
+        check_one_float("thresholds", thresholds, like, count)
 
 
 def _check_perturb(
@@ -78,7 +78,7 @@ def _check_perturb(
         ),
     )
     for tensor_id, offset in zip(tensor_ids, offsets, strict=True):
-        _check_place(tensor_id, offset)
+        check_place(tensor_id, offset)
     if not count:
         return
     first = tensors[0]
@@ -167,7 +167,7 @@ def _check_perturbation(
     seed: Tensor, shape: Sequence[int], tensor_id: int, offset: int, rademacher: bool, dtype: torch.dtype
 ) -> None:
     check_seed(seed)
-    _check_place(tensor_id, offset)
+    check_place(tensor_id, offset)
     require(dtype.is_floating_point, lambda: f"dtype: expected a floating dtype, got {dtype}")
 
 
@@ -209,7 +209,7 @@ def _reference_perturbation(
     return definition.perturbation(seed, tuple(shape), tensor_id, offset, rademacher, dtype)
 
 
-def _check_pair(
+def check_pair(
     weight: Tensor,
     seed: Tensor,
     eps: Tensor,
@@ -224,17 +224,57 @@ def _check_pair(
     )
     check_seed(seed)
     require(seed.device == weight.device, lambda: f"seed: expected on {weight.device}, got on {seed.device}")
-    _check_place(tensor_id, offset)
-    _check_one_float("eps", eps, weight)
+    check_place(tensor_id, offset)
+    check_one_float("eps", eps, weight)
     if threshold is not None:
-        _check_one_float("threshold", threshold, weight)
+        check_one_float("threshold", threshold, weight)
 
 
 def _fake_pair(weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _compiled_pair(namespace: str):  # type: ignore[no-untyped-def]
+def compiled_pair_into(namespace: str):  # type: ignore[no-untyped-def]
+    def run(
+        weight: Tensor,
+        plus: Tensor,
+        minus: Tensor,
+        seed: Tensor,
+        eps: Tensor,
+        threshold: Tensor | None,
+        tensor_id: int,
+        offset: int,
+        rademacher: bool,
+    ) -> None:
+        """Both moves of ``weight``, contiguous as they are; ``plus`` may be its memory."""
+        threshold = None if threshold is None else threshold.reshape(1)
+        terms = (seed.reshape(1), eps.reshape(1), None, threshold, None)
+        apply = getattr(torch.ops, namespace).zo_apply.default
+        apply([weight], [plus], [minus], *terms, [tensor_id], [offset], rademacher)
+
+    return run
+
+
+def triton_pair_into(
+    weight: Tensor,
+    plus: Tensor,
+    minus: Tensor,
+    seed: Tensor,
+    eps: Tensor,
+    threshold: Tensor | None,
+    tensor_id: int,
+    offset: int,
+    rademacher: bool,
+) -> None:
+    config = configs.perturb(dtype_name(weight.dtype), rademacher, device_of(weight))
+    with on_device(weight):
+        kernels("zeroth_order").perturb(
+            [weight], [plus], [minus], seed.reshape(1), eps.reshape(1), None, threshold, None, [tensor_id], [offset],
+            rademacher, config
+        )  # fmt: skip
+
+
+def _new_pair(into):  # type: ignore[no-untyped-def]
     def run(
         weight: Tensor,
         seed: Tensor,
@@ -245,26 +285,14 @@ def _compiled_pair(namespace: str):  # type: ignore[no-untyped-def]
         rademacher: bool,
     ) -> tuple[Tensor, Tensor]:
         plus, minus = torch.empty_like(weight), torch.empty_like(weight)
-        threshold = None if threshold is None else threshold.reshape(1)
-        terms = (seed.reshape(1), eps.reshape(1), None, threshold, None)
-        apply = getattr(torch.ops, namespace).zo_apply.default
-        apply([weight], [plus], [minus], *terms, [tensor_id], [offset], rademacher)
+        into(weight, plus, minus, seed, eps, threshold, tensor_id, offset, rademacher)
         return plus, minus
 
     return run
 
 
-def _triton_pair(
-    weight: Tensor, seed: Tensor, eps: Tensor, threshold: Tensor | None, tensor_id: int, offset: int, rademacher: bool
-) -> tuple[Tensor, Tensor]:
-    plus, minus = torch.empty_like(weight), torch.empty_like(weight)
-    config = configs.perturb(dtype_name(weight.dtype), rademacher, device_of(weight))
-    with on_device(weight):
-        kernels("zeroth_order").perturb(
-            [weight], [plus], [minus], seed.reshape(1), eps.reshape(1), None, threshold, None, [tensor_id], [offset],
-            rademacher, config
-        )  # fmt: skip
-    return plus, minus
+def _compiled_pair(namespace: str):  # type: ignore[no-untyped-def]
+    return _new_pair(compiled_pair_into(namespace))
 
 
 def _reference_pair(
@@ -276,100 +304,6 @@ def _reference_pair(
         for each in (eps, -eps)
     )
     return plus, minus
-
-
-def _check_linear(
-    x_plus: Tensor,
-    x_minus: Tensor,
-    weight: Tensor,
-    bias_plus: Tensor | None,
-    bias_minus: Tensor | None,
-    seed: Tensor,
-    eps: Tensor,
-    threshold: Tensor | None,
-    tensor_id: int,
-    rademacher: bool,
-) -> None:
-    require(weight.dim() == 2, lambda: f"weight: expected [N, K], got shape {tuple(weight.shape)}")
-    _check_pair(weight, seed, eps, threshold, tensor_id, 0, rademacher)
-    for name, x in (("x_plus", x_plus), ("x_minus", x_minus)):
-        require(
-            x.dim() == 2 and x.shape[1] == weight.shape[1] and x.dtype == weight.dtype,
-            lambda name=name, x=x: (  # type: ignore[misc]
-                f"{name}: expected {weight.dtype} [M, {weight.shape[1]}], got {x.dtype} {tuple(x.shape)}"
-            ),
-        )
-        require(
-            x.device == weight.device,
-            lambda name=name, x=x: f"{name}: expected on {weight.device}, got on {x.device}",  # type: ignore[misc]
-        )
-    require(x_plus.shape[0] == x_minus.shape[0], lambda: "x_plus, x_minus: expected as many rows in both")
-    require((bias_plus is None) == (bias_minus is None), lambda: "bias_plus, bias_minus: expected both or none")
-    for name, bias in (("bias_plus", bias_plus), ("bias_minus", bias_minus)):
-        if bias is not None:
-            require(
-                bias.dim() == 1 and bias.shape[0] == weight.shape[0] and bias.dtype == weight.dtype,
-                lambda name=name, bias=bias: (  # type: ignore[misc]
-                    f"{name}: expected {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {tuple(bias.shape)}"
-                ),
-            )
-            require(
-                bias.device == weight.device,
-                lambda name=name, bias=bias: f"{name}: expected on {weight.device}, got on {bias.device}",  # type: ignore[misc]
-            )
-
-
-def _fake_linear(x_plus: Tensor, x_minus: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    shape = (x_plus.shape[0], weight.shape[0])
-    return x_plus.new_empty(shape), x_plus.new_empty(shape)
-
-
-def _scratch_linear(pair):  # type: ignore[no-untyped-def]
-    """Both weights written once, z drawn once, and two products of torch's: what wins where the rows are many, and on a CPU."""
-
-    def run(
-        x_plus: Tensor,
-        x_minus: Tensor,
-        weight: Tensor,
-        bias_plus: Tensor | None,
-        bias_minus: Tensor | None,
-        seed: Tensor,
-        eps: Tensor,
-        threshold: Tensor | None,
-        tensor_id: int,
-        rademacher: bool,
-    ) -> tuple[Tensor, Tensor]:
-        plus, minus = pair(weight, seed, eps, threshold, tensor_id, 0, rademacher)
-        return functional.linear(x_plus, plus, bias_plus), functional.linear(x_minus, minus, bias_minus)
-
-    return run
-
-
-def _triton_linear(
-    x_plus: Tensor,
-    x_minus: Tensor,
-    weight: Tensor,
-    bias_plus: Tensor | None,
-    bias_minus: Tensor | None,
-    seed: Tensor,
-    eps: Tensor,
-    threshold: Tensor | None,
-    tensor_id: int,
-    rademacher: bool,
-) -> tuple[Tensor, Tensor]:
-    N, K = weight.shape
-    config = configs.zo_linear(x_plus.shape[0], N, K, dtype_name(weight.dtype), rademacher, device_of(weight))
-    if config is None:
-        scratch = _scratch_linear(_cuda_or_triton_pair)
-        return scratch(x_plus, x_minus, weight, bias_plus, bias_minus, seed, eps, threshold, tensor_id, rademacher)
-    with on_device(weight):
-        return kernels("zeroth_order").zo_linear(
-            x_plus, x_minus, weight, bias_plus, bias_minus, seed, eps, threshold, tensor_id, rademacher, config
-        )
-
-
-def _cuda_or_triton_pair(*arguments):  # type: ignore[no-untyped-def]
-    return (_compiled_pair("peftfast_cuda") if native.cuda_available()[0] else _triton_pair)(*arguments)
 
 
 def _tensors(arguments: Sequence[object]) -> list[Tensor]:
@@ -389,12 +323,12 @@ def _takes_dtype(arguments: Sequence[object]) -> Verdict:
     return True, ""
 
 
-def _cpu_accepts(*arguments: object) -> Verdict:
+def cpu_accepts(*arguments: object) -> Verdict:
     ok, reason = takes_cpu(*_tensors(arguments))
     return _takes_dtype(arguments) if ok else (ok, reason)
 
 
-def _triton_accepts(*arguments: object) -> Verdict:
+def triton_accepts(*arguments: object) -> Verdict:
     ok, reason = takes_triton(*_tensors(arguments))
     return _takes_dtype(arguments) if ok else (ok, reason)
 
@@ -411,8 +345,8 @@ def _cuda_accepts(*arguments: object) -> Verdict:
 def _table(compiled, triton, definition_of):  # type: ignore[no-untyped-def]
     return (
         Implementation("cuda", native.cuda_available, _cuda_accepts, compiled("peftfast_cuda")),
-        Implementation("cpu", cpu_available, _cpu_accepts, compiled("peftfast_cpu")),
-        Implementation("triton", triton_available, _triton_accepts, triton),
+        Implementation("cpu", cpu_available, cpu_accepts, compiled("peftfast_cpu")),
+        Implementation("triton", triton_available, triton_accepts, triton),
         reference(definition_of),
     )
 
@@ -436,21 +370,7 @@ perturbation = Operator(
 perturbed_pair = Operator(
     "perturbed_pair",
     "(Tensor weight, Tensor seed, Tensor eps, Tensor? threshold, int tensor_id, int offset, bool rademacher) -> (Tensor, Tensor)",
-    check=_check_pair,
+    check=check_pair,
     fake=_fake_pair,
-    implementations=_table(_compiled_pair, _triton_pair, _reference_pair),
-)
-
-# On a GPU the fused kernel reads W once for both signs and writes no weight; the CUDA library has no product of its own.
-zo_linear = Operator(
-    "zo_linear",
-    "(Tensor x_plus, Tensor x_minus, Tensor weight, Tensor? bias_plus, Tensor? bias_minus, Tensor seed, Tensor eps, "
-    "Tensor? threshold, int tensor_id, bool rademacher) -> (Tensor, Tensor)",
-    check=_check_linear,
-    fake=_fake_linear,
-    implementations=(
-        Implementation("cpu", cpu_available, _cpu_accepts, _scratch_linear(_compiled_pair("peftfast_cpu"))),
-        Implementation("triton", triton_available, _triton_accepts, _triton_linear),
-        reference(definition.zo_linear),
-    ),
+    implementations=_table(_compiled_pair, _new_pair(triton_pair_into), _reference_pair),
 )

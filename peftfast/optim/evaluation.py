@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import functional as F
 from . import in_flight, low_rank
 from .arguments import Closure, loss_of, same_random_numbers
+from .discovery import Layout, discover
 
 
 class Evaluations:
@@ -30,7 +31,7 @@ class Evaluations:
     _thresholds: Tensor | None
     _rademacher: bool
     _modules: dict[int, str]
-    _layout: in_flight.Layout | None
+    _layout: Layout | None
     _saved: list[Tensor]
 
     def _run(self, closures: Sequence[Closure], paired: bool = False) -> Tensor:
@@ -79,7 +80,7 @@ class ExactEvaluations(Evaluations):
 
     def _discover(self, closures: Sequence[Closure], paired: bool = False) -> Tensor:
         found: list[Tensor] = []
-        self._layout = in_flight.discover(lambda: found.append(self._run(closures, paired)), self._parameters)
+        self._layout = discover(lambda: found.append(self._run(closures, paired)), self._parameters)
         return found[0]
 
     def _keep_copies(self) -> None:
@@ -111,7 +112,7 @@ class ExactEvaluations(Evaluations):
             self.paired_fallbacks = sorted({*self.paired_fallbacks, *named})
         return losses
 
-    def _move_copies(self, layout: in_flight.Layout, seed: Tensor, scale: Tensor) -> None:
+    def _move_copies(self, layout: Layout, seed: Tensor, scale: Tensor) -> None:
         dense = [k for k, i in enumerate(layout.copied) if not low_rank.serves(self._parameters[i], self.rank)]
         if dense:
             indices = [layout.copied[k] for k in dense]

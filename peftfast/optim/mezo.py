@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..functional.zeroth_order import is_rademacher, seeds_tensor, signed_seed
-from . import exchange, in_flight, low_rank
+from . import exchange, low_rank
 from .arguments import (
     Closure,
     check_number,
@@ -23,6 +23,7 @@ from .arguments import (
     momentum_weights,
     window_of,
 )
+from .discovery import Layout
 from .evaluation import ExactEvaluations, InplaceEvaluations
 from .readback import Unread
 from .seed_log import SeedLog, Step
@@ -140,7 +141,7 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         self.paired_fallbacks: list[str] = []
         self._modules = {id(m): n for n, m in params.named_modules()} if isinstance(params, nn.Module) else {}
         self._steps = 0
-        self._layout: in_flight.Layout | None = None
+        self._layout: Layout | None = None
         self._saved: list[Tensor] = []
         self._unread: list[Unread] = []
         self._failed: list[int] = []
@@ -208,7 +209,8 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
                 an estimate see one dropout mask; it must not move on to other data by itself.
             paired: the closure runs both sides in one forward: its batch is doubled along the first dimension, the upper half sees
                 θ + ε z and the lower θ - ε z, and it returns both losses, ``[2]`` or a pair. A linear layer then reads its weight
-                once. Layers that can only be served side by side are named in ``paired_fallbacks``.
+                once, a 4-bit one (:func:`peftfast.optim.trainable_scales`) its packed bytes. Layers that can only be served side by
+                side are named in ``paired_fallbacks``.
 
         Returns:
             The mean loss of the evaluations, one float32 on the device; in between nothing waits for the device.

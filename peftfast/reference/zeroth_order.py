@@ -5,11 +5,14 @@ on a weight is float32 (float64 for a float64 weight), each product and sum roun
 weight's dtype once.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from . import philox
+from .nf4 import nf4_dequantize
 
 _BF16_SATURATING = 0x7F7F0000  # the largest finite bfloat16 as float32 bits
 _F16_SATURATING = 0x477FE000  # 65504
@@ -107,3 +110,38 @@ def zo_linear(
     plus = perturbed(weight, seed, eps, None, threshold, None, tensor_id, 0, rademacher)
     minus = perturbed(weight, seed, -eps, None, threshold, None, tensor_id, 0, rademacher)
     return functional.linear(x_plus, plus, bias_plus), functional.linear(x_minus, minus, bias_minus)
+
+
+def zo_nf4_linear(
+    x_plus: Tensor,
+    x_minus: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    block_size: int,
+    shape: Sequence[int],
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    bias_plus: Tensor | None,
+    bias_minus: Tensor | None,
+    seed: Tensor,
+    eps: Tensor,
+    threshold: Tensor | None,
+    tensor_id: int,
+    rademacher: bool,
+    of_scales: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same on a 4-bit weight: W is the dequantised weight in x's dtype. Or, ``of_scales``, z moves the float32 block maxima (QZO,
+    arXiv 2505.13430), and each side decodes with its own; ``threshold`` is of the maxima then."""
+    sides = []
+    for x, bias, scale in ((x_plus, bias_plus, eps), (x_minus, bias_minus, -eps)):
+        maxima = absmax
+        if of_scales:
+            maxima = perturbed(absmax, seed, scale, None, threshold, None, tensor_id, 0, rademacher)
+        nested = (nested_absmax, nested_code, nested_offset)
+        weight = nf4_dequantize(packed, maxima, code, block_size, tuple(shape), x.dtype, *nested)
+        if not of_scales:
+            weight = perturbed(weight, seed, scale, None, threshold, None, tensor_id, 0, rademacher)
+        sides.append(functional.linear(x, weight, bias))
+    return sides[0], sides[1]

@@ -9,7 +9,7 @@ from peftfast.configs import philox as philox_configs
 from peftfast.configs import sparse_delta as sparse_configs
 from peftfast.configs import zeroth_order as zo_configs
 from peftfast.configs.device import Device
-from peftfast.kernels import lora, lora_dora, lora_terms, nf4, philox, sparse_delta, zeroth_order
+from peftfast.kernels import lora, lora_dora, lora_terms, nf4, philox, sparse_delta, zeroth_order, zeroth_order_linear
 from peftfast.kernels import nf4_linear as nf4_linear_kernels
 from peftfast.kernels import nf4_quantize as nf4_quantize_kernels
 
@@ -214,7 +214,9 @@ def zo_linear(
     x = _empty(M, K, dtype=dtype)
     one = _empty(1, dtype=torch.float32)
     seed, threshold = _empty(1, dtype=torch.int64), one if options else None
-    zeroth_order.zo_linear(x, x, _empty(N, K, dtype=dtype), bias, bias, seed, one, threshold, 5, rademacher, config)
+    zeroth_order_linear.zo_linear(
+        x, x, _empty(N, K, dtype=dtype), bias, bias, seed, one, threshold, 5, rademacher, config
+    )
 
 
 def lora_terms_shrink(

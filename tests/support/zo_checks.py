@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops import zeroth_order as ops
+from peftfast.ops import zeroth_order_linear as linear_ops
 from peftfast.reference import zeroth_order as definition
 from tests.support.budget import assert_within_budget
 from tests.support.lora_checks import BF16, DEVICE, F16, F32
@@ -150,7 +151,7 @@ def check_linear(case: LinearCase) -> None:
     seed, eps = torch.tensor([-5], device=DEVICE), torch.tensor([0.05], device=DEVICE)
     threshold = torch.tensor([0.1], device=DEVICE) if case.threshold else None
     arguments = (x_plus, x_minus, weight, *biases, seed, eps, threshold, 9, case.rademacher)
-    actual = ops.zo_linear(*arguments)
+    actual = linear_ops.zo_linear(*arguments)
     composed = definition.zo_linear(*arguments)
     for name, x, bias, scale, got, stock in zip(
         ("plus", "minus"), (x_plus, x_minus), biases, (eps, -eps), actual, composed, strict=True

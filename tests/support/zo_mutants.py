@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from peftfast.ops import zeroth_order as ops
+from peftfast.ops import zeroth_order_linear as linear_ops
 from peftfast.optim import in_flight, mezo
 from tests.support.mutants import Mutant
 
@@ -102,17 +103,17 @@ def _linear(change: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
 
 
 LINEAR = [
-    Mutant("signs exchanged", ops.zo_linear, _linear(lambda *g: (*g[:6], -g[6], *g[7:]))),
-    Mutant("eps doubled", ops.zo_linear, _linear(lambda *g: (*g[:6], g[6] * 2, *g[7:]))),
-    Mutant("one side for both", ops.zo_linear, lambda run, *g: (run(*g)[0], run(g[1], g[1], *g[2:])[0])),
-    Mutant("inputs exchanged", ops.zo_linear, _linear(lambda a, b, *rest: (b, a, *rest))),
-    Mutant("biases exchanged", ops.zo_linear, _linear(lambda a, b, w, p, m, *rest: (a, b, w, m, p, *rest))),
-    Mutant("bias dropped", ops.zo_linear, _linear(lambda a, b, w, p, m, *rest: (a, b, w, None, None, *rest))),
-    Mutant("another seed", ops.zo_linear, _linear(lambda *g: (*g[:5], g[5] + 1, *g[6:]))),
-    Mutant("another tensor", ops.zo_linear, _linear(lambda *g: (*g[:8], g[8] + 1, g[9]))),
-    Mutant("threshold dropped", ops.zo_linear, _linear(lambda *g: (*g[:7], None, *g[8:]))),
-    Mutant("the other distribution", ops.zo_linear, _linear(lambda *g: (*g[:9], not g[9]))),
-    Mutant("nothing moved", ops.zo_linear, _linear(lambda *g: (*g[:6], g[6] * 0, *g[7:]))),
+    Mutant("signs exchanged", linear_ops.zo_linear, _linear(lambda *g: (*g[:6], -g[6], *g[7:]))),
+    Mutant("eps doubled", linear_ops.zo_linear, _linear(lambda *g: (*g[:6], g[6] * 2, *g[7:]))),
+    Mutant("one side for both", linear_ops.zo_linear, lambda run, *g: (run(*g)[0], run(g[1], g[1], *g[2:])[0])),
+    Mutant("inputs exchanged", linear_ops.zo_linear, _linear(lambda a, b, *rest: (b, a, *rest))),
+    Mutant("biases exchanged", linear_ops.zo_linear, _linear(lambda a, b, w, p, m, *rest: (a, b, w, m, p, *rest))),
+    Mutant("bias dropped", linear_ops.zo_linear, _linear(lambda a, b, w, p, m, *rest: (a, b, w, None, None, *rest))),
+    Mutant("another seed", linear_ops.zo_linear, _linear(lambda *g: (*g[:5], g[5] + 1, *g[6:]))),
+    Mutant("another tensor", linear_ops.zo_linear, _linear(lambda *g: (*g[:8], g[8] + 1, g[9]))),
+    Mutant("threshold dropped", linear_ops.zo_linear, _linear(lambda *g: (*g[:7], None, *g[8:]))),
+    Mutant("the other distribution", linear_ops.zo_linear, _linear(lambda *g: (*g[:9], not g[9]))),
+    Mutant("nothing moved", linear_ops.zo_linear, _linear(lambda *g: (*g[:6], g[6] * 0, *g[7:]))),
 ]
 
 

@@ -1,0 +1,279 @@
+"""Linear layers in Triton that see both signs of a move of their weight, which exists in registers alone: a dense weight, and a 4-bit
+one (the definition is peftfast.reference.zeroth_order)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .numerics import multiply_add, narrow, widen
+from .philox import normal_tile, sign_tile
+
+_NESTED_BLOCK_SIZE = tl.constexpr(256)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _zo_linear_kernel(
+    x_plus_ptr,
+    x_minus_ptr,
+    weight_ptr,
+    bias_plus_ptr,
+    bias_minus_ptr,
+    seed_ptr,
+    eps_ptr,
+    threshold_ptr,
+    out_plus_ptr,
+    out_minus_ptr,
+    M,
+    N,
+    K,
+    tensor_id,
+    RADEMACHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_N columns of both products: each tile of W is loaded once, moved both ways in registers, and met by both inputs.
+
+    K is a multiple of 4, so that a counter's normals lie in one row of W.
+    """
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    rows_n = offs_n[:, None].to(tl.int64)
+    seed, eps = tl.load(seed_ptr), tl.load(eps_ptr)
+    id_ = tensor_id.to(tl.int64)
+    plus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    minus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        offs_k = first + columns
+        mask_k = offs_k < K
+        at = rows_n * K + offs_k[None, :]
+        w = widen(tl.load(weight_ptr + at, mask=mask_n[:, None] & mask_k[None, :], other=0.0))
+        if RADEMACHER:
+            # A row may begin inside a counter: the position itself, not the column, tells the bit.
+            z = sign_tile(seed, at * 0, at, id_)
+        else:
+            z = normal_tile(seed, (rows_n * K + first) // 4, columns[None, :], id_)
+        term = eps * z
+        w_plus, w_minus = w + term, w - term
+        if threshold_ptr is not None:
+            moves = tl.abs(w) <= tl.load(threshold_ptr)
+            w_plus, w_minus = tl.where(moves, w_plus, w), tl.where(moves, w_minus, w)
+        # What lies past K is not zero any more: x is, there.
+        mask_x = mask_m[:, None] & mask_k[None, :]
+        at_x = offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
+        x_plus = tl.load(x_plus_ptr + at_x, mask=mask_x, other=0.0)
+        x_minus = tl.load(x_minus_ptr + at_x, mask=mask_x, other=0.0)
+        plus = multiply_add(x_plus, tl.trans(narrow(w_plus, weight_ptr.dtype.element_ty)), plus)
+        minus = multiply_add(x_minus, tl.trans(narrow(w_minus, weight_ptr.dtype.element_ty)), minus)
+    if bias_plus_ptr is not None:
+        plus += widen(tl.load(bias_plus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
+        minus += widen(tl.load(bias_minus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
+    at_y = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    tl.store(out_plus_ptr + at_y, narrow(plus, out_plus_ptr.dtype.element_ty), mask=mask_y)
+    tl.store(out_minus_ptr + at_y, narrow(minus, out_minus_ptr.dtype.element_ty), mask=mask_y)
+
+
+def zo_linear(
+    x_plus: torch.Tensor,
+    x_minus: torch.Tensor,
+    weight: torch.Tensor,
+    bias_plus: torch.Tensor | None,
+    bias_minus: torch.Tensor | None,
+    seed: torch.Tensor,
+    eps: torch.Tensor,
+    threshold: torch.Tensor | None,
+    tensor_id: int,
+    rademacher: bool,
+    config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_plus (W + eps z)ᵀ + bias_plus, x_minus (W - eps z)ᵀ + bias_minus); x ``[M, K]``, weight ``[N, K]``, K a multiple of 4."""
+    M, K = x_plus.shape
+    N = weight.shape[0]
+    out_plus = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
+    out_minus = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
+    if M and N:
+        grid = (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))
+        _zo_linear_kernel[grid](
+            x_plus.contiguous(),
+            x_minus.contiguous(),
+            weight,
+            None if bias_plus is None else bias_plus.contiguous(),
+            None if bias_minus is None else bias_minus.contiguous(),
+            seed,
+            eps,
+            threshold,
+            out_plus,
+            out_minus,
+            M,
+            N,
+            K,
+            tensor_id,
+            RADEMACHER=rademacher,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=False,
+        )
+    return out_plus, out_minus
+
+
+@triton.jit(do_not_specialize=["M"])
+def _zo_nf4_linear_kernel(
+    x_plus_ptr,
+    x_minus_ptr,
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    nested_offset_ptr,
+    bias_plus_ptr,
+    bias_minus_ptr,
+    seed_ptr,
+    eps_ptr,
+    threshold_ptr,
+    out_plus_ptr,
+    out_minus_ptr,
+    M,
+    N,
+    K,
+    block_size,
+    tensor_id,
+    RADEMACHER: tl.constexpr,
+    OF_SCALES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The same on a 4-bit weight: a tile of packed bytes is loaded once and decoded in registers as the dequantiser decodes it.
+
+    BLOCK_K divides K and the block size, so that a step has one maximum a row. OF_SCALES: z moves the block maxima, in float32, and
+    the tile is decoded with both; otherwise it moves the decoded weight.
+    """
+    DTYPE: tl.constexpr = out_plus_ptr.dtype.element_ty
+    HALF: tl.constexpr = BLOCK_K // 2
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    row = tl.where(mask_n, offs_n, 0).to(tl.int64)
+    seed, eps = tl.load(seed_ptr), tl.load(eps_ptr)
+    id_ = tensor_id.to(tl.int64)
+    code = tl.load(code_ptr + tl.arange(0, 16))
+    if nested_absmax_ptr is not None:
+        offset = tl.load(nested_offset_ptr)
+    plus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    minus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        bytes_ = tl.load(packed_ptr + row[:, None] * (K // 2) + (first // 2 + tl.arange(0, HALF))[None, :])
+        block = (row * K + first) // block_size
+        absmax = tl.load(absmax_ptr + block)
+        if nested_absmax_ptr is not None:
+            nested = tl.load(nested_absmax_ptr + block // _NESTED_BLOCK_SIZE)
+            absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
+        index = tl.join(bytes_ >> 4, bytes_ & 15).reshape(BLOCK_N * BLOCK_K)
+        value = tl.gather(code, index.to(tl.int32), 0).reshape(BLOCK_N, BLOCK_K)
+        if OF_SCALES:
+            if RADEMACHER:
+                z = sign_tile(seed, block * 0, block, id_)
+            else:
+                z = normal_tile(seed, block * 0, block, id_)
+            up, down = absmax + eps * z, absmax - eps * z
+            if threshold_ptr is not None:
+                moves = tl.abs(absmax) <= tl.load(threshold_ptr)
+                up, down = tl.where(moves, up, absmax), tl.where(moves, down, absmax)
+            w_plus, w_minus = value * up[:, None], value * down[:, None]
+        else:
+            w = widen(narrow(value * absmax[:, None], DTYPE))
+            if RADEMACHER:
+                at = row[:, None] * K + first + columns[None, :]
+                z = sign_tile(seed, at * 0, at, id_)
+            else:
+                z = normal_tile(seed, (row[:, None] * K + first) // 4, columns[None, :], id_)
+            term = eps * z
+            w_plus, w_minus = w + term, w - term
+            if threshold_ptr is not None:
+                moves = tl.abs(w) <= tl.load(threshold_ptr)
+                w_plus, w_minus = tl.where(moves, w_plus, w), tl.where(moves, w_minus, w)
+        at_x = offs_m[:, None].to(tl.int64) * K + (first + columns)[None, :]
+        x_plus = tl.load(x_plus_ptr + at_x, mask=mask_m[:, None], other=0.0)
+        x_minus = tl.load(x_minus_ptr + at_x, mask=mask_m[:, None], other=0.0)
+        plus = multiply_add(x_plus, tl.trans(narrow(w_plus, DTYPE)), plus)
+        minus = multiply_add(x_minus, tl.trans(narrow(w_minus, DTYPE)), minus)
+    if bias_plus_ptr is not None:
+        plus += widen(tl.load(bias_plus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
+        minus += widen(tl.load(bias_minus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
+    at_y = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    tl.store(out_plus_ptr + at_y, narrow(plus, DTYPE), mask=mask_y)
+    tl.store(out_minus_ptr + at_y, narrow(minus, DTYPE), mask=mask_y)
+
+
+def zo_nf4_linear(
+    x_plus: torch.Tensor,
+    x_minus: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    block_size: int,
+    shape: tuple[int, int],
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    bias_plus: torch.Tensor | None,
+    bias_minus: torch.Tensor | None,
+    seed: torch.Tensor,
+    eps: torch.Tensor,
+    threshold: torch.Tensor | None,
+    tensor_id: int,
+    rademacher: bool,
+    of_scales: bool,
+    config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both products of x ``[M, K]``, bfloat16 or float16, with a 4-bit weight of ``shape`` ``(N, K)``.
+
+    K is a multiple of the smaller of the block size and ``config.block_k``; the weight's tensors are contiguous; ``of_scales`` wants
+    absmax in float32.
+    """
+    N, K = shape
+    M = x_plus.shape[0]
+    out_plus = torch.empty((M, N), dtype=x_plus.dtype, device=x_plus.device)
+    out_minus = torch.empty((M, N), dtype=x_plus.dtype, device=x_plus.device)
+    if M and N:
+        grid = (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))
+        _zo_nf4_linear_kernel[grid](
+            x_plus.contiguous(),
+            x_minus.contiguous(),
+            packed,
+            absmax,
+            code,
+            nested_absmax,
+            nested_code,
+            nested_offset,
+            None if bias_plus is None else bias_plus.contiguous(),
+            None if bias_minus is None else bias_minus.contiguous(),
+            seed,
+            eps,
+            threshold,
+            out_plus,
+            out_minus,
+            M,
+            N,
+            K,
+            block_size,
+            tensor_id,
+            RADEMACHER=rademacher,
+            OF_SCALES=of_scales,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=min(config.block_k, block_size),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=False,
+        )
+    return out_plus, out_minus
