@@ -1,59 +1,10 @@
 // A LoRA layer's forward and backward on a dense base as one operator each: the same library product and the same
 // passes as one by one, bit for bit, without the way through Python between them. Every tensor is contiguous, x [.., K]
-// and dy
-// [.., N] of any number of dimensions, and base, x and result have one dtype.
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
-#include <vector>
-
-#include "bind/checks_cpu.h"
-#include "cpu/lora.h"
+// and dy [.., N] of any number of dimensions, and base, x and result have one dtype.
+#include "bind/lora_layer_cpu.h"
 
 namespace peftfast::bind {
 namespace {
-
-using Optional = std::optional<Tensor>;
-
-cpu::Matrix flat(const Tensor& t, const char* name, int64_t columns, bool written = false) {
-    check_cpu(t, name);
-    check_contiguous(t, name);
-    STD_TORCH_CHECK(t.dim() > 0 && t.size(t.dim() - 1) == columns && columns > 0, name, ": expected [.., ", columns,
-                    "], got shape ", shape_of(t));
-    void* data = written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
-    return {data, float_dtype(t, name), t.numel() / columns, columns, columns, 1};
-}
-
-cpu::Matrix factor(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
-    check_cpu(t, name);
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": expected shape [", rows, ", ",
-                    columns, "], got ", shape_of(t));
-    return {const_cast<void*>(t.const_data_ptr()), float_dtype(t, name), rows, columns, t.stride(0), t.stride(1)};
-}
-
-cpu::Dropout mask_of(const Optional& seed, double p) {
-    check_probability(p);
-    if (!seed.has_value() || p == 0.0) return {0, -1};
-    return {seed_value(*seed), keep_threshold(p)};
-}
-
-void check_weight(const Tensor& weight, const Tensor& like) {
-    check_cpu(weight, "weight");
-    STD_TORCH_CHECK(weight.dim() == 2, "weight: expected two dimensions, got shape ", shape_of(weight));
-    check_dtype(weight, "weight", like.scalar_type());
-}
-
-Tensor product(const char* name, std::vector<StableIValue> stack) {
-    // torch's own check of a status is a macro of another name in 2.11.
-    const auto status = torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION);
-    STD_TORCH_CHECK(status == 0, name, " failed");
-    return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
-    const std::array<int64_t, 2> size = {rows, columns};
-    return torch::stable::new_empty(like, {size.data(), size.size()}, dtype);
-}
 
 std::tuple<Tensor, Tensor> lora_layer_forward(const Tensor& x, const Tensor& weight, const Optional& bias,
                                               const Tensor& a, const Tensor& b, const Optional& lora_bias,
@@ -66,18 +17,7 @@ std::tuple<Tensor, Tensor> lora_layer_forward(const Tensor& x, const Tensor& wei
     const int64_t ranks = a.size(0);
     const cpu::Matrix a_m = factor(a, "lora_a", ranks, inputs), b_m = factor(b, "lora_b", outputs, ranks);
     const cpu::Dropout dropout = mask_of(seed, p);
-    cpu::Matrix offset = {};
-    if (lora_bias.has_value()) {
-        check_cpu(*lora_bias, "lora_bias");
-        check_numel(*lora_bias, "lora_bias", outputs);
-        STD_TORCH_CHECK(lora_bias->dim() == 1, "lora_bias: expected one dimension, got shape ", shape_of(*lora_bias));
-        offset = {const_cast<void*>(lora_bias->const_data_ptr()),
-                  float_dtype(*lora_bias, "lora_bias"),
-                  1,
-                  outputs,
-                  0,
-                  lora_bias->stride(0)};
-    }
+    const cpu::Matrix offset = vector_of(lora_bias, "lora_bias", outputs);
     Tensor s = matrix(x, x_m.rows, ranks, x.scalar_type());
     Tensor y = product("aten::linear", {from(x), from(weight), from(bias)});
     const cpu::Matrix s_m = {s.mutable_data_ptr(), x_m.dtype, x_m.rows, ranks, ranks, 1};

@@ -56,6 +56,12 @@ def _as_one(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """A contiguous y in another shape, for a Function's result. Not a view of it: autograd refuses to write into a view that a Function
+    gives, as ``nn.ReLU(inplace=True)`` behind a layer does."""
+    return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """y = x Wᵀ + b + scaling (dropout(x) Aᵀ Bᵀ + lora_bias) on x ``[..., K]``; ``quantisation`` is NF4Weight.storage()[1:] or nothing.
 
@@ -103,7 +109,7 @@ class LoRALinearFunction(torch.autograd.Function):
                     kept = (dense,) if keep else ()
                 s = ops.lora.lora_shrink(rows, lora_a, seed, p, 1.0, dtype)
                 y = _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
-            y = y.reshape(*x.shape[:-1], lora_b.shape[0])
+            y = shaped(y, (*x.shape[:-1], lora_b.shape[0]))
         needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
             x if needs_a or needs_weight else None,

@@ -12,6 +12,7 @@ from torch import Tensor
 from .dora import row_gain
 from .lora import _check_arguments, _seed_tensor, draw_seed
 from .lora_group import LoRAGroupFunction, Plan
+from .lora_projections import LoRAProjectionsFunction, Projections, projections_of
 from .nf4 import NF4Weight
 from .precision import autocast_off, autocast_on, compute_dtype_of
 
@@ -53,6 +54,21 @@ def _draw_seeds(x: Tensor, ps: Sequence[float], given: Sequence[Tensor | int | N
     return torch.cat(own)
 
 
+def _plain(
+    x: Tensor, projections: Any, terms: Any, rows: Any, dtype: torch.dtype, out_dtype: torch.dtype
+) -> Projections | None:
+    """The tensors of a call that is the plain case; None for another. The compiler traces the general Function alone."""
+    if rows is not None or x.dtype is not dtype or out_dtype is not dtype or torch.compiler.is_compiling():
+        return None
+    if any(len(own) != 1 for own in terms) or any(magnitude is not None for _, _, magnitude in projections):
+        return None
+    own = [term for (term,) in terms]
+    weights, biases, _ = zip(*projections, strict=True)
+    factors = ([term.lora_a for term in own], [term.lora_b for term in own])
+    found = projections_of(dtype, weights, *factors, biases, [term.lora_bias for term in own])
+    return found if found is not None and found.uniform() else None
+
+
 def apply_group(
     x: Tensor,
     projections: Sequence[tuple[Tensor | NF4Weight, Tensor | None, Tensor | None]],
@@ -68,7 +84,12 @@ def apply_group(
         flat = [term for own in terms for term in own]
         ps = tuple(float(term.dropout_p) if training else 0.0 for term in flat)
         seeds = _draw_seeds(x, ps, [term.seed for term in flat])
-        tensors: list[Any] = []
+        plain = _plain(x, projections, terms, rows, dtype, out_dtype)
+        if plain is not None:
+            tensors = [one for field in plain for one in field]
+            scalings = tuple(float(term.scaling) for term in flat)
+            return LoRAProjectionsFunction.apply(x, seeds, ps, scalings, len(plain.biases) > 0, *tensors)
+        tensors = []
         quantised: list[Any] = []
         for (weight, bias, magnitude), own in zip(projections, terms, strict=True):
             gain = None

@@ -1,0 +1,194 @@
+"""Several LoRA projections of one x on dense bases, each with one adapter: the plain case of :mod:`lora_group`, with its shortest way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from .. import ops
+from .lora import _as_one, shaped
+from .lora_group import _expand, _shrink
+from .precision import autocast_off
+
+
+class Projections(NamedTuple):
+    """The tensors of a call, one of each for a projection; biases and lora_biases may be empty. All have x's device, weights and biases
+    its dtype, A one dtype, and either every A needs a gradient or none, as every B."""
+
+    weights: tuple[Tensor, ...]
+    a: tuple[Tensor, ...]
+    b: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    lora_biases: tuple[Tensor, ...]
+
+    def uniform(self) -> bool:
+        """Whether this is a case for :class:`LoRAProjectionsFunction`; weights and biases are frozen there. What of it can change between
+        calls on the same tensors is asked here."""
+        needs_a, needs_b = self.a[0].requires_grad, self.b[0].requires_grad
+        for one in self.a:
+            if one.requires_grad is not needs_a:
+                return False
+        for one in self.b:
+            if one.requires_grad is not needs_b:
+                return False
+        return not any([one.requires_grad for one in (*self.weights, *self.biases, *self.lora_biases)])
+
+
+def projections_of(
+    x_dtype: torch.dtype,
+    weights: Sequence[Any],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_biases: Sequence[Tensor | None],
+) -> Projections | None:
+    """The tensors where they are a case for :class:`LoRAProjectionsFunction`, as far as it does not change from call to call; else None."""
+    optional = []
+    for vectors in (biases, lora_biases):
+        present = [one for one in vectors if one is not None]
+        if len(present) not in (0, len(weights)):
+            return None
+        optional.append(tuple(present))
+    if any(not isinstance(one, Tensor) or one.dtype is not x_dtype for one in (*weights, *optional[0])):
+        return None
+    if len({one.dtype for one in a}) > 1:
+        return None
+    return Projections(tuple(weights), tuple(a), tuple(b), *optional)
+
+
+class LoRAProjectionsFunction(torch.autograd.Function):
+    """y of each projection of x ``[..., K]``. ``seeds`` ``[T]`` is None where nothing is dropped. The tensors are those of
+    :class:`Projections`, one after the other.
+
+    Saved: x only where the A need gradients, S only where the B do; one for all projections.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        seeds: Tensor | None,
+        ps: tuple[float, ...],
+        scalings: tuple[float, ...],
+        with_bias: bool,
+        *tensors: Any,
+    ) -> Any:
+        count = len(ps)
+        weights, a, b = tensors[:count], tensors[count : 2 * count], tensors[2 * count : 3 * count]
+        rest = tensors[3 * count :]
+        biases, lora_biases = (rest[:count], rest[count:]) if with_bias else ((), rest)
+        if _as_one(x, x.dtype) and x.is_contiguous():
+            *ys, s = torch.ops.peftfast_cpu.lora_group_forward.default(
+                x, weights, biases, a, b, lora_biases, seeds, ps, scalings
+            )
+        else:
+            rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+            s = _shrink(rows, list(a), None, seeds, ps, (1.0,) * count, x.dtype)
+            ys, column = [], 0
+            for t in range(count):
+                y = functional.linear(rows, weights[t], biases[t] if biases else None)
+                own = s[:, column : column + b[t].shape[1]]
+                column += b[t].shape[1]
+                offset = [lora_biases[t]] if lora_biases else []
+                _expand(y, own, [b[t]], offset, None, None, (0.0,), (scalings[t],), y.dtype)
+                ys.append(shaped(y, (*x.shape[:-1], b[t].shape[0])))
+        needs = ctx.needs_input_grad
+        needs_x, needs_a, needs_b = needs[0], needs[5 + count], needs[5 + 2 * count]
+        ctx.save_for_backward(
+            x if needs_a else None,
+            s if needs_b else None,
+            seeds,
+            *b,
+            *(a if needs_x else ()),
+            *(weights if needs_x else ()),
+        )
+        ctx.needs, ctx.ps, ctx.scalings = (needs_x, needs_a, needs_b), ps, scalings
+        ctx.dtype, ctx.a_dtype, ctx.width = x.dtype, a[0].dtype, x.shape[-1]
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, s, seeds, *saved = ctx.saved_tensors
+        count = len(dys)
+        b, a, weights = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        needs_x, needs_a, needs_b = ctx.needs
+        after = (None,) * (len(ctx.needs_input_grad) - 5 - 3 * count)
+        nothing = (None,) * count
+        if None not in dys and all([_as_one(dy, ctx.dtype) for dy in dys]):  # type: ignore[arg-type]
+            dys = tuple([dy.contiguous() for dy in dys])  # type: ignore[union-attr]
+            dx = _base_gradient(dys, weights) if needs_x else None
+            found = torch.ops.peftfast_cpu.lora_group_backward.default(
+                dys,
+                dx,
+                None if x is None else x.contiguous(),
+                a,
+                b,
+                s,
+                seeds,
+                ctx.ps,
+                ctx.scalings,
+                needs_a,
+                needs_b,
+                ctx.a_dtype,
+            )
+            da = found[:count] if needs_a else nothing
+            db = found[-count:] if needs_b else nothing
+            return (dx, None, None, None, None, *nothing, *da, *db, *after)
+        live = [t for t, dy in enumerate(dys) if dy is not None]
+        if not live:
+            return (None,) * len(ctx.needs_input_grad)
+        with autocast_off(dys[live[0]].device.type):  # type: ignore[union-attr]
+            dx, all_da, all_db = _by_passes(ctx, x, s, seeds, a, b, weights, dys, live)
+        return (dx, None, None, None, None, *nothing, *all_da, *all_db, *after)
+
+
+def _base_gradient(dys: Any, weights: Any) -> Tensor:
+    """The sum of dy W: each product adds itself to what it finds."""
+    dx = dys[0] @ weights[0]
+    flat = dx if dx.dim() == 2 else dx.view(-1, dx.shape[-1])
+    for t in range(1, len(weights)):
+        dy = dys[t]
+        flat.addmm_(dy if dy.dim() == 2 else dy.view(-1, dy.shape[-1]), weights[t])
+    return dx
+
+
+def _by_passes(ctx: Any, x: Any, s: Any, seeds: Any, a: Any, b: Any, weights: Any, dys: Any, live: list[int]) -> Any:
+    """dx, every dA and every dB by an operator a pass, of the projections whose result was used."""
+    count = len(dys)
+    needs_x, needs_a, needs_b = ctx.needs
+    leading = dys[live[0]].shape[:-1]
+    flat = {t: dys[t].reshape(leading.numel(), dys[t].shape[-1]).to(ctx.dtype) for t in live}
+    all_da: list[Any] = [None] * count
+    all_db: list[Any] = [None] * count
+    parts, dx = [], None
+    for t in live:
+        if needs_b:
+            first = sum(one.shape[1] for one in b[:t])
+            own = s[:, first : first + b[t].shape[1]]
+            ds, all_db[t] = ops.lora.lora_dy_grads(flat[t], own, b[t], ctx.scalings[t], b[t].dtype)
+        else:
+            ds = ops.lora.lora_shrink(flat[t], b[t].T, None, 0.0, ctx.scalings[t], ctx.dtype)
+        parts.append(ds)
+    ds = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    ps, ones = [ctx.ps[t] for t in live], [1.0] * len(live)
+    own_seeds = None
+    if seeds is not None:
+        own_seeds = seeds if len(live) == count else torch.cat([seeds[t : t + 1] for t in live])
+    if needs_a:
+        rows = x.reshape(leading.numel(), ctx.width)
+        ranks = [b[t].shape[1] for t in live]
+        da = ops.lora_terms.lora_terms_weight_grad(ds, rows, ranks, None, own_seeds, ps, ones, ctx.a_dtype)
+        for t, one in zip(live, da.split(ranks), strict=True):
+            all_da[t] = one
+    if needs_x:
+        dx = _base_gradient([flat[t] for t in live], [weights[t] for t in live])
+        dx = _expand(dx, ds, [a[t].T for t in live], [], None, own_seeds, ps, ones, ctx.dtype)
+        dx = dx.reshape(*leading, ctx.width)
+    return dx, all_da, all_db
