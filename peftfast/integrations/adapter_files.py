@@ -130,6 +130,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         if method is not None:
             restore(model, method, config, load_file(folder / WEIGHTS))
             return model
+    if isinstance(config, dict) and config.get("init_lora_weights") in ("pissa", "olora"):
+        from ..methods.saved import restore_residual
+
+        _check_config(config | {"init_lora_weights": True}, folder)
+        restore_residual(model, config, load_file(folder / WEIGHTS))
+        return model
     _check_config(config, folder)
     tensors = load_file(folder / WEIGHTS)
     heads = _taken_heads(tensors, config, model, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def contents(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config, tensors = handle.method.files.write(handle)
         config = {"peft_type": handle.method.files.peft_type, **config}
     elif all(
-        isinstance(layer, LoRALinear) and not hasattr(layer, "adapter_tensors") for layer in handle.layers.values()
+        isinstance(layer, LoRALinear) and not getattr(layer, "own_files", False) for layer in handle.layers.values()
     ):
         config, tensors = lora_contents(handle)
     else:
@@ -146,23 +146,73 @@ def restore(model: nn.Module, method: Method, config: dict[str, Any], tensors: d
     Raises:
         ValueError, TypeError: the files do not fit the model or each other; the model is as it was then.
     """
+    own = config.get("peft_type") == OWN_TYPE
     saved = list(config.get("modules_to_save") or [])
     kept = {name: tensors.pop(name) for name in list(tensors) if _module_of(name, saved)}
-    own = config.get("peft_type") == OWN_TYPE
     if own:
         options, names = dict(config.get("peftfast_options") or {}), list(config["target_modules"])
     elif method.files is not None:
         options, names = method.files.read(config, tensors)
+    fill = _fill_own if own else method.files.fill  # type: ignore[union-attr]
+    return _restored(model, method.name, options, names, saved, kept, lambda handle: fill(handle, tensors))
+
+
+def restore_residual(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterHandle:
+    """PEFT's files of an initialisation that is a function of the weight alone (PiSSA, OLoRA): the residual is formed again, as
+    PEFT does it, and A and B are copied in.
+
+    Raises:
+        ValueError, TypeError: the files do not fit the model, or the ranks of their layers differ; the model is as it was then.
+    """
+    for name in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias"):
+        if config.get(name):
+            raise ValueError(f"directory: {name}={config[name]!r} is not served with {config['init_lora_weights']}")
+    saved = list(config.get("modules_to_save") or [])
+    kept = {name: tensors.pop(name) for name in list(tensors) if _module_of(name, saved)}
+    parts = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part = next((part for part in parts if name.endswith("." + part)), None)
+        if part is None or not name.startswith(PREFIX):
+            raise ValueError(f"directory: {name} is no part of a LoRA adapter of linear layers")
+        grouped.setdefault(name.removeprefix(PREFIX).removesuffix("." + part), {})[parts[part]] = tensor
+    alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
+    options = {"r": config["r"], "lora_alpha": float(alpha), "lora_dropout": config.get("lora_dropout") or 0.0}
+
+    def fill(handle: AdapterHandle) -> None:
+        for path, own in grouped.items():
+            layer: Any = handle.layers[path]
+            for name in ("lora_A", "lora_B"):
+                if name not in own or own[name].shape != getattr(layer, name).shape:
+                    raise ValueError(f"directory: {path}: expected {name} of shape {tuple(getattr(layer, name).shape)}")
+            for name, tensor in own.items():
+                getattr(layer, name).data.copy_(tensor)
+
+    return _restored(model, config["init_lora_weights"], options, list(grouped), saved, kept, fill)
+
+
+def _restored(
+    model: nn.Module,
+    method: str,
+    options: dict[str, Any],
+    names: list[str] | str,
+    saved: list[str],
+    kept: dict[str, Tensor],
+    fill: Callable[[AdapterHandle], None],
+) -> AdapterHandle:
+    """The model adapted and filled, or as it was and an error."""
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     targets = names if isinstance(names, str) else "(" + "|".join(re.escape(name) for name in names) + ")"
     before = dict(model.named_modules())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    handle = _adapt(model, method.name, targets, None, saved, None, None, options, True)
+    handle = _adapt(model, method, targets, None, saved, None, None, options, True)
     try:
-        if own:
-            _fill_own(handle, tensors)
-        elif method.files is not None:
-            method.files.fill(handle, tensors)
+        if not isinstance(names, str) and set(handle.layers) != set(names):
+            missing = sorted(set(names) - set(handle.layers))
+            raise ValueError(
+                f"directory: the adapter has a layer {missing[0]}, which the model's is not: {handle.skipped}"
+            )
+        fill(handle)
         for module in saved:
             state = {n.removeprefix(f"{PREFIX}{module}."): t for n, t in kept.items() if _module_of(n, [module])}
             model.get_submodule(module).load_state_dict(state)
