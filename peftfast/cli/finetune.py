@@ -134,6 +134,7 @@ def main(argv: Sequence[str]) -> int:
     method.check(options, extra)
 
     job = Job(options, method, data, device, directory or models.directory_of("--model", options.model), extra)
+    job.learn = learn
     job.prepare()
     arguments.writable_directory("--out", options.out.absolute().parent)
     try:

@@ -1,7 +1,7 @@
 """What a method of ``finetune`` is: its options, how it adapts a model, what trains it, and what is written."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,6 +37,8 @@ class Target:
         modules: as PEFT's target_modules takes them: "all-linear", or names.
         whole: paths of new modules besides the head, which are trained and saved whole.
         four_bit: the base's linear layers are in 4 bits.
+        batches: (how many) -> the first batches of the training data, for a method that reads data before it trains.
+        total_steps: optimiser steps of the run.
     """
 
     options: argparse.Namespace
@@ -44,6 +46,8 @@ class Target:
     modules: str | list[str]
     whole: list[str] = field(default_factory=list)
     four_bit: bool = False
+    batches: Callable[[int], list[dict[str, Any]]] | None = None
+    total_steps: int = 1
 
     @property
     def task_type(self) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -52,6 +53,7 @@ class Job:
         self.tokenizer: Any = None
         self.model: Any = None
         self.encoder: Any = None
+        self.learn: Sequence[int] = ()
         self.fingerprint = checkpoint.fingerprint(options, options.data) | {
             "extra": {k: str(v) for k, v in extra.items()}
         }
@@ -155,7 +157,29 @@ class Job:
         if options.gradient_checkpointing:
             model.config.use_cache = False
         with models.named("--target-modules", self.directory, "adapter"):
-            return self.method.adapt(model, Target(options, self.classify, targets, outside, self.four_bit))
+            target = Target(
+                options, self.classify, targets, outside, self.four_bit, self._first_batches, self._total_steps()
+            )
+            return self.method.adapt(model, target)
+
+    def _first_batches(self, count: int) -> list[dict[str, Any]]:
+        """The first ``count`` batches of the records to learn from, on the device."""
+        size = self.options.per_device_train_batch_size
+        rows = self.encoder.encode(self.learn[: count * size])
+        found = [
+            self.encoder.collate([rows[i] for i in range(k, min(k + size, len(rows)))])
+            for k in range(0, len(rows), size)
+        ]
+        return [{name: value.to(self.device) for name, value in batch.items()} for batch in found]
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the run, as the Trainer will count them on one device."""
+        options = self.options
+        if options.max_steps:
+            return int(options.max_steps)
+        batches = -(-len(self.learn) // options.per_device_train_batch_size)
+        each = -(-batches // options.gradient_accumulation_steps)
+        return max(1, math.ceil(each * options.num_train_epochs))
 
     def save(self, step: int, state: Path | None = None, history: Sequence[dict[str, Any]] = ()) -> None:
         """Put the adapter as it is now in place of what ``--out`` holds, with the Trainer's checkpoint in ``state`` or, at the end,

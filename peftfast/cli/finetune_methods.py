@@ -1,4 +1,5 @@
-"""What ``finetune --method NAME`` may be, in one table. A further method is a :class:`.finetune_base.Method` and a line of it."""
+"""What ``finetune --method NAME`` may be: one table, a class of :class:`.finetune_base.Method` a line; and all that ``python -m
+peftfast methods`` lists, by :mod:`.finetune_named`."""
 
 import argparse
 
@@ -7,6 +8,7 @@ from .errors import UserError
 from .finetune_base import COMMON, Method, option
 from .finetune_lora import LORA_OPTIONS, DoRA, LoRA, QLoRA
 from .finetune_mezo import MeZOMethod
+from .finetune_named import named
 from .finetune_spiel import SpIELMethod
 
 METHODS: dict[str, type[Method]] = {
@@ -24,7 +26,9 @@ def resolve(options: argparse.Namespace) -> Method:
     Raises:
         UserError: an option of another method was given.
     """
-    method = METHODS[options.method]
+    method = METHODS.get(options.method) or named(options.method)
+    if options.method in METHODS and options.method_option:
+        raise UserError(f"--method-option: {options.method} has options of the command's own, see --help")
     own = COMMON | dict(method.options)
     for name in sorted({name for other in METHODS.values() for name in other.options} - set(own)):
         if getattr(options, name) is not None:
@@ -40,7 +44,15 @@ def add_options(parse: argparse.ArgumentParser) -> None:
     """The options that are of methods, in the parser."""
     adapter = parse.add_argument_group("adapter")
     listed = "; ".join(f"{name}: {method.help}" for name, method in METHODS.items())
-    adapter.add_argument("--method", choices=tuple(METHODS), default="lora", help=listed)
+    listed += "; or any that `python -m peftfast methods` lists, with its own learning rate"
+    adapter.add_argument("--method", metavar="NAME", default="lora", help=listed)
+    option(
+        adapter,
+        "method_option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="an option of a method that `python -m peftfast methods` lists; may be given several times",
+    )
     whole, above_zero = arguments.integer, arguments.number(0, above_lowest=True)
     option(adapter, "r", type=whole(1), help=f"rank (default: {_default('r')})")
     option(adapter, "lora_alpha", type=above_zero, help="default: the rank")

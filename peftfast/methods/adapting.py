@@ -134,7 +134,7 @@ class AdapterHandle:
     Attributes:
         model, method, options: what was adapted, by what, and how.
         layers: path -> adapter layer. skipped: path -> why a layer that was asked for stays as it was.
-        modules_to_save: names of modules trained and saved whole.
+        modules_to_save: names of modules trained and saved whole. task_type: PEFT's, for the files.
         runtime: the method's own object.
         completed_steps: calls of :meth:`step`.
     """
@@ -152,6 +152,7 @@ class AdapterHandle:
         self.model, self.method, self.options = model, method, options
         self.layers, self.skipped, self.runtime = layers, skipped, runtime
         self.modules_to_save = list(modules_to_save)
+        self.task_type: str | None = None
         self.completed_steps = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -354,6 +355,7 @@ def _adapt(
     handle = AdapterHandle(
         model, method, options, dict(targets.replacements), targets.skipped, kept, runtime or Runtime()
     )
+    handle.task_type = task_type
     model.__dict__[HANDLE] = handle
     return handle
 

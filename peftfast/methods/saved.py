@@ -41,11 +41,11 @@ def contents(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
     ):
         config, tensors = lora_contents(handle)
     else:
-        config, tensors = _own_contents(handle)
+        config, tensors = own_contents(handle)
     for module in handle.modules_to_save:
         for name, tensor in handle.model.get_submodule(module).state_dict().items():
             tensors[f"{PREFIX}{module}.{name}"] = tensor
-    config["modules_to_save"] = handle.modules_to_save or None
+    config |= {"modules_to_save": handle.modules_to_save or None, "task_type": handle.task_type}
     # A tensor that two names share is written twice: safetensors refuses shared storage.
     return config, {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -83,7 +83,8 @@ class _Described:
         self.lora_magnitude_vector = layer.lora_magnitude_vector
 
 
-def _own_contents(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def own_contents(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(entries of the config, tensors) of the project's own peft_type: every tensor of the method's layers."""
     tensors = {
         f"{PREFIX}{path}.{name}": tensor
         for path, layer in handle.layers.items()
@@ -153,7 +154,7 @@ def restore(model: nn.Module, method: Method, config: dict[str, Any], tensors: d
         options, names = dict(config.get("peftfast_options") or {}), list(config["target_modules"])
     elif method.files is not None:
         options, names = method.files.read(config, tensors)
-    fill = _fill_own if own else method.files.fill  # type: ignore[union-attr]
+    fill = fill_own if own else method.files.fill  # type: ignore[union-attr]
     return _restored(model, method.name, options, names, saved, kept, lambda handle: fill(handle, tensors))
 
 
@@ -233,7 +234,8 @@ def _module_of(name: str, modules: list[str]) -> bool:
     return any(name.startswith(f"{PREFIX}{module}.") for module in modules)
 
 
-def _fill_own(handle: AdapterHandle, tensors: dict[str, Tensor]) -> None:
+def fill_own(handle: AdapterHandle, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of :func:`own_contents` into an adapted model's layers. ValueError: they do not fit."""
     known = handle.model.__dict__[HANDLE].layers
     grouped: dict[str, dict[str, Tensor]] = {path: {} for path in known}
     shared: dict[str, Tensor] = {}
