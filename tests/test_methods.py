@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -13,6 +14,9 @@ from torch import nn
 
 import peftfast
 from peftfast.__main__ import main
+from peftfast.methods import registry
+from peftfast.methods.adapting import Runtime, Targets
+from peftfast.methods.factored import FactoredLinear, Factors
 from peftfast.methods.registry import KINDS, get, methods
 from peftfast.nn import LoRALinear, NF4Linear
 from tests.support.method_checks import (
@@ -259,6 +263,128 @@ def test_a_layer_prints_and_moves() -> None:
     assert "latent=[4, 4]" in repr(layer)
     assert layer(torch.randn(5, 48, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert isinstance(adapted("lora-xs", dtype=torch.float32, four_bit=True).layers["up"].base_layer, NF4Linear)
+
+
+@dataclass(frozen=True)
+class Together:
+    """A method of this test: one core for all layers, a penalty and a count."""
+
+    r: int = 2
+
+
+class TogetherLinear(FactoredLinear):
+    def __init__(self, linear: nn.Linear, shared: nn.Module) -> None:
+        super().__init__(linear)
+        self.__dict__["shared"] = shared
+        self.gain = self.new_parameter(1)
+
+    def factors(self) -> Factors:
+        core = self.__dict__["shared"].weight
+        a = torch.eye(2, self.in_features, dtype=core.dtype)
+        return Factors(a, self.gain * torch.eye(self.out_features, 2, dtype=core.dtype) @ core)
+
+
+class TogetherRuntime(Runtime):
+    def __init__(self, shared: nn.Module) -> None:
+        self.shared, self.seen = shared, []
+
+    def step(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        self.seen.append((step, optimizer is not None and self.shared.weight.grad is not None))
+
+    def loss(self) -> torch.Tensor:
+        return self.shared.weight.square().sum()
+
+    def state_dict(self) -> dict:
+        return {"seen": list(self.seen)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen = state["seen"]
+
+
+def test_what_layers_share_and_what_a_runtime_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods()
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    @registry.register(
+        "together",
+        paper=registry.Paper("None", "None", 2026),
+        formula="",
+        options=Together,
+        reduces_to="lora",
+        kind="layer",
+        fused="",
+    )
+    def build(targets: Targets, options: Together) -> Runtime:
+        shared = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+        targets.share("core", shared)
+        targets.replace(lambda name, linear: TogetherLinear(linear, shared))
+        return TogetherRuntime(shared)
+
+    handle = adapted("together")
+    assert handle.trainable == 4 + 2 and "peftfast_shared.core.weight" in dict(handle.model.named_parameters())
+    assert handle.loss().requires_grad
+    stir(handle)
+    optimiser = handle.optimizer(lr=0.01)
+    for batch in batches(2):
+        (handle.model(**batch).loss + handle.loss()).backward()
+        optimiser.step()
+        handle.step(optimiser)
+        optimiser.zero_grad()
+    assert handle.state_dict() == {"completed_steps": 2, "runtime": {"seen": [(1, True), (2, True)]}}
+    loaded = check_files(handle, tmp_path)
+    assert torch.equal(loaded.peftfast_shared.core.weight, handle.model.peftfast_shared.core.weight)
+    assert "base_model.model.peftfast_shared.core.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    twin = copy.deepcopy(handle.model)
+    assert twin.up.__dict__["shared"] is twin.peftfast_shared.core is not handle.model.peftfast_shared.core
+    half = copy.deepcopy(handle.model).float()
+    assert half(batches(1, torch.float32)[0]["x"]).logits.dtype == torch.float32
+    with pytest.raises(ValueError, match="registered already"):
+        registry.register(
+            "lora", paper=get("lora").paper, formula="", options=Together, reduces_to="", kind="layer", fused=""
+        )
+
+
+@pytest.mark.parametrize("name", ["lora-xs", "vera", "pissa", "inttune"])
+def test_bitsandbytes_layers_are_taken_over(name: str, tmp_path: Path) -> None:
+    """A Llama-shaped model in 4 bits: trained a step, saved, and read into another one."""
+    from tests.support.small_models import base, quantise, text_batches
+
+    def four_bit() -> nn.Module:
+        model = base("llama")
+        quantise(model, torch.float32)
+        return model
+
+    batch = text_batches("llama", 1)[0]
+    model = four_bit()
+    handle = peftfast.adapt(model, name, r=8)
+    assert len(handle.layers) == 14 and not handle.skipped
+    optimiser = handle.optimizer(lr=0.01)
+    losses = []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    peftfast.save_adapter(model, tmp_path)
+    expected = model.eval()(**batch).logits
+    torch.testing.assert_close(
+        peftfast.load_adapter(four_bit(), tmp_path).eval()(**batch).logits, expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.compiled
+def test_layers_trace_as_one_graph() -> None:
+    handle = adapted("lora-xs", dtype=torch.float32, r=4)
+    layer, x = handle.layers["up"], torch.randn(6, 48)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        compiled(x).square().sum().backward()
+        found, layer.latent.grad = layer.latent.grad, None
+        layer(x).square().sum().backward()
+        torch.testing.assert_close(found, layer.latent.grad)
+        layer.latent.grad = None
 
 
 def test_optimisers_are_not_put_on_a_model() -> None:

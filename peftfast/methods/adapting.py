@@ -244,8 +244,14 @@ def matched(
     Raises:
         ModuleNotFoundError: PEFT is not installed.
     """
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+    try:
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+    except ModuleNotFoundError as error:
+        missing = error.name or "peft"
+        raise ModuleNotFoundError(
+            f"adapt matches target_modules by PEFT: pip install {missing}", name=missing
+        ) from None
 
     config: Any = LoraConfig(
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),

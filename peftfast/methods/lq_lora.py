@@ -91,7 +91,13 @@ def assign(costs: list[list[float]], storage: list[list[float]], budget: float) 
         ModuleNotFoundError: scipy is not installed. ValueError: no choice fits into the budget.
     """
     import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    try:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "lq-lora solves its budget of bits by scipy: pip install scipy", name="scipy"
+        ) from None
 
     cost, bytes_ = np.asarray(costs), np.asarray(storage)
     layers, kinds = cost.shape

@@ -44,9 +44,9 @@ class PissaOptions(LoRAOptions):
     kind="initialisation",
     fused="the layer, forward and backward",
     peft='LoraConfig(init_lora_weights="pissa")',
-    choices="Files are the adapter B A - B0 A0 of rank 2r on the untouched base, which stock PEFT loads as LoRA. On a 4-bit base "
-    "(QPiSSA) the residual is quantised again, so that step 0 is the base's but for that rounding, and the files hold the 4-bit "
-    "weight.",
+    choices="Files are the adapter B A - B0 A0 of rank 2r on the untouched base, which stock PEFT loads as LoRA. In 16 bits step 0 "
+    "is the base's but for the residual's rounding, as in PEFT. On a 4-bit base (QPiSSA) the residual is quantised again, so that "
+    "step 0 is the base's but for that rounding, and the files hold the 4-bit weight.",
     demo={"r": 16, "lora_alpha": 16.0},
     learning_rate=5e-4,
 )
