@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .functional import SparsePattern
     from .integrations import PatchReport, patch, report, unpatch
     from .integrations.adapter_files import load_adapter, save_adapter
+    from .methods.adapting import adapt
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "PatchReport",
     "SparsePattern",
     "__version__",
+    "adapt",
     "functional",
     "load_adapter",
     "nn",
@@ -35,6 +37,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f".{name}", __name__)
     if name == "SparsePattern":
         return importlib.import_module(".functional", __name__).SparsePattern
+    if name == "adapt":
+        return importlib.import_module(".methods.adapting", __name__).adapt
     if name in ("load_adapter", "save_adapter"):
         return getattr(importlib.import_module(".integrations.adapter_files", __name__), name)
     if name in __all__:

@@ -1,4 +1,4 @@
-"""``python -m peftfast``: demo, finetune, merge, doctor, bench. Standard library only until a command runs."""
+"""``python -m peftfast``: demo, finetune, merge, methods, doctor, bench. Standard library only until a command runs."""
 
 import argparse
 import importlib
@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "fine-tune a real 4-bit model, stock and patched side by side; no network, minutes on two CPU cores",
     "finetune": "LoRA, DoRA or QLoRA on your model and your JSON lines through transformers' Trainer; writes a PEFT adapter",
     "merge": "base + adapter as one model, in bf16 or 4 bits, checked by reading it back",
+    "methods": "the methods of the literature that peftfast.adapt puts on a model, or all of one",
     "doctor": "what is installed, which kernel serves each operator here, and whether each is right",
     "bench": "the benchmarks of the kernels: run, verify, plot, growth, record, compare",
 }

@@ -180,7 +180,7 @@ BROKEN = {
     "IA3": (lambda f: edited(f, peft_type="IA3"), ValueError, "expected peft_type LORA, got 'IA3'"),
     "no rank": (lambda f: edited(f, r=None), ValueError, "r: expected a number, got None"),
     "bias": (lambda f: edited(f, bias="all"), ValueError, "bias='all' is not served"),
-    "pissa": (lambda f: edited(f, init_lora_weights="pissa"), ValueError, "init_lora_weights='pissa'"),
+    "corda": (lambda f: edited(f, init_lora_weights="corda"), ValueError, "init_lora_weights='corda'"),
     "head": (lambda f: edited(f, modules_to_save=["up"]), ValueError, "modules_to_save"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "is not JSON"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), FileNotFoundError, "no adapter_model.safe"),

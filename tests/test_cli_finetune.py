@@ -443,7 +443,7 @@ def case_dropout_of_one(llama, tmp_path):
 
 
 def case_unknown_method(llama, tmp_path):
-    return {"more": ("--method", "adalora")}, ["--method", "'adalora'", "qlora"]
+    return {"more": ("--method", "qlroa")}, ["--method", "no method 'qlroa'", "peftfast methods"]
 
 
 CASES = [value for name, value in sorted(globals().items()) if name.startswith("case_")]

@@ -60,6 +60,7 @@ class Arm:
     schedule: torch.optim.lr_scheduler.LRScheduler
     random_state: list[Tensor]
     report: Any = None
+    handle: Any = None  # of peftfast.adapt, whose penalty and steps belong to the training
     peak: int | None = None
     saved: int = 0
     losses: list[float] = field(default_factory=list)
@@ -86,8 +87,11 @@ class Arm:
             self._synchronise()
             start = time.perf_counter()
             loss = self.model(**batch).loss
-            loss.backward()
+            whole = loss if self.handle is None else loss + self.handle.loss()
+            whole.backward()
             self.optimiser.step()
+            if self.handle is not None:
+                self.handle.step(self.optimiser)
             self.optimiser.zero_grad(set_to_none=True)
             self.schedule.step()
             self.losses.append(loss.item())

@@ -53,10 +53,10 @@ def parser() -> arguments.Parser:
     at_least_one = arguments.integer(1)
     parse.add_argument(
         "--method",
-        choices=("qlora", *SPARSE_METHODS, "mezo"),
         default="qlora",
-        help="what is trained: LoRA on a 4-bit base (the default); a sparse delta beside LoRA at equal trained parameters; mezo: by "
-        "forward passes alone",
+        metavar="NAME",
+        help="what is trained: qlora, LoRA on a 4-bit base (the default); shira, spiel or s2ft, a sparse delta beside LoRA at equal "
+        "trained parameters; mezo, by forward passes alone; or any that `python -m peftfast methods` lists, beside LoRA",
     )
     parse.add_argument("--out", type=Path, default=Path("demo-out"), help="where results go (default: %(default)s)")
     parse.add_argument(
@@ -81,6 +81,10 @@ def main(argv: Sequence[str]) -> int:
     """
     options = parser().parse_args(argv)
     arguments.require("the demo", PACKAGES)
+    if options.method not in ("qlora", *SPARSE_METHODS, "mezo"):
+        from . import demo_methods
+
+        demo_methods.check(options.method)
     directory = model_directory()
     if options.max_length > 512:
         raise UserError(f"--max-length: the model reads at most 512 tokens, got {options.max_length}")
@@ -96,6 +100,10 @@ def main(argv: Sequence[str]) -> int:
         from . import mezo
 
         return mezo.main(options, directory, device, out)
+    if options.method != "qlora":
+        from . import demo_methods
+
+        return demo_methods.run(Run(options, directory, device, out))
     run = Run(options, directory, device, out)
     try:
         agrees = run.all()

@@ -1,4 +1,4 @@
-"""``python -m peftfast finetune``: a thin front on transformers' Trainer for LoRA, DoRA and QLoRA, patched before it trains."""
+"""``python -m peftfast finetune``: a thin front on transformers' Trainer. The methods are those of finetune_methods.py."""
 
 import argparse
 import difflib
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import arguments, checkpoint, models, records
+from . import arguments, checkpoint, finetune_methods, models, records
 from .errors import UserError
-from .finetune_job import ALL_LINEAR, LABEL_NAMES, PLOT, Job
+from .finetune_job import LABEL_NAMES, PLOT, Job
+from .finetune_methods import METHODS
+from .finetune_methods import option as _both
 
-__all__ = ["LABEL_NAMES", "PLOT", "Job", "main", "parser"]
+__all__ = ["LABEL_NAMES", "METHODS", "PLOT", "Job", "main", "parser"]
 
 PACKAGES = {
     "torch": "torch",
@@ -21,7 +23,6 @@ PACKAGES = {
     "safetensors": "safetensors",
     "tqdm": "tqdm",
 }
-METHODS = ("lora", "qlora", "dora")
 # TrainingArguments that this command sets itself, for what it promises of --out.
 OWN_ARGUMENTS = {
     "output_dir": "--out",
@@ -39,7 +40,7 @@ OWN_ARGUMENTS = {
 }
 
 DESCRIPTION = """\
-Trains a PEFT LoRA adapter on a file of JSON lines and writes a PEFT directory. What the lines hold says what is trained.
+Trains an adapter on a file of JSON lines and writes a PEFT directory. What the lines hold says what is trained.
 TRL's formats train a causal language model:
   {"text": "..."}
   {"messages": [{"role": ..., "content": ...}, ...]}
@@ -65,22 +66,7 @@ def parser() -> arguments.Parser:
     )
     parse.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: cuda where there is one)")
 
-    method = parse.add_argument_group("adapter")
-    method.add_argument(
-        "--method", choices=METHODS, default="lora", help="qlora: on a 4-bit NF4 base; dora: with trained magnitudes"
-    )
-    _both(method, "r", type=whole(1), default=16, help="rank (default: %(default)s)")
-    _both(method, "lora_alpha", type=above_zero, help="default: the rank")
-    _both(method, "lora_dropout", type=arguments.number(0, 1), default=0.05)
-    _both(method, "use_rslora", action="store_true", help="scale by alpha / sqrt(r)")
-    _both(
-        method,
-        "target_modules",
-        nargs="+",
-        default=[ALL_LINEAR],
-        help="names of linear modules, or the default, all-linear: every one but the output layer",
-    )
-    _both(method, "dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the base's weights")
+    finetune_methods.add_options(parse)
 
     data = parse.add_argument_group("data")
     _both(data, "max_length", type=whole(2), default=512, help="tokens of a text; the rest is cut off")
@@ -104,28 +90,18 @@ def parser() -> arguments.Parser:
     _both(data, "chat_template_path", type=Path, help="a Jinja file, instead of the tokenizer's own template")
 
     # Named as in transformers.TrainingArguments.
-    training = parse.add_argument_group("training")
-    _both(training, "learning_rate", type=above_zero, default=2e-4)
+    training = parse.add_argument_group("training of every method")
     _both(training, "per_device_train_batch_size", type=whole(1), default=8)
     _both(training, "gradient_accumulation_steps", type=whole(1), default=1)
     _both(training, "num_train_epochs", type=above_zero, default=3.0)
     _both(training, "max_steps", type=whole(1), help="stop after so many; rules over --num_train_epochs")
     _both(training, "warmup_steps", type=whole(0), default=0)
-    _both(training, "lr_scheduler_type", choices=("linear", "cosine", "constant"), default="linear")
-    _both(training, "weight_decay", type=arguments.number(0), default=0.0)
-    _both(training, "max_grad_norm", type=arguments.number(0), default=1.0)
     _both(training, "gradient_checkpointing", action="store_true")
     _both(training, "bf16", action="store_true", help="train under bf16 autocast")
     _both(training, "seed", type=whole(0), default=42)
     _both(training, "logging_steps", type=whole(1), default=10)
     _both(training, "save_steps", type=whole(1), default=100, help="put adapter and checkpoint in place so often")
     return parse
-
-
-def _both(group: argparse._ArgumentGroup, name: str, **settings: Any) -> None:
-    """An option that may be written --with_underscores, as transformers does, or --with-hyphens."""
-    spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-    group.add_argument(*spellings, dest=name, **settings)
 
 
 def _yes_or_no(text: str) -> bool:
@@ -143,19 +119,22 @@ def main(argv: Sequence[str]) -> int:
     directory = None if models.is_hub_name(options.model) else models.directory_of("--model", options.model)
     if options.chat_template_path is not None and not options.chat_template_path.is_file():
         raise UserError(f"--chat_template_path: no file {options.chat_template_path}")
+    method = finetune_methods.resolve(options)
     if options.resume and options.overwrite:
         raise UserError("--resume: cannot go with --overwrite, which begins anew")
     data = records.read(options.data)
     learn, held_out = records.split(len(data.rows), options.eval_split, options.seed)
     checkpoint.check(options.out, overwrite=options.overwrite, resume=options.resume)
-    packages = PACKAGES | ({"bitsandbytes": "bitsandbytes"} if options.method == "qlora" else {})
-    arguments.require(f"--method {options.method}", packages)
+    packages = PACKAGES | ({"bitsandbytes": "bitsandbytes"} if options.load_in_4bit else {})
+    arguments.require(f"--method {options.method}", packages | dict(method.packages))
     device = arguments.device_name(options.device)
     models.offline_unless_named(options.model)
     arguments.quiet_libraries()
     extra = training_arguments(rest)
+    method.check(options, extra)
 
-    job = Job(options, data, device, directory or models.directory_of("--model", options.model), extra)
+    job = Job(options, method, data, device, directory or models.directory_of("--model", options.model), extra)
+    job.learn = learn
     job.prepare()
     arguments.writable_directory("--out", options.out.absolute().parent)
     try:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import atomic, checkpoint, models, records
 from .errors import UserError
+from .finetune_base import Method, Target
 from .texts import Encoder
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class Job:
 
     Args:
         options: of the command, see finetune.py.
+        method: what adapts the model and trains it, see finetune_methods.py.
         data: the records.
         device: of torch.
         directory: of the base model.
@@ -33,17 +36,24 @@ class Job:
     """
 
     def __init__(
-        self, options: argparse.Namespace, data: records.Records, device: str, directory: Path, extra: dict[str, Any]
+        self,
+        options: argparse.Namespace,
+        method: Method,
+        data: records.Records,
+        device: str,
+        directory: Path,
+        extra: dict[str, Any],
     ) -> None:
-        self.options, self.data, self.device, self.extra = options, data, device, extra
+        self.options, self.method, self.data, self.device, self.extra = options, method, data, device, extra
         self.classify = data.kind == "label"
-        self.four_bit = options.method == "qlora"
+        self.four_bit = method.four_bit or options.load_in_4bit
         self.directory = str(directory)
         self.saved_at: int | None = None
         self.resume_from: int | None = None
         self.tokenizer: Any = None
         self.model: Any = None
         self.encoder: Any = None
+        self.learn: Sequence[int] = ()
         self.fingerprint = checkpoint.fingerprint(options, options.data) | {
             "extra": {k: str(v) for k, v in extra.items()}
         }
@@ -123,10 +133,8 @@ class Job:
 
     def _adapted(self, config: Any, targets: str | list[str]) -> Any:
         import torch
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import prepare_model_for_kbit_training
         from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-
-        import peftfast
 
         options = self.options
         torch.manual_seed(options.seed)
@@ -148,25 +156,30 @@ class Job:
             model.to(self.device)
         if options.gradient_checkpointing:
             model.config.use_cache = False
-        alpha = options.lora_alpha if options.lora_alpha is not None else options.r
-        lora = LoraConfig(
-            task_type="SEQ_CLS" if self.classify else "CAUSAL_LM",
-            r=options.r,
-            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-            lora_dropout=options.lora_dropout,
-            target_modules=targets,
-            modules_to_save=outside or None,
-            exclude_modules=outside or None,
-            use_dora=options.method == "dora",
-            use_rslora=options.use_rslora,
-        )
         with models.named("--target-modules", self.directory, "adapter"):
-            model = get_peft_model(model, lora)
-        # The name that was given, not the folder of the hub's cache that it led to.
-        model.peft_config["default"].base_model_name_or_path = str(options.model)
-        print(peftfast.patch(model))
-        model.print_trainable_parameters()
-        return model
+            target = Target(
+                options, self.classify, targets, outside, self.four_bit, self._first_batches, self._total_steps()
+            )
+            return self.method.adapt(model, target)
+
+    def _first_batches(self, count: int) -> list[dict[str, Any]]:
+        """The first ``count`` batches of the records to learn from, on the device."""
+        size = self.options.per_device_train_batch_size
+        rows = self.encoder.encode(self.learn[: count * size])
+        found = [
+            self.encoder.collate([rows[i] for i in range(k, min(k + size, len(rows)))])
+            for k in range(0, len(rows), size)
+        ]
+        return [{name: value.to(self.device) for name, value in batch.items()} for batch in found]
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the run, as the Trainer will count them on one device."""
+        options = self.options
+        if options.max_steps:
+            return int(options.max_steps)
+        batches = -(-len(self.learn) // options.per_device_train_batch_size)
+        each = -(-batches // options.gradient_accumulation_steps)
+        return max(1, math.ceil(each * options.num_train_epochs))
 
     def save(self, step: int, state: Path | None = None, history: Sequence[dict[str, Any]] = ()) -> None:
         """Put the adapter as it is now in place of what ``--out`` holds, with the Trainer's checkpoint in ``state`` or, at the end,
@@ -176,7 +189,7 @@ class Job:
             kept = f"; the adapter of step {self.saved_at} stays in place" if self.saved_at is not None else ""
             raise UserError(f"{broken[0]} is not finite at step {step}: lower --learning_rate{kept}")
         with atomic.replace_directory(self.options.out) as new:
-            self.model.save_pretrained(str(new))
+            self.method.save(self.model, new)
             if self.classify:
                 # PEFT's files have no place for the names of the classes.
                 (new / LABEL_NAMES).write_text(json.dumps(list(self.data.names), ensure_ascii=False) + "\n")
@@ -184,20 +197,23 @@ class Job:
                 _plot(history, new / PLOT)
             if state is not None:
                 shutil.copytree(state, new / checkpoint.FOLDER, ignore=shutil.ignore_patterns("training_args.bin"))
+                self.method.save_state(new / checkpoint.FOLDER)
                 checkpoint.write_marker(new / checkpoint.FOLDER, step, self.fingerprint)
+            else:
+                self.method.finish(new)
         self.saved_at = step
 
     def run(self, learn: Sequence[int], held_out: Sequence[int]) -> None:
         """Train on some records, save every ``--save_steps`` and at the end, evaluate on the others."""
         with tempfile.TemporaryDirectory() as scratch:
+            resume = None if self.resume_from is None else self.options.out / checkpoint.FOLDER
+            self.method.begin(Path(scratch), resume)
             trainer = self._trainer(learn, held_out, scratch)
             print(f"learnt from: {self.encoder.learnt()}")
-            resume = None
-            if self.resume_from is not None:
+            if resume is not None:
                 print(f"resumed from step {self.resume_from}")
                 self.saved_at = self.resume_from
-                resume = str(self.options.out / checkpoint.FOLDER)
-            trained = trainer.train(resume_from_checkpoint=resume)
+            trained = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             steps = trainer.state.global_step
             held = f"held out: {len(held_out)} lines" if held_out else ""
             if held_out:
@@ -210,7 +226,7 @@ class Job:
                 print(held)
 
     def _trainer(self, learn: Sequence[int], held_out: Sequence[int], scratch: str) -> "Trainer":
-        from transformers import Trainer, TrainingArguments
+        from transformers import TrainingArguments
 
         options = self.options
         settings: dict[str, Any] = {
@@ -245,14 +261,14 @@ class Job:
             arguments = TrainingArguments(**(settings | self.extra))
         except (ValueError, ImportError, RuntimeError) as error:
             raise UserError(f"TrainingArguments: {str(error).splitlines()[0]}") from None
-        return Trainer(
+        return self.method.trainer(
             model=self.model,
             args=arguments,
             data_collator=self.encoder.collate,
             train_dataset=self.encoder.encode(learn),
             eval_dataset=self.encoder.encode(held_out) if held_out else None,
             compute_metrics=_accuracy if self.classify else None,
-            callbacks=[_saver(self)],
+            callbacks=[_saver(self), *self.method.callbacks()],
         )
 
 

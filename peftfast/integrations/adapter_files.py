@@ -1,4 +1,4 @@
-"""PEFT's adapter files for models that were adapted without PEFT, by :class:`peftfast.nn.LoRALinear`.
+"""PEFT's adapter files for models that were adapted without PEFT, by :class:`peftfast.nn.LoRALinear` or :func:`peftfast.adapt`.
 
 A directory holds ``adapter_model.safetensors`` and ``adapter_config.json``, as ``PeftModel.save_pretrained`` writes them: stock PEFT
 loads what :func:`save_adapter` saved, and :func:`load_adapter` loads what PEFT saved. PEFT is not imported.
@@ -31,7 +31,6 @@ PARTS = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
@@ -49,7 +48,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base_model_name_or_path: str = "") -> None:
-    """Write the adapters of all :class:`~peftfast.nn.LoRALinear` in ``model`` as a PEFT adapter directory.
+    """Write the adapters of all :class:`~peftfast.nn.LoRALinear` in ``model`` as a PEFT adapter directory; of a model that
+    :func:`peftfast.adapt` adapted what its method trains: PEFT's files where PEFT has the method, else files of our own peft_type.
 
     Parameter names are the modules' paths in ``model``, ``[r, in]`` for A and ``[out, r]`` for B. Files of an adapter that the
     directory holds are replaced, each in one step.
@@ -63,20 +63,27 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base_mo
         TypeError: not a module. ValueError: no LoRALinear in it, or layers that one LoraConfig cannot describe: some with
             DoRA or a LoRA bias and some without, or several dropouts. RuntimeError: a layer is merged.
     """
-    layers = _layers_of(model)
-    if not layers:
-        raise ValueError("model: expected at least one peftfast.nn.LoRALinear, found none")
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
-        raise RuntimeError(f"save_adapter: {merged[0]} is merged; unmerge it first")
+    handle = getattr(model, "__dict__", {}).get("peftfast_handle")
+    if handle is not None:
+        from ..methods.saved import contents
+
+        config, tensors = contents(handle)
+    else:
+        layers = _layers_of(model)
+        if not layers:
+            raise ValueError("model: expected at least one peftfast.nn.LoRALinear, found none")
+        merged = [name for name, layer in layers.items() if layer.merged]
+        if merged:
+            raise RuntimeError(f"save_adapter: {merged[0]} is merged; unmerge it first")
+        config = _config_of(model, layers)
+        tensors = {
+            f"{PREFIX}{path}.{part}": getattr(layer, attribute).detach().cpu().contiguous()
+            for path, layer in layers.items()
+            for part, attribute in PARTS.items()
+            if getattr(layer, attribute) is not None
+        }
     name = base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    config = _config_of(model, layers) | {"base_model_name_or_path": name}
-    tensors = {
-        f"{PREFIX}{path}.{part}": getattr(layer, attribute).detach().cpu().contiguous()
-        for path, layer in layers.items()
-        for part, attribute in PARTS.items()
-        if getattr(layer, attribute) is not None
-    }
+    config |= {"base_model_name_or_path": name}
     from safetensors.torch import save
 
     folder = Path(directory)
@@ -86,7 +93,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base_mo
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
-    """Load a PEFT LoRA adapter into a model that PEFT has not touched.
+    """Load a PEFT LoRA adapter, or the adapter of a method that :func:`peftfast.adapt` knows, into a model that PEFT has not touched.
 
     A linear layer that the file has an adapter for (nn.Linear, bitsandbytes Linear4bit, :class:`~peftfast.nn.NF4Linear`) is replaced by
     :meth:`LoRALinear.from_linear <peftfast.nn.LoRALinear.from_linear>`, which shares its storage; a LoRALinear takes the values, if
@@ -114,10 +121,25 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"directory: {folder / CONFIG} is not JSON ({error})") from None
-    _check_config(config, folder)
     from safetensors.torch import load_file
 
-    grouped = _grouped(load_file(folder / WEIGHTS), folder)
+    if isinstance(config, dict) and config.get("peft_type") != "LORA":
+        from ..methods.saved import restore, serving
+
+        method = serving(config)
+        if method is not None:
+            restore(model, method, config, load_file(folder / WEIGHTS))
+            return model
+    if isinstance(config, dict) and config.get("init_lora_weights") in ("pissa", "olora"):
+        from ..methods.saved import restore_residual
+
+        _check_config(config | {"init_lora_weights": True}, folder)
+        restore_residual(model, config, load_file(folder / WEIGHTS))
+        return model
+    _check_config(config, folder)
+    tensors = load_file(folder / WEIGHTS)
+    heads = _taken_heads(tensors, config, model, folder)
+    grouped = _grouped(tensors, folder)
     # All is made ready before the first module is exchanged; from_linear freezes what it shares.
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:
@@ -133,7 +155,31 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
                 getattr(layer, attribute).copy_(value)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    for module, state in heads.items():
+        model.get_submodule(module).load_state_dict(state)
     return model
+
+
+def _taken_heads(
+    tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Module, folder: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Path of a module that was saved whole (``modules_to_save``) -> its state, taken out of ``tensors``."""
+    heads: dict[str, dict[str, Tensor]] = {}
+    for name in config.get("modules_to_save") or []:
+        paths = [path for path, _ in model.named_modules() if path == name or path.endswith(f".{name}")]
+        for path in paths:
+            start = f"{PREFIX}{path}."
+            state = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+            expected = {key: tuple(value.shape) for key, value in model.get_submodule(path).state_dict().items()}
+            found = {key: tuple(value.shape) for key, value in state.items()}
+            if found != expected:
+                raise ValueError(
+                    f"directory: {folder / CONFIG}: modules_to_save: {path}: expected the tensors {expected}, got {found}"
+                )
+            heads[path] = state
+        if not paths:
+            raise ValueError(f"directory: {folder / CONFIG}: modules_to_save: the model has no {name}")
+    return heads
 
 
 def _layers_of(model: nn.Module) -> dict[str, LoRALinear]:

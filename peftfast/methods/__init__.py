@@ -3,9 +3,16 @@
 import importlib
 from typing import Any
 
-_MODULES = {"S2FT": ".s2ft", "SpIEL": ".spiel", "load_shira": ".shira", "save_shira": ".shira"}
+_MODULES = {
+    "AdapterHandle": ".adapting",
+    "S2FT": ".s2ft",
+    "SpIEL": ".spiel",
+    "load_shira": ".shira",
+    "methods": ".registry",
+    "save_shira": ".shira",
+}
 
-__all__ = ["S2FT", "SpIEL", "load_shira", "save_shira"]  # noqa: F822
+__all__ = ["AdapterHandle", "S2FT", "SpIEL", "load_shira", "methods", "save_shira"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

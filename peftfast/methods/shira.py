@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,24 @@ from ..functional.sparse_pattern import SparsePattern, smallest_index_dtype
 from ..nn.sparse_delta import SparseDeltaLinear
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
-def save_shira(model: nn.Module, directory: str | os.PathLike[str], *, base_model: str | None = None) -> None:
+def save_shira(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> None:
     """Write the sparse deltas of a model as a SHiRA adapter: two files, each replaced as a whole.
 
     Args:
         model: its :class:`SparseDeltaLinear` layers all have r (N + K) active weights with one r, which is SHiRA's count.
         directory: made if need be.
-        base_model: what PEFT's config names as the base.
+        base_model, task_type: what PEFT's config names as the base and the task, such as "CAUSAL_LM".
+        modules_to_save: paths of modules whose parameters are written whole, as a new classification head.
 
     Raises:
         ValueError: no such layer, or another count of active weights; nothing is written then.
@@ -42,21 +51,24 @@ def save_shira(model: nn.Module, directory: str | os.PathLike[str], *, base_mode
     for name, layer in layers.items():
         flat = layer.delta_indices.cpu().to(torch.int64)
         at = torch.stack((flat // layer.in_features, flat % layer.in_features)).to(torch.int32)
-        tensors[f"{_PREFIX}{name}.shira_indices"] = at
-        tensors[f"{_PREFIX}{name}.shira_weight"] = layer.delta_values.detach().cpu().float().contiguous()
+        tensors[f"{PREFIX}{name}.shira_indices"] = at
+        tensors[f"{PREFIX}{name}.shira_weight"] = layer.delta_values.detach().cpu().float().contiguous()
+    for name in modules_to_save:
+        for key, value in model.get_submodule(name).state_dict().items():
+            tensors[f"{PREFIX}{name}.{key}"] = value.detach().cpu().contiguous()
     config = {
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_weights": True,
         "mask_type": "random",
-        "modules_to_save": None,
+        "modules_to_save": list(modules_to_save) or None,
         "peft_type": "SHIRA",
         "r": next(iter(ranks.values())),
         "random_seed": None,
         "revision": None,
         "target_modules": sorted(layers),
-        "task_type": None,
+        "task_type": task_type,
     }
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +105,7 @@ def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident:
     known = dict(model.named_modules())
     ready: dict[str, tuple[Any, SparsePattern, torch.Tensor]] = {}
     for key in names:
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         linear: Any = known.get(name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{WEIGHTS}: {name}: expected a linear layer of the model, got {type(linear).__name__}")

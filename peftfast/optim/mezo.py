@@ -244,6 +244,11 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         if self._log is not None:
             self._log.flush()
 
+    def resume_log(self, path: str | Path) -> None:
+        """After ``load_state_dict``: go on with the log that the run wrote up to that state; what it wrote later is cut off. Raises
+        ValueError for another run's log, or one that ends before."""
+        self._log = SeedLog.resume(Path(path), self._header(), self._steps)
+
     def _step_seeds(self, step: int) -> list[int]:
         return [
             signed_seed("seed", (self._seed + (step * self.directions + i) * SEED_STEP) % (1 << 64))

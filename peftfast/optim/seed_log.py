@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -50,6 +51,37 @@ class SeedLog:
         file.flush()
         return cls(file, [group["lr"] for group in header["groups"]])
 
+    @classmethod
+    def resume(cls, path: Path, header: dict[str, Any], taken: int) -> SeedLog:
+        """Go on with a log whose run is resumed after ``taken`` steps; what was appended beyond these is cut off.
+
+        Args:
+            header: of the resumed run; its rates and its count of steps may be other ones than at the beginning.
+
+        Raises:
+            ValueError: the log is of another run, or ends before.
+        """
+        begun, steps = read(path)
+        mine = json.loads(json.dumps(header))
+        if _run_of(begun) != _run_of(mine):
+            other = next(k for k in _run_of(mine) if _run_of(begun).get(k) != _run_of(mine)[k])
+            raise ValueError(f"log: {path} is of another run: its {other} differs")
+        lrs, size, missing = [group["lr"] for group in begun["groups"]], 0, taken - begun["steps"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a torn last record lies beyond what is kept, or steps are missing
+            for step in itertools.islice(steps, max(missing, 0)):
+                changed = sum(a != b for a, b in zip(lrs[1:], step.lrs[1:], strict=True))
+                size += (begun["directions"] + changed) * RECORD.size
+                lrs, missing = list(step.lrs), missing - 1
+        if missing:
+            raise ValueError(f"log: {path} does not end where the run goes on: {abs(missing)} steps are missing")
+        file = open(path, "r+b")
+        file.seek(len(MAGIC))
+        (length,) = struct.unpack("<q", file.read(8))
+        file.truncate(len(MAGIC) + 8 + length + size)
+        file.seek(0, 2)
+        return cls(file, lrs)
+
     def append(self, step: Step) -> None:
         records = []
         for index in range(1, len(step.lrs)):
@@ -64,6 +96,12 @@ class SeedLog:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def _run_of(header: dict[str, Any]) -> dict[str, Any]:
+    """What of a header is the same from beginning to end."""
+    groups = [{k: v for k, v in group.items() if k != "lr"} for group in header["groups"]]
+    return {k: v for k, v in header.items() if k != "steps"} | {"groups": groups}
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Iterator[Step]]:

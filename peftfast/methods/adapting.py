@@ -1,0 +1,376 @@
+"""``peftfast.adapt``: puts a method on a model, and the handle that a training loop keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.nf4 import is_bitsandbytes_4bit
+from .registry import Method, get, read_options
+
+HANDLE = "peftfast_handle"  # the attribute of an adapted model
+SHARED = "peftfast_shared"  # the module of an adapted model that holds what layers share
+
+
+class Unsuitable(Exception):
+    """A layer that a method leaves as it is; the text is the reason that the report gives."""
+
+
+class Runtime:
+    """What a method does while its layers are trained. The base class does nothing."""
+
+    def step(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """After optimiser step number ``step`` (the first is 1), its gradients still in place."""
+
+    def loss(self) -> Tensor | None:
+        """A penalty to add to the training loss, a scalar with a graph; None: no penalty."""
+        return None
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+        """The method's own optimiser over parameter groups as torch's optimisers take them; None: AdamW serves."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs beside the model's and the optimiser's states."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The state of :meth:`state_dict`."""
+
+
+class Targets:
+    """The layers that ``target_modules`` chose, for a method's ``build``.
+
+    Attributes:
+        model: as it was given, unchanged.
+        modules: path -> module, in the model's order.
+        restoring: whether files will give the tensors: no data then.
+        replacements: path -> new layer, exchanged when ``build`` has returned.
+        skipped: path -> reason.
+        shared: modules that several layers use, see :meth:`share`.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Method, names: Iterable[str], batches: Iterable[Any] | None, restoring: bool
+    ) -> None:
+        self.model, self.method, self.restoring = model, method, restoring
+        self.modules: dict[str, Any] = {}
+        self.replacements: dict[str, nn.Module] = {}
+        self.skipped: dict[str, str] = {}
+        self.shared = nn.ModuleDict()
+        self._batches = batches
+        for name in names:
+            module = model.get_submodule(name)
+            if isinstance(module, method.modules):
+                self.modules[name] = module
+            else:
+                kinds = " or ".join(kind.__name__ for kind in method.modules)
+                self.skipped[name] = f"{type(module).__name__} is not {kinds}"
+
+    def skip(self, name: str, reason: str) -> None:
+        """Leave a layer as it is."""
+        self.modules.pop(name, None)
+        self.skipped[name] = reason
+
+    def share(self, name: str, module: nn.Module) -> None:
+        """Hang something that several layers use into the model, as ``model.peftfast_shared[name]``: it moves, trains and is saved with
+        it. A layer refers to it by ``self.__dict__[...]``, so that it is not the layer's own as well."""
+        self.shared[name] = module
+
+    def replace(self, make: Callable[[str, Any], nn.Module]) -> None:
+        """A new layer for each module; where ``make`` raises :class:`Unsuitable` the module stays, with the reason."""
+        for name, module in self.progress(list(self.modules.items()), f"{self.method.name}: layers"):
+            try:
+                self.replacements[name] = make(name, module)
+            except Unsuitable as reason:
+                self.skip(name, str(reason))
+
+    def progress(self, items: Sequence[Any], title: str) -> Iterator[Any]:
+        """``items`` with a progress bar on a terminal, without one elsewhere or where tqdm is not installed."""
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError:
+            yield from items
+            return
+        yield from tqdm(items, desc=title, disable=not sys.stderr.isatty(), leave=False)
+
+    def data(self, title: str) -> Iterator[dict[str, Any]]:
+        """The batches, with a progress bar; each a dictionary of the model's arguments, labels included.
+
+        Raises:
+            ValueError: ``adapt`` was given none. TypeError: a batch is not a dictionary.
+        """
+        if self._batches is None:
+            raise ValueError(f"batches: {self.method.name} reads data: give adapt an iterable of the model's arguments")
+        if not isinstance(self._batches, Sequence):
+            self._batches = list(self._batches)  # a method may go over them twice
+        if not self._batches:
+            raise ValueError("batches: expected at least one batch, got none")
+        for batch in self.progress(self._batches, title):
+            if not isinstance(batch, dict):
+                raise TypeError(f"batches: expected dictionaries of the model's arguments, got {type(batch).__name__}")
+            yield batch
+
+
+class AdapterHandle:
+    """An adapted model's report, and what a training loop calls.
+
+    ::
+
+        handle = peftfast.adapt(model, "lora-xs", r=16)
+        optimizer = handle.optimizer(lr=1e-3)
+        for batch in data:
+            loss = model(**batch).loss + handle.loss()
+            loss.backward()
+            optimizer.step()
+            handle.step(optimizer)      # before the gradients are cleared
+            optimizer.zero_grad()
+
+    Attributes:
+        model, method, options: what was adapted, by what, and how.
+        layers: path -> adapter layer. skipped: path -> why a layer that was asked for stays as it was.
+        modules_to_save: names of modules trained and saved whole. task_type: PEFT's, for the files.
+        runtime: the method's own object.
+        completed_steps: calls of :meth:`step`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        options: Any,
+        layers: dict[str, nn.Module],
+        skipped: dict[str, str],
+        modules_to_save: Sequence[str],
+        runtime: Runtime,
+    ) -> None:
+        self.model, self.method, self.options = model, method, options
+        self.layers, self.skipped, self.runtime = layers, skipped, runtime
+        self.modules_to_save = list(modules_to_save)
+        self.task_type: str | None = None
+        self.completed_steps = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The method holds functions: by its name, models with a handle can be copied and pickled.
+        return {**self.__dict__, "method": self.method.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, method=get(state["method"]))
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of the method, each once, those of ``modules_to_save`` not among them."""
+        saved = {id(p) for name in self.modules_to_save for p in self.model.get_submodule(name).parameters()}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in saved]
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers the method trains, ``modules_to_save`` not counted."""
+        return sum(parameter.numel() for parameter in self.adapter_parameters())
+
+    def optimizer(self, lr: float, *, head_lr: float | None = None, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        """The optimiser that the method was published with where that is one of its own, else AdamW; ``head_lr`` is for
+        ``modules_to_save`` (lr if not given)."""
+        own = self.adapter_parameters()
+        known = {id(p) for p in own}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
+        groups: list[dict[str, Any]] = [{"params": own, "lr": lr, "weight_decay": weight_decay}]
+        if rest:
+            groups.append({"params": rest, "lr": lr if head_lr is None else head_lr, "weight_decay": weight_decay})
+        made = self.runtime.optimizer(groups)
+        return torch.optim.AdamW(groups) if made is None else made
+
+    def loss(self) -> Tensor | float:
+        """The method's penalty, to be added to the loss; 0.0 where it has none."""
+        found = self.runtime.loss()
+        return 0.0 if found is None else found
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """After each optimiser step, before the gradients are cleared. ``optimizer`` lets a method whose parameters move take its
+        states along."""
+        self.completed_steps += 1
+        self.runtime.step(self.completed_steps, optimizer)
+
+    def _merging(self, call: str) -> None:
+        without = [name for name, layer in self.layers.items() if not hasattr(layer, call)]
+        if without:
+            raise RuntimeError(f"{call}: {self.method.name} cannot be merged into a weight ({without[0]})")
+        for layer in self.layers.values():
+            getattr(layer, call)()
+
+    def merge(self) -> None:
+        """Put every adapter into its weight. RuntimeError: the method does not come down to a weight; nothing is changed then."""
+        self._merging("merge")
+
+    def unmerge(self) -> None:
+        """Take the adapters out again."""
+        self._merging("unmerge")
+
+    def state_dict(self) -> dict[str, Any]:
+        """To go on from, beside the model's and the optimiser's own."""
+        return {"completed_steps": self.completed_steps, "runtime": self.runtime.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The state of :meth:`state_dict`."""
+        self.completed_steps = state["completed_steps"]
+        self.runtime.load_state_dict(state["runtime"])
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{f.name}={getattr(self.options, f.name)!r}" for f in dataclasses.fields(self.options))
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        lines = [
+            f"{self.method.name}({given}): {len(self.layers)} layers, {self.trainable:,} trained of {total:,} parameters"
+        ]
+        reasons: dict[str, int] = {}
+        for reason in self.skipped.values():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        lines += [f"  {count} layers stay as they were: {reason}" for reason, count in reasons.items()]
+        return "\n".join(lines)
+
+
+def matched(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None,
+    modules_to_save: Sequence[str],
+    task_type: str | None,
+) -> list[str]:
+    """Paths of the modules that PEFT would adapt, by PEFT's own functions.
+
+    Raises:
+        ModuleNotFoundError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+    except ModuleNotFoundError as error:
+        missing = error.name or "peft"
+        raise ModuleNotFoundError(
+            f"adapt matches target_modules by PEFT: pip install {missing}", name=missing
+        ) from None
+
+    config: Any = LoraConfig(
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        exclude_modules=exclude_modules
+        if exclude_modules is None or isinstance(exclude_modules, str)
+        else [*exclude_modules],
+        modules_to_save=list(modules_to_save) or None,
+        task_type=task_type,
+    )
+    config = _maybe_include_all_linear_layers(config, model)
+    return [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
+
+
+def adapt(
+    model: nn.Module,
+    method: str,
+    *,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] = (),
+    task_type: str | None = None,
+    batches: Iterable[dict[str, Any]] | None = None,
+    **options: Any,
+) -> AdapterHandle:
+    """Put a method from the literature on a model: its layers are exchanged in place, and everything but the adapters is frozen.
+
+    Args:
+        model: any module with linear layers; bitsandbytes' Linear4bit and :class:`peftfast.nn.NF4Linear` are taken over in 4 bits
+            where the method allows it.
+        method: a name that ``python -m peftfast methods`` lists.
+        target_modules, exclude_modules, task_type: as in PEFT, and matched by PEFT's own functions: "all-linear" (with
+            task_type="SEQ_CLS" without the head), ends of paths, or a regular expression of a whole path.
+        modules_to_save: paths of modules that are trained and saved whole, such as a new head.
+        batches: what a method that reads data goes over: an iterable of dictionaries of the model's arguments.
+        options: the method's own; the defaults are the paper's.
+
+    Returns:
+        The handle; the model keeps it as ``model.peftfast_handle``.
+
+    Raises:
+        TypeError: an unknown option, with the names of the valid ones. ValueError: an unknown method, an option out of range, no layer
+            that fits, or no data for a method that reads it. Nothing of the model is changed then.
+    """
+    return _adapt(model, method, target_modules, exclude_modules, modules_to_save, task_type, batches, options, False)
+
+
+def _adapt(
+    model: nn.Module,
+    name: str,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None,
+    modules_to_save: Sequence[str],
+    task_type: str | None,
+    batches: Iterable[dict[str, Any]] | None,
+    given: dict[str, Any],
+    restoring: bool,
+) -> AdapterHandle:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    method = get(name)
+    if method.build is None:
+        operation = f"{method.operation.__module__}.{method.operation.__name__}" if method.operation else "a function"
+        raise ValueError(f"method: {name} is {KIND_WORDS[method.kind]}, not put on a model by adapt: see {operation}")
+    if HANDLE in model.__dict__:
+        raise ValueError(f"model: adapted already, by {model.__dict__[HANDLE].method.name}")
+    options = read_options(method, given)
+    if method.reads_data and batches is None and not restoring:
+        raise ValueError(f"batches: {name} reads data: give an iterable of the model's arguments")
+    kept = list(modules_to_save)
+    for module in kept:
+        model.get_submodule(module)
+    names = matched(model, target_modules, exclude_modules, kept, task_type)
+    targets = Targets(model, method, names, batches, restoring)
+    if not targets.modules:
+        reasons = "; ".join(sorted(set(targets.skipped.values())))
+        raise ValueError(
+            f"target_modules: {target_modules!r} matches no layer that {name} adapts"
+            + (f": {reasons}" if reasons else "")
+        )
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    was_training = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _ in flags:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(False)
+        runtime = method.build(targets, options)
+        if not targets.replacements and not targets.modules:
+            raise ValueError(
+                f"target_modules: {name} adapts none of the layers: {'; '.join(sorted(set(targets.skipped.values())))}"
+            )
+    except BaseException:
+        for parameter, flag in flags:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(flag)
+        raise
+    finally:
+        for submodule, training in was_training:
+            submodule.training = training
+    for path, layer in targets.replacements.items():
+        parent, _, child = path.rpartition(".")
+        layer.train(model.get_submodule(path).training)
+        setattr(model.get_submodule(parent), child, layer)
+    if len(targets.shared):
+        model.add_module(SHARED, targets.shared)
+    for module in kept:
+        model.get_submodule(module).requires_grad_(True)
+    handle = AdapterHandle(
+        model, method, options, dict(targets.replacements), targets.skipped, kept, runtime or Runtime()
+    )
+    handle.task_type = task_type
+    model.__dict__[HANDLE] = handle
+    return handle
+
+
+KIND_WORDS = {"deltas": "an operation on saved deltas", "optimiser": "an optimiser or a context manager"}
+
+
+def is_four_bit(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is in 4 bits, bitsandbytes' or peftfast's."""
+    from ..nn import NF4Linear
+
+    return isinstance(module, NF4Linear) or is_bitsandbytes_4bit(module)

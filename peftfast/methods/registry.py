@@ -1,0 +1,265 @@
+"""The methods by name. A method is one file in this folder, found by being there; no other file knows of it.
+
+How a method file is written (``lora_xs.py`` is a short whole one, ``lora.py`` the plainest)::
+
+    @dataclass(frozen=True)
+    class Options:                      # the paper's defaults; names as in PEFT where PEFT has the option
+        r: int = 8
+        lora_alpha: float = 16.0
+
+        def __post_init__(self) -> None:
+            at_least_one("r", self.r)   # ValueError that names the option
+
+    @register(
+        "my-method",
+        paper=Paper("Title", "First Author, Second Author", 2024, "2401.00001"),
+        formula="y = x (W + (alpha / r) B A)^T",
+        options=Options,
+        reduces_to="lora",              # the families that do the work
+        kind="layer",                   # one of KINDS
+        fused="what runs in peftfast's kernels, and what in torch's own products",
+    )
+    def build(targets: Targets, options: Options) -> Runtime | None:
+        targets.replace(lambda name, linear: MyLinear(linear, options))
+
+``build`` gets the matched layers as :class:`~peftfast.methods.adapting.Targets` and says what stands in the place of each:
+``targets.replace(make)`` asks ``make(name, module)`` for a layer; one that raises :class:`~peftfast.methods.adapting.Unsuitable` stays
+as it is, with the reason in the report. Nothing of the model is exchanged before ``build`` has returned. A layer is usually a
+:class:`~peftfast.methods.factored.FactoredLinear`, of which a method overrides ``factors()``: A, B, the scaling and, where it changes,
+the weight, each a tensor with whatever graph behind it. Everything that is no trained parameter of a new layer is frozen.
+
+Methods that read data go through ``targets.data("my-method")``, which yields dictionaries of the model's arguments with a progress bar
+and raises where the caller gave none. When an adapter is read from files, ``targets.restoring`` is
+True: ``build`` then makes layers of the right shapes without data, and their tensors are copied in afterwards.
+
+What goes on during a training is a :class:`~peftfast.methods.adapting.Runtime` that ``build`` returns: ``step`` after each optimiser
+step, ``loss`` for a penalty, ``optimizer`` for a method with one of its own, ``state_dict``. What several layers use is hung into
+the model by ``targets.share(name, module)``. Operations on saved deltas (``kind="deltas"``) and optimisers have no ``build``: the
+decorated function is the operation itself; an optimiser that ``adapt`` can prepare a model for decorates its ``build`` and names the
+class by ``operation=``.
+
+Files need nothing where a layer is a FactoredLinear: all its tensors that are not ``base_layer``'s are written, and copied back into
+the layer that ``build`` makes; ``after_load`` is called then. Other modules may have ``adapter_tensors`` and
+``load_adapter_tensors``.
+
+The test of a method is ``tests/support/method_checks.py``'s :func:`check_layer_method` with an independent formula in plain torch, in a
+file ``tests/test_methods_*.py``. ``docs/methods.md`` takes its row from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+KINDS = {
+    "layer": "an adapter layer",
+    "initialisation": "a LoRA layer with an initialisation of its own",
+    "moving": "an adapter layer whose rank or support moves while it is trained",
+    "deltas": "an operation on saved deltas",
+    "optimiser": "an optimiser or a context manager",
+}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published; ``arxiv`` is its number there, None where there is none."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None = None
+
+    def __str__(self) -> str:
+        where = f", arXiv {self.arxiv}" if self.arxiv else ""
+        return f"{self.title} ({self.authors}, {self.year}{where})"
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """How a method's layers stand in PEFT's files.
+
+    Attributes:
+        peft_type: of adapter_config.json.
+        write: (handle) -> (entries of the config, tensors by their names in the file). It raises ValueError for what PEFT's class
+            cannot express.
+        read: (config) -> (options, names of the layers or target_modules) for ``adapt``; the tensors are then given to ``fill``.
+        fill: (handle, tensors by name in the file): copies them into the layers.
+    """
+
+    peft_type: str
+    write: Callable[[Any], tuple[dict[str, Any], dict[str, Any]]]
+    read: Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], Any]]
+    fill: Callable[[Any, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as it is registered; see the module."""
+
+    name: str
+    paper: Paper
+    formula: str
+    options: type
+    reduces_to: str
+    kind: str
+    fused: str
+    build: Callable[..., Any] | None = None
+    operation: Callable[..., Any] | None = None
+    peft: str | None = None
+    files: PeftFiles | None = None
+    choices: str = ""
+    exact: bool = True
+    reads_data: bool = False
+    modules: tuple[type, ...] = (nn.Linear,)
+    demo: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 2e-3
+
+    def defaults(self) -> dict[str, Any]:
+        """Option name -> default, ``required`` where there is none."""
+        return {one.name: _default(one) for one in dataclasses.fields(self.options)}
+
+
+_METHODS: dict[str, Method] = {}
+_found = False
+
+
+def _default(option: dataclasses.Field[Any]) -> Any:
+    if option.default is not dataclasses.MISSING:
+        return option.default
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return "required"
+
+
+def register(
+    name: str,
+    *,
+    paper: Paper,
+    formula: str,
+    options: type,
+    reduces_to: str,
+    kind: str,
+    fused: str,
+    operation: Callable[..., Any] | None = None,
+    peft: str | None = None,
+    files: PeftFiles | None = None,
+    choices: str = "",
+    exact: bool = True,
+    reads_data: bool = False,
+    modules: tuple[type, ...] = (nn.Linear,),
+    demo: Mapping[str, Any] | None = None,
+    learning_rate: float = 2e-3,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator of a method's ``build``; for a kind without one ("deltas", "optimiser") of the operation itself.
+
+    Args:
+        name: lower case with hyphens, as the paper writes it otherwise.
+        formula: one line of plain text. options: a dataclass of the options, frozen, with the paper's defaults.
+        peft: the name of PEFT's config class for it, if PEFT has the method.
+        files: PEFT's own files for it; None: plain LoRA files if all its layers are LoRALinear, else the project's own peft_type.
+        choices: what the publication leaves open and what was chosen.
+        exact: whether the adapted model computes what the base computes until it is trained.
+        reads_data: whether ``adapt`` needs ``batches``.
+        modules: classes of the modules that it adapts.
+        demo: options of the demo's run, where the defaults are meant for larger models. learning_rate: of that run.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {sorted(KINDS)}, got {kind!r}")
+    if name in _METHODS:
+        raise ValueError(f"name: {name!r} is registered already")
+
+    def keep(function: Callable[..., Any]) -> Callable[..., Any]:
+        without = kind in ("deltas", "optimiser") and operation is None
+        _METHODS[name] = Method(
+            name, paper, formula, options, reduces_to, kind, fused,
+            build=None if without else function,
+            operation=function if without else operation,
+            peft=peft, files=files, choices=choices, exact=exact, reads_data=reads_data,
+            modules=modules, demo=dict(demo or {}), learning_rate=learning_rate,
+        )  # fmt: skip
+        return function
+
+    return keep
+
+
+def _find_all() -> None:
+    global _found
+    if not _found:
+        package = __package__ or "peftfast.methods"
+        for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+            importlib.import_module(f".{module.name}", package)
+        _found = True
+
+
+def methods() -> dict[str, Method]:
+    """Name -> method, of all method files, sorted by name."""
+    _find_all()
+    return dict(sorted(_METHODS.items()))
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        TypeError: not a string. ValueError: no such method; the message gives those of like names.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"method: expected a name, got {type(name).__name__}")
+    if name not in _METHODS:
+        _find_all()
+    if name not in _METHODS:
+        like = difflib.get_close_matches(name, _METHODS, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(like)}?" if like else ""
+        raise ValueError(f"method: no method {name!r}{hint} (`python -m peftfast methods` lists them)")
+    return _METHODS[name]
+
+
+def read_options(method: Method, given: Mapping[str, Any]) -> Any:
+    """The method's options dataclass with ``given``.
+
+    Raises:
+        TypeError: an unknown option, with the names of the valid ones, or one that has no default is missing. ValueError: a value out
+            of range.
+    """
+    known = method.defaults()
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{method.name}: no option {name!r}; it has {', '.join(known) or 'none'}")
+    missing = [
+        name for name, value in known.items() if isinstance(value, str) and value == "required" and name not in given
+    ]
+    if missing:
+        raise TypeError(f"{method.name}: option {missing[0]} has no default and must be given")
+    return method.options(**given)
+
+
+def at_least_one(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+
+
+def probability(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
+
+
+def above_zero(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+
+
+def one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
+    """Raises ValueError unless ``value`` is one of ``valid``."""
+    if not any(value is one or (type(value) is type(one) and value == one) for one in valid):
+        raise ValueError(f"{name}: expected one of {valid}, got {value!r}")

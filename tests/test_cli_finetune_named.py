@@ -1,0 +1,78 @@
+"""finetune --method NAME for the methods of peftfast.adapt: trained, written, resumed, and bad input."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import peftfast
+from peftfast.__main__ import main
+from peftfast.cli.finetune_named import _value
+from tests.test_cli_finetune import command, environment, error_line, labelled, llama, texts  # noqa: F401
+from tests.test_cli_finetune_resume import OPTIONS, stopped_at
+
+
+def tensors(folder):  # type: ignore[no-untyped-def]
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["lora-xs", "pissa", "eva"])
+def test_resumed_is_as_never_stopped(llama, texts, tmp_path, monkeypatch, capsys, method):  # noqa: F811
+    """A core of its own files, an initialisation that changes the weight, one that reads data."""
+    through, out = tmp_path / "through", tmp_path / "out"
+    more = ("--method", method, "--r", "4", "--learning_rate", "1e-2")
+    assert main(command(llama, texts, through, *OPTIONS, *more)) == 0
+    assert f"{method}(r=4" in capsys.readouterr().out
+    argv = command(llama, texts, out, *OPTIONS, *more)
+    stopped_at(4, monkeypatch, argv)
+    assert main([*argv, "--resume"]) == 0
+    assert "resumed from step 4" in capsys.readouterr().out
+    first, second = tensors(through), tensors(out)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(12)[None]
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    before = base(input_ids=ids).logits
+    after = peftfast.load_adapter(base, out)(input_ids=ids).logits
+    assert (after - before).abs().max() > 1e-4
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(llama) and config["task_type"] == "CAUSAL_LM"
+
+
+def test_a_classifier_with_its_head(llama, labelled, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    argv = command(llama, labelled, out, "--method", "vera", "--max-steps", "2", "--method-option", "d_initial=0.2")
+    assert main([*argv, "--r", "8"]) == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["peft_type"] == "VERA" and config["modules_to_save"] == ["score"] and config["task_type"] == "SEQ_CLS"
+    assert config["d_initial"] == 0.2 and "base_model.model.score.weight" in tensors(out)
+
+
+def test_bad_input_is_one_line(llama, texts, tmp_path, capsys):  # noqa: F811
+    def refused(*more: str) -> str:
+        assert main(command(llama, texts, tmp_path / "out", *more)) == 2
+        return error_line(capsys)
+
+    assert "no option 'rank'; it has r, lora_alpha" in refused("--method", "pissa", "--method-option", "rank=3")
+    assert "expected NAME=VALUE, got 'r'" in refused("--method", "pissa", "--method-option", "r")
+    assert "r: expected an int of at least 1, got 0.5" in refused("--method", "pissa", "--method-option", "r=0.5")
+    assert "vera has no option 'lora_alpha'" in refused("--method", "vera", "--lora-alpha", "3")
+    assert "--method-option: lora has options of the command's own" in refused("--method-option", "r=3")
+    assert "--optim: not with --method vera" in refused("--method", "vera", "--optim", "sgd")
+    assert "no method 'lora-sx'; did you mean lora-xs" in refused("--method", "lora-sx")
+    assert "rank 128 is more than its smaller side" in refused("--method", "pissa")
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_of_options() -> None:
+    assert [_value(text) for text in ("3", "0.5", "true", "False", "none", "ipm", "1e-3")] == [
+        3,
+        0.5,
+        True,
+        False,
+        None,
+        "ipm",
+        1e-3,
+    ]

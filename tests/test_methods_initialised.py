@@ -1,0 +1,451 @@
+"""Initialisations by name, each against the paper's formula in plain torch, against PEFT's own where PEFT has it, and its files."""
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftfast
+import peftfast.functional as F
+from peftfast.methods import lq_lora
+from peftfast.methods.eva import ranks_by_variance
+from peftfast.nn import LoRANF4Linear, NF4Linear
+from tests.support.method_checks import (
+    Mlp,
+    adapted,
+    batches,
+    check_files,
+    check_layer_method,
+    check_steps,
+    plain_model,
+    stir,
+)
+
+TARGETS = ["up", "down"]
+COUNT = 4 * (112 + 104)  # rank 4
+X = batches(1)[0]
+
+
+def residual(begin):
+    """W' = W - B0 A0 + s B A with the product of ``begin(W)``, at rank 4 and s = 2."""
+
+    def weight(layer: Any, base: Tensor, p: dict[str, Tensor]) -> Tensor:
+        return base - begin(base) + 2.0 * p["lora_B"] @ p["lora_A"]
+
+    return weight
+
+
+def principal(matrix: Tensor, rank: int = 4) -> Tensor:
+    u, s, v = torch.linalg.svd(matrix)
+    return u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
+
+
+def stock(config: peft.LoraConfig, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """PEFT's model with that initialisation, its adapter moved and saved."""
+    torch.manual_seed(5)
+    model = peft.get_peft_model(Mlp(dtype), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def read_by_peft(handle: Any, folder: Path, tolerance: float = 1e-8) -> None:
+    """Stock PEFT computes from the files what the adapted model computes."""
+    peftfast.save_adapter(handle.model, folder)
+    dtype = handle.model.head.weight.dtype
+    loaded = peft.PeftModel.from_pretrained(Mlp(dtype), folder, autocast_adapter_dtype=False).eval()
+    batch = batches(1, dtype)[0]
+    torch.testing.assert_close(loaded(**batch).logits, handle.model(**batch).logits, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_principal_part(name: str, tmp_path: Path) -> None:
+    def by_qr(base: Tensor) -> Tensor:
+        q, r = torch.linalg.qr(base)
+        return 2.0 * q[:, :4] @ r[:4]
+
+    weight = residual(principal if name == "pissa" else by_qr)
+    handle = check_layer_method(name, weight, count=COUNT, r=4, lora_alpha=8.0, tmp_path=tmp_path / "own")
+    read_by_peft(handle, tmp_path / "again")
+    before = Mlp().up.weight
+    torch.testing.assert_close(
+        handle.model.up.weight, before - (principal(before) if name == "pissa" else by_qr(before)), rtol=0, atol=1e-10
+    )
+    # PEFT's files of the same initialisation are read, the residual formed anew; and PEFT begins where we do.
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=name)
+    theirs = stock(config, tmp_path / "stock")
+    mine = peftfast.load_adapter(Mlp(torch.float32), tmp_path / "stock")
+    batch = batches(1, torch.float32)[0]
+    torch.testing.assert_close(mine(**batch).logits, theirs(**batch).logits, rtol=1e-5, atol=1e-5)
+    begun = peft.get_peft_model(Mlp(torch.float32), config).base_model.model.up
+    fresh = adapted(name, dtype=torch.float32, r=4, lora_alpha=8.0).layers["up"]
+    torch.testing.assert_close(fresh.lora_A.abs(), begun.lora_A.default.weight.abs(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fresh.lora_B.abs(), begun.lora_B.default.weight.abs(), rtol=1e-4, atol=1e-5)
+
+
+def test_pissa_options(tmp_path: Path) -> None:
+    quick = adapted("pissa", r=4, lora_alpha=8.0, niter=16)
+    exact = adapted("pissa", r=4, lora_alpha=8.0)
+    left = [float(torch.linalg.matrix_norm(one.model.up.weight, 2)) for one in (quick, exact)]
+    assert left[1] <= left[0] < 1.05 * left[1] < float(torch.linalg.matrix_norm(Mlp().up.weight, 2))
+    torch.testing.assert_close(quick.model(**X).logits, Mlp()(**X).logits, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="pissa adapts none of the layers: rank 128 is more than its smaller side"):
+        adapted("pissa")
+    # QPiSSA: what is left is in 4 bits again, and the files hold it.
+    handle = adapted("pissa", dtype=torch.float32, four_bit=True, r=4, lora_alpha=8.0)
+    dense = F.nf4_dequantize(NF4Linear.from_linear(Mlp(torch.float32).up).nf4)
+    layer = handle.layers["up"]
+    product = 2.0 * (layer.lora_B @ layer.lora_A).detach()
+    torch.testing.assert_close(product, principal(dense), rtol=0, atol=1e-5)
+    assert torch.equal(F.nf4_dequantize(layer.nf4), F.nf4_dequantize(F.nf4_quantize(dense - product)))
+    stir(handle)
+    check_files(handle, tmp_path, four_bit=True, tolerance=1e-5)
+
+
+def test_eva(tmp_path: Path) -> None:
+    """Of one batch PEFT's incremental PCA is the PCA: the same ranks, directions and scalings; B = 0."""
+    data = batches(1, torch.float32)[0]
+    data["x"][:, :2] *= 6  # two directions that explain most of what comes into the first layer
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=2.0, use_label_mask=False),
+    )  # fmt: skip
+    theirs = peft.get_peft_model(Mlp(torch.float32), config)
+    peft.initialize_lora_eva_weights(
+        theirs, [data], prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda x, inputs, name: x[0] if isinstance(x, tuple) else x, show_progress_bar=False,
+    )  # fmt: skip
+    mine = peftfast.adapt(Mlp(torch.float32), "eva", target_modules=TARGETS, batches=[data], r=4, lora_alpha=8.0)
+    for name in TARGETS:
+        layer, stock_layer = mine.layers[name], theirs.base_model.model.get_submodule(name)
+        a = stock_layer.lora_A.default.weight
+        assert layer.r == a.shape[0] and layer.scaling == stock_layer.scaling["default"] == 2.0
+        torch.testing.assert_close(layer.lora_A.abs(), a.abs(), rtol=1e-3, atol=1e-4)
+        assert not layer.lora_B.any()
+    assert sum(layer.r for layer in mine.layers.values()) == 8 and mine.layers["up"].r != 4
+    x = data["x"].double()
+    spectrum = torch.linalg.svdvals(x - x.mean(0)).square()
+    hidden = torch.tanh(Mlp().up(x))
+    other = torch.linalg.svdvals(hidden - hidden.mean(0)).square()
+    parts = torch.cat([(spectrum / spectrum.sum())[:8], (other / other.sum())[:8]])
+    assert mine.layers["up"].r == int((parts.argsort(descending=True)[:8] < 8).sum())
+    stir(mine)
+    read_by_peft(mine, tmp_path, 1e-5)
+    handle = check_layer_method(
+        "eva", lambda layer, base, p: base + 2.0 * p["lora_B"] @ p["lora_A"],
+        count=sum(r * side for r, side in zip([4, 4], [112, 104], strict=True)),
+        data=2, r=4, lora_alpha=8.0, rho=1.0, tmp_path=tmp_path / "even",
+    )  # fmt: skip
+    assert all(layer.r == 4 for layer in handle.layers.values())
+    free = adapted("eva", data=1, r=4, lora_alpha=8.0, adjust_scaling_factors=False, whiten=True)
+    assert free.layers["up"].scaling == 8.0 / free.layers["up"].r
+    assert (free.layers["up"].lora_A.norm(dim=1) < 1).all()
+
+
+def test_eva_ranks_and_masks() -> None:
+    parts = {"a": torch.tensor([0.6, 0.3]), "b": torch.tensor([0.6, 0.1]), "c": torch.tensor([0.01, 0.001])}
+    assert ranks_by_variance(parts, 3) == {"a": 2, "b": 1, "c": 0}
+    from peftfast.methods.passes import chosen_rows
+
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert chosen_rows(x, {"attention_mask": mask}).tolist() == [[0, 1], [2, 3], [6, 7]]
+    labels = torch.tensor([[-100, 4, 5], [-100, 1, 1]])
+    assert chosen_rows(x, {"attention_mask": mask, "labels": labels}, label_mask=-100).tolist() == [[2, 3]]
+    assert len(chosen_rows(x, {"labels": torch.tensor([0, 1])}, label_mask=-100)) == 6
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda(mode: str, tmp_path: Path) -> None:
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    data = batches(3, torch.float32)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=TARGETS,
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method=mode),
+    )
+    model = Mlp(torch.float32)
+    preprocess_corda(model, config, run_model=lambda: [model(**one) for one in data])
+    theirs = peft.get_peft_model(model, config)
+    given = {"target_modules": TARGETS, "r": 4, "lora_alpha": 8.0, "corda_method": mode}
+    mine = peftfast.adapt(Mlp(torch.float32), "corda", batches=data, **given)
+    for name in TARGETS:
+        layer, stock_layer = mine.layers[name], theirs.base_model.model.get_submodule(name)
+        product = stock_layer.lora_B.default.weight @ stock_layer.lora_A.default.weight
+        scale = float(product.abs().max())
+        torch.testing.assert_close(layer.lora_B @ layer.lora_A, product, rtol=0, atol=2e-3 * scale)
+        torch.testing.assert_close(layer.weight, stock_layer.base_layer.weight, rtol=0, atol=4e-3 * scale)
+
+    def begin(layer: Any, base: Tensor, p: dict[str, Tensor]) -> Tensor:
+        x = torch.cat([b["x"] if base.shape[1] == 48 else torch.tanh(Mlp().up(b["x"])) for b in batches(3)])
+        c = sum((part / part.max().abs()).T @ (part / part.max().abs()) for part in x.detach().split(12)) / 3
+        c = c + 0.01 * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
+        u, s, v = torch.linalg.svd(base @ c, full_matrices=False)
+        part = slice(4) if mode == "ipm" else slice(-4, None)
+        return base - (u[:, part] * s[part]) @ v[part] @ torch.linalg.inv(c) + 2.0 * p["lora_B"] @ p["lora_A"]
+
+    handle = check_layer_method(
+        "corda", begin, count=COUNT, data=3, r=4, lora_alpha=8.0, corda_method=mode, tmp_path=tmp_path, tolerance=1e-8
+    )
+    read_by_peft(handle, tmp_path / "again")
+
+
+def test_corda_covariance_of_sequences() -> None:
+    """Each sequence of a batch is one of PEFT's samples."""
+    from peftfast.methods.adapting import Targets
+    from peftfast.methods.corda import covariances, damped_inverse
+    from peftfast.methods.registry import get
+
+    x = torch.randn(3, 5, 4)
+    model = nn.Sequential(nn.Linear(4, 4))
+    found = covariances(Targets(model, get("corda"), ["0"], [{"input": x}], False))["0"]
+    expected = sum((one / one.max().abs()).T @ (one / one.max().abs()) for one in x) / 3
+    torch.testing.assert_close(found, expected)
+    poor = torch.outer(x[0, 0], x[0, 0]) * 1e6
+    damped, inverse = damped_inverse(poor)
+    assert torch.dist(damped @ inverse, torch.eye(4)) < 0.05
+
+
+def gradient_of(name: str, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The mean gradient of a weight over the batches, by autograd on the weight itself."""
+    model = Mlp(dtype)
+    for batch in batches(count, dtype):
+        (model(**batch).loss / count).backward()
+    return model.get_submodule(name).weight.grad
+
+
+def test_lora_ga(tmp_path: Path) -> None:
+    def begin(layer: Any, base: Tensor, p: dict[str, Tensor]) -> Tensor:
+        u, s, v = torch.linalg.svd(gradient_of("up" if base.shape == (64, 48) else "down", 3))
+        signs = torch.sign((u[:, 4:8] * layer.initial_B).sum(0))[:, None] * torch.sign((v[:4] * layer.initial_A).sum(1))
+        c = base.shape[0] ** 0.5 / 16
+        # The sign of each pair of singular vectors is free, of A's and B's each on its own.
+        start = c * u[:, 4:8] @ torch.diag(signs.diagonal()) @ v[:4]
+        return base - 8.0 * start + 8.0 * p["lora_B"] @ p["lora_A"]
+
+    handle = check_layer_method("lora-ga", begin, count=COUNT, data=3, r=4, lora_alpha=16.0, tmp_path=tmp_path)
+    read_by_peft(handle, tmp_path / "again")
+    layer = adapted("lora-ga", data=3, r=4).layers["down"]
+    unit = layer.lora_A @ layer.lora_A.T
+    torch.testing.assert_close(unit, torch.eye(4, dtype=unit.dtype) * 40**0.5 / 16, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("direction", "scale"),
+    [
+        *itertools.product(["ArB2r", "A2rBr", "ArBr"], ["stable"]),
+        *(("ArB2r", s) for s in ("weight_svd", "gd_scale", "unit")),
+    ],
+)
+def test_lora_ga_is_pefts(direction: str, scale: str) -> None:
+    from peft.tuners.lora import LoraGAConfig
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    data = batches(3, torch.float32)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=TARGETS,
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(direction=direction, scale=scale),
+    )
+    model = Mlp(torch.float32)
+    preprocess_loraga(model, config, lambda: [model(**one).loss.backward() for one in data])
+    theirs = peft.get_peft_model(model, config)
+    given: dict[str, Any] = {"r": 4, "lora_alpha": 8.0, "use_rslora": False, "singular_values": True}
+    mine = peftfast.adapt(
+        Mlp(torch.float32), "lora-ga", target_modules=TARGETS, batches=data, direction=direction, scale=scale, **given
+    )
+    for name in TARGETS:
+        layer, stock_layer = mine.layers[name], theirs.base_model.model.get_submodule(name)
+        for own, other in ((layer.lora_A, stock_layer.lora_A), (layer.lora_B, stock_layer.lora_B)):
+            there = other.default.weight
+            # weight_svd: PEFT's largest singular value is that of a randomised SVD of rank r.
+            part = 0.1 if scale == "weight_svd" else 5e-3
+            torch.testing.assert_close(own.abs(), there.abs(), rtol=0, atol=part * float(there.abs().max()))
+
+
+def quantised(weight: Tensor) -> Tensor:
+    """NF4 by bitsandbytes, decoded; as rows of 64, since its decoder for CPUs is wrong where K is no multiple of 64."""
+    packed, state = bnb.functional.quantize_4bit(
+        weight.float().reshape(-1, 64), blocksize=64, quant_type="nf4", compress_statistics=False
+    )
+    return bnb.functional.dequantize_4bit(packed, state).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_loftq(iterations: int, tmp_path: Path) -> None:
+    """The algorithm with bitsandbytes' quantiser in plain torch; ``up`` is [64, 48], ``down`` [40, 64], whole blocks of 64."""
+    handle = adapted("loftq", dtype=torch.float32, r=4, lora_alpha=8.0, loftq_iter=iterations)
+    for name in TARGETS:
+        weight = Mlp(torch.float32).get_submodule(name).weight.detach()
+        low = torch.zeros_like(weight)
+        for _ in range(iterations):
+            q = quantised(weight - low)
+            low = principal(weight - q)
+        layer = handle.layers[name]
+        assert isinstance(layer, LoRANF4Linear) and layer.lora_A.shape[0] == 4
+        torch.testing.assert_close(F.nf4_dequantize(layer.nf4), q, rtol=0, atol=1e-6)
+        torch.testing.assert_close(2.0 * layer.lora_B @ layer.lora_A, low, rtol=0, atol=1e-5)
+        assert (weight - q - low).norm() < (weight - quantised(weight)).norm()
+    stir(handle)
+    plain = plain_model(
+        handle,
+        lambda layer, base, p: base + 2.0 * p["lora_B"] @ p["lora_A"],
+        {n: F.nf4_dequantize(h.nf4) for n, h in handle.layers.items()},
+    )
+    check_steps(handle, plain, None, 2e-5, steps=2)
+    assert handle.trainable == COUNT
+    if iterations > 1:  # the files hold Q, for a dense base and for a quantised one
+        check_files(handle, tmp_path, tolerance=1e-5)
+        check_files(handle, tmp_path, four_bit=True, tolerance=1e-5)
+        return
+    peftfast.save_adapter(handle.model, tmp_path)  # PEFT's LoRA, for the base in NF4
+    base = Mlp(torch.float32)
+    for name in TARGETS:
+        setattr(base, name, NF4Linear.from_linear(base.get_submodule(name), double_quant=False))
+    batch = batches(1, torch.float32)[0]
+    loaded = peftfast.load_adapter(base, tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits, handle.model(**batch).logits, rtol=1e-5, atol=1e-5)
+    four = adapted("lora", dtype=torch.float32, four_bit=True)
+    assert four.layers
+    with pytest.raises(ValueError, match="starts from the weight before it is quantised"):
+        adapted("loftq", dtype=torch.float32, four_bit=True, r=4)
+
+
+def test_eora(tmp_path: Path) -> None:
+    """Eckart and Young in the inputs' metric: no other rank-4 matrix leaves less of ‖(W - Q - L) X‖; and the formula itself."""
+    data = batches(5, torch.float32)
+    handle = peftfast.adapt(Mlp(torch.float32), "eora", target_modules=TARGETS, batches=data, r=4, lora_alpha=8.0)
+    base = Mlp(torch.float32)
+    for name in TARGETS:
+        weight = base.get_submodule(name).weight.detach().double()
+        x = torch.cat([one["x"] for one in data])
+        x = (x if name == "up" else torch.tanh(base.up(x))).detach().double()
+        layer = handle.layers[name]
+        error = weight - F.nf4_dequantize(layer.nf4).double()
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        root = values.clamp(min=float(values[-1]) * 1e-6).sqrt()
+        projected = principal(error @ vectors @ torch.diag(root)) @ torch.diag(1 / root) @ vectors.T
+        low = 2.0 * (layer.lora_B @ layer.lora_A).detach().double()
+        torch.testing.assert_close(low, projected, rtol=0, atol=1e-5)
+        left = ((error - low) @ x.T).norm()
+        assert left < 0.95 * (error @ x.T).norm() and left < ((error - principal(error)) @ x.T).norm()
+    assert handle.trainable == COUNT
+    stir(handle)
+    bases = {n: F.nf4_dequantize(layer.nf4) for n, layer in handle.layers.items()}
+    plain = plain_model(handle, lambda layer, base, p: base + 2.0 * p["lora_B"] @ p["lora_A"], bases)
+    check_steps(handle, plain, None, 2e-5, steps=2)
+    check_files(handle, tmp_path, four_bit=True, tolerance=1e-5)
+
+
+def test_lq_lora(tmp_path: Path) -> None:
+    """The weighted SVD is the best one for a weight that is an outer product; the error falls; the budget is kept."""
+    torch.manual_seed(0)
+    matrix, rows, columns = torch.randn(30, 20), torch.rand(30, 1) + 0.1, torch.rand(1, 20) + 0.1
+    left, right = lq_lora.weighted_svd(matrix, (rows * columns) ** 2, 4)
+    # Row and column means of an outer product are it, up to one factor, which the SVD does not see.
+    by_hand = principal(rows * matrix * columns) / rows / columns
+    exact_rows = (rows**2).sqrt()
+    torch.testing.assert_close(
+        left @ right, principal(exact_rows * matrix * columns) / exact_rows / columns, rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(left @ right, by_hand, rtol=0, atol=1e-4)
+    weights = torch.rand(64, 48)
+    weight = Mlp(torch.float32).up.weight.detach()
+    once = lq_lora.decompose(weight, weights, 4, 64, True, 1)
+    often = lq_lora.decompose(weight, weights, 4, 64, True, 6)
+    assert often[3] <= once[3]
+    rest = weight - often[0] @ often[1]
+    wrong = weights * (rest - F.nf4_dequantize(F.nf4_quantize(rest))) ** 2
+    assert float(wrong.sum()) == pytest.approx(often[3], rel=1e-5)
+
+    data = batches(3, torch.float32)
+    handle = peftfast.adapt(
+        Mlp(torch.float32), "lq-lora", target_modules=TARGETS, batches=data, r=4, lora_alpha=8.0, budget=4.3
+    )
+    used = sum(
+        lq_lora.bits(layer.block_size, layer.nf4.nested) * layer.in_features * layer.out_features
+        for layer in handle.layers.values()
+    )
+    assert used <= 4.3 * (64 * 48 + 40 * 64) and handle.trainable == COUNT
+    wide = peftfast.adapt(
+        Mlp(torch.float32), "lq-lora", target_modules=TARGETS, batches=data, r=4, lora_alpha=8.0, budget=5.0
+    )
+    assert {layer.block_size for layer in wide.layers.values()} == {32}
+    with pytest.raises(ValueError, match="budget: .* bits are fewer than any choice takes"):
+        peftfast.adapt(
+            Mlp(torch.float32), "lq-lora", target_modules=TARGETS, use_fisher=False, batches=data, r=4, budget=4.0
+        )
+    stir(handle)
+    bases = {n: F.nf4_dequantize(layer.nf4) for n, layer in handle.layers.items()}
+    plain = plain_model(handle, lambda layer, base, p: base + 2.0 * p["lora_B"] @ p["lora_A"], bases)
+    check_steps(handle, plain, None, 2e-5, steps=2)
+    check_files(handle, tmp_path, tolerance=1e-5)
+
+
+def test_bit_budget_is_the_best_choice() -> None:
+    """Against every choice tried in turn."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        costs, storage = torch.rand(4, 3, generator=generator), torch.randint(1, 9, (4, 3), generator=generator)
+        budget = int(storage.amin(1).sum()) + 3
+        chosen = lq_lora.assign(costs.tolist(), storage.tolist(), budget)
+        pick = lambda which, table: sum(float(table[i, k]) for i, k in enumerate(which))  # noqa: E731
+        fitting = [c for c in itertools.product(range(3), repeat=4) if pick(c, storage) <= budget]
+        assert pick(chosen, costs) == pytest.approx(min(pick(c, costs) for c in fitting))
+        assert pick(chosen, storage) <= budget
+
+
+def test_fisher_information() -> None:
+    """Sum over examples of the squared gradient, for rows and for sequences."""
+    from peftfast.methods.adapting import Targets
+    from peftfast.methods.passes import fisher
+    from peftfast.methods.registry import get
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Any:
+            return type("Output", (), {"loss": torch.tanh(self.inner(x)).square().sum()})
+
+    for shape in ((5, 3), (5, 4, 3)):
+        model, x = Sums().double().requires_grad_(False), torch.randn(shape, dtype=torch.float64)
+        found = fisher(Targets(model, get("lq-lora"), ["inner"], [{"x": x[:2]}, {"x": x[2:]}], False), "test")["inner"]
+        expected = torch.zeros(2, 3, dtype=torch.float64)
+        twin = copy.deepcopy(model).requires_grad_(True)
+        for one in x:
+            twin.zero_grad()
+            twin(one[None]).loss.backward()
+            expected += twin.inner.weight.grad**2
+        torch.testing.assert_close(found, expected)
+
+
+def test_data_is_asked_for() -> None:
+    for name in ("eva", "corda", "lora-ga", "eora", "lq-lora", "lora-sb"):
+        with pytest.raises(ValueError, match=f"batches: {name} reads data"):
+            adapted(name)
+        with pytest.raises(ValueError, match="batches: expected at least one batch"):
+            peftfast.adapt(Mlp(), name, target_modules=TARGETS, batches=[], r=4)
+        with pytest.raises(TypeError, match="batches: expected dictionaries"):
+            peftfast.adapt(Mlp(), name, target_modules=TARGETS, batches=[3], r=4)
+    unlabelled = [{"x": batches(1)[0]["x"]}]
+    model = Mlp()
+    with pytest.raises(ValueError, match="batches: expected labels"):
+        peftfast.adapt(model, "lora-ga", target_modules=TARGETS, batches=unlabelled, r=4)
+    assert not model.up._forward_hooks and model.training and all(p.requires_grad for p in model.parameters())
