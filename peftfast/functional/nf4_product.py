@@ -66,6 +66,14 @@ def takes_few_rows(x: Tensor, block_size: int, compute_dtype: torch.dtype) -> bo
     return 0 < x.shape[0] <= ops.nf4_linear.most_rows(x.device.type, x.shape[1], block_size, compute_dtype)
 
 
+def has_a_way_alone(rows: int, device_type: str, weight: NF4Weight, compute_dtype: torch.dtype) -> bool:
+    """Whether a layer on this weight multiplies so many rows otherwise than by the weight dequantised for that one product: which is
+    all that a group of layers does."""
+    if _switches["shared"] or _switches["merged"]:
+        return True
+    return 0 < rows <= ops.nf4_linear.most_rows(device_type, weight.shape[1], weight.block_size, compute_dtype)
+
+
 def product_without_gradient(
     x: Tensor,
     weight: NF4Weight,

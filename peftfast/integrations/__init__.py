@@ -19,15 +19,17 @@ def _peft_is_loaded() -> bool:
     return "peft.tuners.tuners_utils" in sys.modules
 
 
-def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, strict: bool = False, groups: bool = True) -> PatchReport:
     """Run the adapter layers of a PEFT model on fused kernels: in place, reversible by :func:`unpatch`, idempotent.
 
-    Only the class of each layer object is exchanged: parameters, names, state_dict, isinstance, merging, saving stay PEFT's. A layer
+    Only the class of each layer object is exchanged, and blocks are watched: parameters, names, state_dict, isinstance, merging, saving stay PEFT's. A layer
     that cannot be served keeps its stock forward, and the report says why.
 
     Args:
         model: any module that holds PEFT layers.
         strict: raise instead of leaving a layer stock.
+        groups: let layers of one block that get the same tensor (q, k, v; gate, up) run together, as the first forwards show them: one
+            pass over x for all, forward and backward. Two hooks are set on each block. False: each layer runs alone.
 
     Returns:
         The report, as :func:`report` gives it.
@@ -53,7 +55,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
         return before
     from . import peft, shira
 
-    peft.patch(model)
+    peft.patch(model, groups)
     shira.patch(model)
     return report(model)
 

@@ -18,6 +18,8 @@ class LayerReport:
         reason: why it is stock; empty when fused.
         patched: whether its class is exchanged now.
         note: what patch set beside the class, if anything.
+        together: the layers that get the same tensor, and run in one call with this one where nothing keeps them apart. Empty before
+            the first forward, which shows them.
     """
 
     name: str
@@ -26,10 +28,18 @@ class LayerReport:
     reason: str
     patched: bool
     note: str = ""
+    together: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:
         return not self.reason
+
+
+def _served(row: LayerReport) -> str:
+    if not row.fused:
+        return f"stock: {row.reason}"
+    beside = " and ".join(name.rpartition(".")[2] for name in row.together)
+    return f"{row.kernel}, together with {beside}" if beside else row.kernel
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,13 @@ class PatchReport:
         return {row.name: row.reason for row in self.layers if not row.fused}
 
     @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The layers that run together, in the order of the model; known after the first forward."""
+        found = {tuple(sorted((row.name, *row.together))): None for row in self.layers if row.together}
+        order = {row.name: i for i, row in enumerate(self.layers)}
+        return [tuple(sorted(group, key=order.__getitem__)) for group in found]
+
+    @property
     def reasons(self) -> dict[str, int]:
         """Reason -> how many layers it keeps stock, the most frequent first."""
         return dict(collections.Counter(self.stock.values()).most_common())
@@ -59,6 +76,7 @@ class PatchReport:
             "fused": len(self.fused),
             "stock": len(self.stock),
             "reasons": self.reasons,
+            "groups": [list(group) for group in self.groups],
             "layers": [asdict(row) for row in self.layers],
         }
 
@@ -70,7 +88,7 @@ class PatchReport:
         if unpatched:
             lines[0] += f" ({unpatched} not patched yet: peftfast.patch(model))"
         rows = [("layer", "type", "runs on")]
-        rows += [(row.name, row.layer, row.kernel or f"stock: {row.reason}") for row in self.layers]
+        rows += [(row.name, row.layer, _served(row)) for row in self.layers]
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         lines += [f"  {name:<{widths[0]}}  {kind:<{widths[1]}}  {kernel}" for name, kind, kernel in rows]
         notes = collections.Counter(row.note for row in self.layers if row.note)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from . import bitsandbytes as bnb
 from .patch_report import LayerReport, PatchReport
-from .peft_call import VERDICT, active_names, fused_or_stock
+from . import peft_groups
+from .peft_call import VERDICT, active_names
 from .peft_guards import FSDP, forget_backends, kernel_name, peft_version_reason, why_stock
 from .peft_guards import TESTED_PEFT as TESTED_PEFT
 
@@ -28,12 +29,13 @@ class _Fused:
     """Mixed in before PEFT's class: the forward that asks the guards."""
 
     _stock_name: str
+    _peftfast_grouped = True
 
     def _get_name(self) -> str:
         return self._stock_name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return fused_or_stock(self, super().forward, x, args, kwargs)  # type: ignore[misc]
+        return peft_groups.forward(self, super().forward, x, args, kwargs)  # type: ignore[misc]
 
 
 class FusedLinear(_Fused, peft_lora.Linear):
@@ -75,9 +77,9 @@ def _why_not_swapped(module: nn.Module) -> str:
     return f"no fused form of PEFT's {family}.{type(module).__name__}"
 
 
-def patch(model: nn.Module) -> None:
+def patch(model: nn.Module, groups: bool = True) -> None:
     """Exchange the class of every layer that has a fused one. A layer whose guards hold is exchanged too: they are asked again at
-    each call, and may have gone by then."""
+    each call, and may have gone by then. With ``groups`` layers that get the same tensor run together."""
     for _, module in _adapter_layers(model):
         if type(module) not in _SWAPS or _why_not_swapped(module) or peft_version_reason():
             continue
@@ -86,9 +88,14 @@ def patch(model: nn.Module) -> None:
             module.__dict__[_RESTORE] = {bnb.REPACK_FLAG: getattr(base, bnb.REPACK_FLAG)}
             setattr(base, bnb.REPACK_FLAG, False)
         module.__class__ = _SWAPS[type(module)]
+    if groups:
+        peft_groups.install(model)
+    else:
+        peft_groups.remove(model)
 
 
 def unpatch(model: nn.Module) -> None:
+    peft_groups.remove(model)
     for _, module in _adapter_layers(model):
         fused, base = _fused_class(module), getattr(module, "base_layer", None)
         if fused is None:
@@ -105,7 +112,13 @@ def unpatch(model: nn.Module) -> None:
 def report(model: nn.Module) -> PatchReport:
     forget_backends()
     rows = []
-    for name, module in _adapter_layers(model):
+    layers = _adapter_layers(model)
+    named = {id(module): name for name, module in layers}
+    beside: dict[int, tuple[str, ...]] = {}
+    for members in peft_groups.groups_of(model):
+        for member in members:
+            beside[id(member)] = tuple(named[id(other)] for other in members if other is not member and id(other) in named)
+    for name, module in layers:
         fused = _fused_class(module)
         stock = type(module) if fused is None else _UNSWAPS[fused]
         family = stock.__module__.removeprefix("peft.tuners.").split(".")[0]
@@ -120,6 +133,7 @@ def report(model: nn.Module) -> PatchReport:
                 reason=reason,
                 patched=fused is not None,
                 note=bnb.REPACK_NOTE if _RESTORE in module.__dict__ else "",
+                together=() if reason else beside.get(id(module), ()),
             )
         )
     return PatchReport(tuple(rows))

@@ -81,6 +81,7 @@ class Verdict:
         self.device_type = self.device.type
         # One LoRA adapter on a dense base: what the short way serves.
         self.short = not self.four_bit and len(names) == 1 and not self.variants
+        self.inference = any(parameter.is_inference() for parameter in self.parameters)
 
     def __reduce__(self) -> Any:
         return _nothing, ()
@@ -118,7 +119,7 @@ def _remembered(layer: Any) -> Verdict | None:
     return verdict if verdict is not None and verdict.holds(layer) else None
 
 
-def _remember(layer: Any, active: str | list[str], names: list[str]) -> None:
+def remember(layer: Any, active: str | list[str], names: list[str]) -> None:
     plain = (Tensor, nn.Parameter)
     base = layer.base_layer
     known = type(base.weight) in plain or is_bitsandbytes_4bit(base)
@@ -183,7 +184,7 @@ def _by_the_guards(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[st
         log_once(reason)
         return stock(x, **kwargs)
     if not mixed and not torch.compiler.is_compiling():
-        _remember(layer, active, names)
+        remember(layer, active, names)
     return _run(layer, x, names, rows, None)
 
 

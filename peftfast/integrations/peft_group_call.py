@@ -1,0 +1,179 @@
+"""One call for a group of patched layers: whether they may run together on an input, and the call itself."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..functional.lora import draw_seed
+from ..functional.lora_multi import apply_group
+from ..functional.lora_projections import LoRAProjectionsFunction, Projections, projections_of
+from ..functional.nf4_product import has_a_way_alone
+from ..functional.precision import compute_dtype_of
+from . import bitsandbytes as bnb
+from .peft_call import VERDICT, Verdict, active_names, remember
+from .peft_guards import has_dora, why_stock, why_stock_for
+
+_VERSION = operator.attrgetter("_version")
+_NEEDS = operator.attrgetter("requires_grad")
+
+Numbers = tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...], tuple[bool, ...]]
+
+
+def numbers_of(layer: Any, verdict: Verdict) -> Numbers:
+    """What a result depends on beside the tensors that a verdict knows: scalings and dropout of the adapters, the versions of the
+    parameters, and which of them need gradients."""
+    scalings, ps = [], []
+    for name, _, _, _, dropout, magnitude in verdict.adapters:
+        scalings.append(layer.scaling[name])
+        # PEFT drops nothing of DoRA's input where the layer itself is not in training.
+        active = dropout.training and type(dropout) is nn.Dropout and (magnitude is None or layer.training)
+        ps.append(dropout.p if active else 0.0)
+    parameters = verdict.parameters
+    return tuple(scalings), tuple(ps), tuple(map(_VERSION, parameters)), tuple(map(_NEEDS, parameters))
+
+
+def _verdict_of(layer: Any) -> Verdict | None:
+    """The layer's verdict, made anew where the last one does not hold; None where it runs stock."""
+    verdict: Verdict | None = layer.__dict__.get(VERDICT)
+    if verdict is not None and verdict.holds(layer):
+        return verdict
+    names = active_names(layer)
+    if not names or layer.disable_adapters or layer.merged or why_stock(layer, names):
+        return None
+    active = layer._active_adapter
+    remember(layer, active if isinstance(active, str) else list(active), names)
+    return layer.__dict__[VERDICT]  # type: ignore[no-any-return]
+
+
+class Shared:
+    """What the calls of a group share."""
+
+    def __init__(self, members: tuple[Any, ...]) -> None:
+        self.members = members
+        self.hooks = [
+            hooks
+            for member in members
+            for hooks in (
+                member._forward_hooks,
+                member._forward_pre_hooks,
+                member._backward_hooks,
+                member._backward_pre_hooks,
+            )
+        ]
+        self.own = [member.__dict__ for member in members]
+        self.known: tuple[tuple[Verdict, ...], Projections | None] = ((), None)
+
+    def verdicts(self, x: Tensor) -> tuple[Verdict, ...] | None:
+        """The members' verdicts, where all may run together on x."""
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # Two heads on features may be trained by a backward pass each, and one node cannot be run twice. Where x needs a gradient
+            # the graph behind x is in the same case.
+            return None
+        if any(self.hooks) or any(["forward" in own for own in self.own]):
+            return None
+        found = []
+        for member in self.members:
+            verdict = _verdict_of(member)
+            if verdict is None:
+                return None
+            found.append(verdict)
+        first = found[0]
+        plain = x.dtype is first.dtype and x.device == first.device and not torch.is_autocast_enabled(first.device_type)
+        for member, verdict in zip(self.members, found, strict=True):
+            if verdict.width != first.width or verdict.device != first.device or verdict.inference:
+                return None
+            if plain and verdict.short and verdict.dtype is first.dtype:
+                continue
+            if why_stock_for(member, x) or (verdict.nf4 is not None and _served_alone(member, verdict, x)):
+                return None
+        if x.dim() == 0 or x.shape[-1] != first.width or len({_dtypes(m, v, x) for m, v in zip(self.members, found)}) > 1:
+            return None
+        return tuple(found)
+
+    def run(self, x: Tensor, verdicts: tuple[Verdict, ...], numbers: Sequence[Numbers]) -> tuple[Tensor, ...]:
+        first = verdicts[0]
+        short = all([verdict.short for verdict in verdicts]) and x.dtype is first.dtype
+        if short and not torch.is_autocast_enabled(first.device_type):
+            plain = self._plain(verdicts, x.dtype)
+            if plain is not None and plain.uniform():
+                ps = tuple([own[1][0] for own in numbers])
+                scalings = tuple([own[0][0] for own in numbers])
+                return LoRAProjectionsFunction.apply(  # type: ignore[no-any-return]
+                    x, _seeds(x, ps), ps, scalings, len(plain.biases) > 0, *_tensors(plain)
+                )
+        return self._general(x, verdicts, numbers)
+
+    def _plain(self, verdicts: tuple[Verdict, ...], dtype: torch.dtype) -> Projections | None:
+        if self.known[0] != verdicts:
+            adapters = [verdict.adapters[0] for verdict in verdicts]
+            found = projections_of(
+                dtype,
+                [verdict.weight for verdict in verdicts],
+                [a for _, a, *_ in adapters],
+                [b for _, _, b, *_ in adapters],
+                [verdict.bias for verdict in verdicts],
+                [lora_bias for _, _, _, lora_bias, *_ in adapters],
+            )
+            self.known = (verdicts, found)
+        return self.known[1]
+
+    def _general(self, x: Tensor, verdicts: tuple[Verdict, ...], numbers: Sequence[Numbers]) -> tuple[Tensor, ...]:
+        projections, terms = [], []
+        for member, verdict, (scalings, ps, _, _) in zip(self.members, verdicts, numbers, strict=True):
+            # Each layer draws its own seeds, as it does alone: what follows in the generator's sequence is the same.
+            seeds: Any = draw_seed(x, len(ps)).split(1) if any(ps) else (None,) * len(ps)
+            own = [
+                F.Adapter(a, b, scaling, lora_bias, p, seed)
+                for (_, a, b, lora_bias, _, _), scaling, p, seed in zip(
+                    verdict.adapters, scalings, ps, seeds, strict=True
+                )
+            ]
+            magnitude = verdict.adapters[0][5] if has_dora(member, verdict.adapters[0][0]) else None
+            weight = verdict.weight if verdict.nf4 is None else verdict.nf4
+            projections.append((weight, verdict.bias, None if magnitude is None else magnitude.weight))
+            terms.append(own)
+        dtype, out_dtype = _dtypes(self.members[0], verdicts[0], x)
+        return apply_group(x, projections, terms, None, True, dtype, out_dtype)
+
+
+def _tensors(plain: Projections) -> list[Tensor]:
+    return [*plain.weights, *plain.a, *plain.b, *plain.biases, *plain.lora_biases]
+
+
+def _compute_dtype(layer: Any, verdict: Verdict, x: Tensor) -> torch.dtype | None:
+    return bnb.compute_dtype_for(layer.base_layer, x) if verdict.four_bit else None
+
+
+def _dtypes(layer: Any, verdict: Verdict, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of the products and of the result."""
+    if verdict.short and x.dtype is verdict.dtype and not torch.is_autocast_enabled(verdict.device_type):
+        return x.dtype, x.dtype
+    asked = _compute_dtype(layer, verdict, x)
+    dtype = compute_dtype_of(x, asked)
+    return dtype, dtype if asked is None else x.dtype
+
+
+def _served_alone(layer: Any, verdict: Verdict, x: Tensor) -> bool:
+    """Whether a 4-bit layer has a way of its own for this input, which a group has not."""
+    assert verdict.nf4 is not None
+    return has_a_way_alone(x.shape[:-1].numel(), x.device.type, verdict.nf4, _dtypes(layer, verdict, x)[0])
+
+
+def _seeds(x: Tensor, ps: tuple[float, ...]) -> Tensor | None:
+    """An int64 for each projection. Drawn one by one, as the layers alone would, so that what follows in the generator's sequence is the
+    same; a CPU's generator gives the same for one draw of several."""
+    if not any(ps):
+        return None
+    if all(ps) and x.is_cpu:
+        return draw_seed(x, len(ps))
+    seeds = torch.zeros(len(ps), dtype=torch.int64, device=x.device)
+    for t, p in enumerate(ps):
+        if p:
+            seeds[t : t + 1].random_(0, 2**63 - 1)
+    return seeds
