@@ -166,6 +166,7 @@ def test_eva_ranks_and_masks() -> None:
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_corda(mode: str, tmp_path: Path) -> None:
+    pytest.importorskip("attr")  # which PEFT's CorDA imports without asking for it
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
