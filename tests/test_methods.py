@@ -464,6 +464,43 @@ def test_page_of_methods(tmp_path: Path) -> None:
     assert "Nothing has been measured" in page(read(tmp_path / "none.json"))
 
 
+def test_measuring_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The runs themselves are the demo's; here a method's row is a stand-in."""
+    from benchmarks import methods as bench
+
+    ran: list[str] = []
+    tried: set[str] = set()
+
+    def trained(task: object, name: str, order: list, data: list, held_out: int) -> dict:
+        if name == "lora" and name not in tried:
+            tried.add(name)
+            raise RuntimeError("stopped")
+        ran.append(name)
+        return {
+            "accuracy": 0.5, "final_loss": 1.0, "milliseconds": 7.0, "peak_bytes": None, "saved_bytes": 0, "trained": 1,
+            "options": {}, "learning_rate": 0.1,
+        }  # fmt: skip
+
+    monkeypatch.setattr(bench, "trained", trained)
+    argv = [
+        "--out",
+        str(tmp_path / "r.json"),
+        "--page",
+        str(tmp_path / "m.md"),
+        "--only",
+        "lora,lora-xs,dora",
+        "--steps",
+        "1",
+    ]
+    assert bench.main(argv) == 1 and "lora: RuntimeError: stopped" in capsys.readouterr().err
+    assert bench.main(argv) == 0 and ran == ["dora", "lora-xs", "lora"]
+    assert bench.main([*argv, "--again"]) == 0 and len(ran) == 6
+    assert bench.main([*argv[:-1], "2"]) == 2 and "was run with" in capsys.readouterr().err
+    assert bench.main(["--only", "nothing"]) == 2
+    text = (tmp_path / "m.md").read_text()
+    assert text.count("| 50.0 % |") == 3 and "1 steps of 16 docstrings" in text
+
+
 def test_demo_trains_a_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--quick", "--steps", "2", "--batch-size", "4", "--max-length", "16", "--out", str(tmp_path)]
     assert main(["demo", "--method", "lora-xs", *small]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Targets:
         yield from tqdm(items, desc=title, disable=not sys.stderr.isatty(), leave=False)
 
     def data(self, title: str) -> Iterator[dict[str, Any]]:
-        """The batches, with a progress bar; each a dictionary of the model's arguments, labels included.
+        """The batches, with a progress bar; each a dictionary of the model's arguments, labels included, on the model's device.
 
         Raises:
             ValueError: ``adapt`` was given none. TypeError: a batch is not a dictionary.
@@ -111,10 +111,11 @@ class Targets:
             self._batches = list(self._batches)  # a method may go over them twice
         if not self._batches:
             raise ValueError("batches: expected at least one batch, got none")
+        device = next(self.model.parameters()).device
         for batch in self.progress(self._batches, title):
-            if not isinstance(batch, dict):
+            if not isinstance(batch, Mapping):
                 raise TypeError(f"batches: expected dictionaries of the model's arguments, got {type(batch).__name__}")
-            yield batch
+            yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 class AdapterHandle:
@@ -331,7 +332,8 @@ def adapt(
         target_modules, exclude_modules, task_type: as in PEFT, and matched by PEFT's own functions: "all-linear" (with
             task_type="SEQ_CLS" without the head), ends of paths, or a regular expression of a whole path.
         modules_to_save: paths of modules that are trained and saved whole, such as a new head.
-        batches: what a method that reads data goes over: an iterable of dictionaries of the model's arguments.
+        batches: what a method that reads data goes over: a finite iterable of dictionaries of the model's arguments, such as a
+            DataLoader. Where several processes adapt a model, all are to be given the same.
         options: the method's own; the defaults are the paper's.
 
     Returns:
@@ -366,8 +368,6 @@ def _adapt(
     if HANDLE in model.__dict__:
         raise ValueError(f"model: adapted already, by {model.__dict__[HANDLE].method.name}")
     options = read_options(method, given)
-    if method.reads_data and batches is None and not restoring:
-        raise ValueError(f"batches: {name} reads data: give an iterable of the model's arguments")
     kept = list(modules_to_save)
     for module in kept:
         model.get_submodule(module)
