@@ -41,6 +41,23 @@ def test_resumed_is_as_never_stopped(llama, texts, tmp_path, monkeypatch, capsys
     assert config["base_model_name_or_path"] == str(llama) and config["task_type"] == "CAUSAL_LM"
 
 
+def test_merged_into_the_base(llama, texts, tmp_path, capsys):  # noqa: F811
+    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    more = ("--method", "lora-xs", "--r", "8", "--learning_rate", "0.1", "--max-steps", "3")
+    assert main(command(llama, texts, adapter, *more)) == 0
+    assert main(["merge", "--adapter", str(adapter), "--out", str(out), "--dtype", "float32"]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(12)[None]
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    plain = base(input_ids=ids).logits
+    expected = peftfast.load_adapter(base, adapter)(input_ids=ids).logits
+    found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(input_ids=ids).logits
+    assert (expected - plain).norm() > 0.01 * plain.norm()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_classifier_with_its_head(llama, labelled, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
     argv = command(llama, labelled, out, "--method", "vera", "--max-steps", "2", "--method-option", "d_initial=0.2")

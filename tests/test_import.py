@@ -16,7 +16,7 @@ TIMED = """
 import time, torch
 began = time.process_time()
 import peftfast
-peftfast.patch, peftfast.nn.LoRALinear, peftfast.functional.lora_linear, peftfast.save_adapter
+peftfast.patch, peftfast.nn.LoRALinear, peftfast.functional.lora_linear, peftfast.save_adapter, peftfast.adapt
 print(time.process_time() - began)
 import sys
 print([name for name in ("triton", "peft", "bitsandbytes", "transformers", "safetensors") if name in sys.modules])

@@ -69,6 +69,13 @@ def test_errors_before_anything_is_changed() -> None:
         ValueError, "matches no layer that lora adapts: Mlp is not Linear", nn.Sequential(Mlp()), target_modules=["0"]
     )
     refused(ValueError, "shira adapts none of the layers", name="shira", r=60)
+    with pytest.raises(ValueError, match="a PEFT model has adapters already"):
+        peftfast.adapt(peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=TARGETS)), "lora")
+    bytes_ = Mlp(torch.float32)
+    bytes_.up.weight = nn.Parameter(torch.zeros(64, 48, dtype=torch.int8), requires_grad=False)
+    bytes_.down = nn.Linear(64, 40, bias=False, device="meta")
+    handle = peftfast.adapt(bytes_, "lora", target_modules="all-linear")
+    assert handle.skipped == {"up": "its weight is torch.int8", "down": "its weight is on the meta device"}
     model = Mlp()
     peftfast.adapt(model, "lora", target_modules=TARGETS)
     with pytest.raises(ValueError, match="model: adapted already, by lora"):
@@ -228,6 +235,10 @@ def test_a_head_is_trained_and_saved_whole(tmp_path: Path) -> None:
         expected = model(**batch).logits
         loaded = peftfast.load_adapter(Mlp(torch.float32), tmp_path / name)
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+    again = peftfast.load_adapter(Mlp(torch.float32), tmp_path / "lora")
+    peftfast.save_adapter(again, tmp_path / "again")
+    first, second = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("lora", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     stock = peft.PeftModel.from_pretrained(Mlp(torch.float32), tmp_path / "lora").eval()
     mine = peftfast.load_adapter(Mlp(torch.float32), tmp_path / "lora")
     torch.testing.assert_close(stock(**batch).logits, mine(**batch).logits, rtol=1e-5, atol=1e-5)
@@ -254,6 +265,28 @@ def test_files_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
     handle.merge()
     with pytest.raises(RuntimeError, match="up is merged"):
         peftfast.save_adapter(handle.model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "lora-xs", "vera", "shira"])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_merged_and_unloaded(name: str, four_bit: bool) -> None:
+    """Plain layers, and what they compute: the adapter's to rounding, or to what 4 bits leave."""
+    handle = adapted(name, dtype=torch.float32, four_bit=four_bit, r=2)
+    stir(handle)
+    if name == "shira" and four_bit:
+        with pytest.raises(RuntimeError, match="a 4-bit weight cannot hold a delta"):
+            handle.merge_and_unload()
+        return
+    model, batch = handle.model.eval(), batches(1, torch.float32)[0]
+    before, unit = model(**batch).logits.detach(), torch.eye(64)
+    weight = model.down(unit).detach()
+    assert handle.merge_and_unload() is model and not hasattr(model, "peftfast_handle")
+    assert type(model.up) is type(model.down) is (NF4Linear if four_bit else nn.Linear)
+    assert not any("peftfast_shared" in key or "lora" in key for key in model.state_dict())
+    # 16 levels for normal values in blocks of 64 leave a tenth.
+    assert (model.down(unit) - weight).norm() < (0.12 if four_bit else 1e-5) * weight.norm()
+    if not four_bit:
+        torch.testing.assert_close(model(**batch).logits, before, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_prints_and_moves() -> None:
@@ -429,6 +462,43 @@ def test_page_of_methods(tmp_path: Path) -> None:
     assert "| [lora](#lora) | 12 | 50.0 % | 1.000 | 7 | not known | 3 MB |" in page(results)
     assert "| [lora-xs](#lora-xs) | not measured |" in page(results)
     assert "Nothing has been measured" in page(read(tmp_path / "none.json"))
+
+
+def test_measuring_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The runs themselves are the demo's; here a method's row is a stand-in."""
+    from benchmarks import methods as bench
+
+    ran: list[str] = []
+    tried: set[str] = set()
+
+    def trained(task: object, name: str, order: list, data: list, held_out: int) -> dict:
+        if name == "lora" and name not in tried:
+            tried.add(name)
+            raise RuntimeError("stopped")
+        ran.append(name)
+        return {
+            "accuracy": 0.5, "final_loss": 1.0, "milliseconds": 7.0, "peak_bytes": None, "saved_bytes": 0, "trained": 1,
+            "options": {}, "learning_rate": 0.1,
+        }  # fmt: skip
+
+    monkeypatch.setattr(bench, "trained", trained)
+    argv = [
+        "--out",
+        str(tmp_path / "r.json"),
+        "--page",
+        str(tmp_path / "m.md"),
+        "--only",
+        "lora,lora-xs,dora",
+        "--steps",
+        "1",
+    ]
+    assert bench.main(argv) == 1 and "lora: RuntimeError: stopped" in capsys.readouterr().err
+    assert bench.main(argv) == 0 and ran == ["dora", "lora-xs", "lora"]
+    assert bench.main([*argv, "--again"]) == 0 and len(ran) == 6
+    assert bench.main([*argv[:-1], "2"]) == 2 and "was run with" in capsys.readouterr().err
+    assert bench.main(["--only", "nothing"]) == 2
+    text = (tmp_path / "m.md").read_text()
+    assert text.count("| 50.0 % |") == 3 and "1 steps of 16 docstrings" in text
 
 
 def test_demo_trains_a_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

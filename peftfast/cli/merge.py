@@ -25,9 +25,9 @@ TOLERANCE = 1e-3
 PROBE_TOKENS = 64
 
 DESCRIPTION = """\
-Writes base + adapter as one model. The base is read in float32 (four bytes a parameter), merged by PEFT, and the merged model must
-give the logits of the model with its adapter beside it. It is written in --dtype or in 4 bits, read back, and each tensor compared
-bit for bit."""
+Writes base + adapter as one model. The base is read in float32 (four bytes a parameter), merged by PEFT (an adapter of a method
+that PEFT has not: by peftfast), and the merged model must give the logits of the model with its adapter beside it. It is written
+in --dtype or in 4 bits, read back, and each tensor compared bit for bit."""
 
 
 def parser() -> arguments.Parser:
@@ -147,6 +147,8 @@ def _merged(
     import torch
     from peft import PeftModel
 
+    from ..integrations.adapter_files import load_adapter
+
     base, _ = models.load(
         directory,
         config,
@@ -160,17 +162,21 @@ def _merged(
         _unquantise(base)
         base.to(torch.float32)
     base.to(device).eval()
+    own = _adapter_config(options.adapter).get("peft_type") == "PEFTFAST"
     with models.named("--adapter", str(options.adapter), "adapter"):
-        model = PeftModel.from_pretrained(base, str(options.adapter)).eval()
+        if own:
+            model: Any = load_adapter(base, options.adapter).eval()
+        else:
+            model = PeftModel.from_pretrained(base, str(options.adapter)).eval()
     generator = torch.Generator().manual_seed(0)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(device)
     with torch.no_grad():
         expected = model(input_ids=probe).logits.float().cpu()
         try:
-            merged = model.merge_and_unload(safe_merge=True)
-        except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
-            raise UserError(f"--adapter: PEFT cannot merge it: {arguments.first_line(error)}") from None
+            merged = model.peftfast_handle.merge_and_unload() if own else model.merge_and_unload(safe_merge=True)
+        except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
+            raise UserError(f"--adapter: it cannot be merged: {arguments.first_line(error)}") from None
         gap = _relative(merged(input_ids=probe).logits, expected)
     if not gap <= TOLERANCE:
         raise UserError(

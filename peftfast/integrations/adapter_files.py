@@ -157,7 +157,22 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         setattr(model.get_submodule(parent), child, layer)
     for module, state in heads.items():
         model.get_submodule(module).load_state_dict(state)
+    if heads:
+        _remember(model, ready, config, list(heads))
     return model
+
+
+def _remember(model: nn.Module, layers: dict[str, LoRALinear], config: dict[str, Any], heads: list[str]) -> None:
+    """A handle as :func:`peftfast.adapt` gives it, so that what is saved again holds the modules that were saved whole."""
+    from ..methods.adapting import HANDLE, AdapterHandle, Runtime
+    from ..methods.lora import LoRAOptions
+    from ..methods.registry import get
+
+    options = LoRAOptions(config["r"], float(config["lora_alpha"]), config.get("lora_dropout") or 0.0)
+    method = get("dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora")
+    handle = AdapterHandle(model, method, options, dict(layers), {}, heads, Runtime())
+    handle.task_type = config.get("task_type")
+    model.__dict__[HANDLE] = handle
 
 
 def _taken_heads(

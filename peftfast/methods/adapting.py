@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,11 +66,11 @@ class Targets:
         self._batches = batches
         for name in names:
             module = model.get_submodule(name)
-            if isinstance(module, method.modules):
+            reason = _unsuitable(module, method)
+            if reason is None:
                 self.modules[name] = module
             else:
-                kinds = " or ".join(kind.__name__ for kind in method.modules)
-                self.skipped[name] = f"{type(module).__name__} is not {kinds}"
+                self.skipped[name] = reason
 
     def skip(self, name: str, reason: str) -> None:
         """Leave a layer as it is."""
@@ -100,7 +100,7 @@ class Targets:
         yield from tqdm(items, desc=title, disable=not sys.stderr.isatty(), leave=False)
 
     def data(self, title: str) -> Iterator[dict[str, Any]]:
-        """The batches, with a progress bar; each a dictionary of the model's arguments, labels included.
+        """The batches, with a progress bar; each a dictionary of the model's arguments, labels included, on the model's device.
 
         Raises:
             ValueError: ``adapt`` was given none. TypeError: a batch is not a dictionary.
@@ -111,10 +111,11 @@ class Targets:
             self._batches = list(self._batches)  # a method may go over them twice
         if not self._batches:
             raise ValueError("batches: expected at least one batch, got none")
+        device = next(self.model.parameters()).device
         for batch in self.progress(self._batches, title):
-            if not isinstance(batch, dict):
+            if not isinstance(batch, Mapping):
                 raise TypeError(f"batches: expected dictionaries of the model's arguments, got {type(batch).__name__}")
-            yield batch
+            yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 class AdapterHandle:
@@ -210,6 +211,21 @@ class AdapterHandle:
         """Take the adapters out again."""
         self._merging("unmerge")
 
+    def merge_and_unload(self) -> nn.Module:
+        """Merge, and put a plain linear layer in the place of every adapter layer: an nn.Linear, or an
+        :class:`~peftfast.nn.NF4Linear` where the base is in 4 bits. The handle is of no more use then. Returns the model.
+
+        Raises:
+            RuntimeError: as :meth:`merge`.
+        """
+        self.merge()
+        for path, layer in self.layers.items():
+            parent, _, child = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, _plain(layer))
+        self.model._modules.pop(SHARED, None)
+        self.model.__dict__.pop(HANDLE, None)
+        return self.model
+
     def state_dict(self) -> dict[str, Any]:
         """To go on from, beside the model's and the optimiser's own."""
         return {"completed_steps": self.completed_steps, "runtime": self.runtime.state_dict()}
@@ -230,6 +246,37 @@ class AdapterHandle:
             reasons[reason] = reasons.get(reason, 0) + 1
         lines += [f"  {count} layers stay as they were: {reason}" for reason, count in reasons.items()]
         return "\n".join(lines)
+
+
+def _plain(layer: Any) -> nn.Module:
+    """The linear layer that a merged adapter layer has become."""
+    from ..nn import NF4Linear
+
+    if isinstance(getattr(layer, "base_layer", None), nn.Module):
+        base: nn.Module = layer.base_layer
+        return base
+    if isinstance(layer, NF4Linear):
+        return NF4Linear(layer.nf4, layer.bias, layer.compute_dtype).train(layer.training)
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+    plain.register_parameter("bias", layer.bias)
+    return plain.train(layer.training)
+
+
+def _unsuitable(module: nn.Module, method: Method) -> str | None:
+    """Why no method can work on a module, None where one can."""
+    if not isinstance(module, method.modules):
+        kinds = " or ".join(kind.__name__ for kind in method.modules)
+        return f"{type(module).__name__} is not {kinds}"
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        if weight.is_meta:
+            return "its weight is on the meta device"
+        if hasattr(weight, "ds_id"):
+            return "its weight is sharded by ZeRO-3"
+        if isinstance(module, nn.Linear) and not weight.is_floating_point() and not is_four_bit(module):
+            return f"its weight is {weight.dtype}"
+    return None
 
 
 def matched(
@@ -285,7 +332,8 @@ def adapt(
         target_modules, exclude_modules, task_type: as in PEFT, and matched by PEFT's own functions: "all-linear" (with
             task_type="SEQ_CLS" without the head), ends of paths, or a regular expression of a whole path.
         modules_to_save: paths of modules that are trained and saved whole, such as a new head.
-        batches: what a method that reads data goes over: an iterable of dictionaries of the model's arguments.
+        batches: what a method that reads data goes over: a finite iterable of dictionaries of the model's arguments, such as a
+            DataLoader. Where several processes adapt a model, all are to be given the same.
         options: the method's own; the defaults are the paper's.
 
     Returns:
@@ -315,11 +363,11 @@ def _adapt(
     if method.build is None:
         operation = f"{method.operation.__module__}.{method.operation.__name__}" if method.operation else "a function"
         raise ValueError(f"method: {name} is {KIND_WORDS[method.kind]}, not put on a model by adapt: see {operation}")
+    if hasattr(model, "peft_config"):
+        raise ValueError("model: a PEFT model has adapters already; expected the model that PEFT was given")
     if HANDLE in model.__dict__:
         raise ValueError(f"model: adapted already, by {model.__dict__[HANDLE].method.name}")
     options = read_options(method, given)
-    if method.reads_data and batches is None and not restoring:
-        raise ValueError(f"batches: {name} reads data: give an iterable of the model's arguments")
     kept = list(modules_to_save)
     for module in kept:
         model.get_submodule(module)

@@ -56,8 +56,8 @@ class SVFitLinear(FactoredLinear):
     reduces_to="lora with B' = U_r diag(sigma - S_r); nf4 + lora on a 4-bit base",
     kind="layer",
     fused="the layer, forward and backward, on B'. x is not saved for backward",
-    choices="Written as a difference from the start, which is the same function with the weight as it is. r is 768, about all of a "
-    "base-sized model's, or a weight's smaller side where that is less.",
+    choices="Written as a difference from the start, which is the same function with the weight as it is. r is at most a "
+    "weight's smaller side; its default is chosen here.",
     demo={"r": 128},
     learning_rate=2e-2,
 )
@@ -116,8 +116,8 @@ class LoLDULinear(FactoredLinear):
     reduces_to="lora with B' = P L_r diag(s z - s0 D_r); nf4 + lora on a 4-bit base",
     kind="layer",
     fused="the layer, forward and backward, on B'. x is not saved for backward",
-    choices="z begins at D_r, the first of the paper's initialisations. The residual is written as a difference from the start, "
-    "which is the same function with the weight as it is. P L_r is kept as one matrix.",
+    choices="z begins at D_r, the first of the paper's initialisations, and s at lora_alpha / r, 1 by default here. The residual is "
+    "written as a difference from the start, which is the same function with the weight as it is. P L_r is kept as one matrix.",
     demo={"r": 128, "lora_alpha": 128.0},
     learning_rate=2e-3,
 )  # fmt: skip

@@ -73,8 +73,9 @@ def factors(gradient: Tensor, weight: Tensor, options: Options) -> tuple[Tensor,
     kind="initialisation",
     fused="the layer, forward and backward",
     peft='LoraConfig(init_lora_weights="lora_ga")',
-    choices="The SVD is exact; the gradient is the mean over the batches, in evaluation mode. PEFT's variant, with singular values on "
-    "B and A of norm 1, is singular_values=True (and use_rslora=False for its default scaling). Files as for pissa.",
+    choices="The SVD is exact; gamma is 16, as in PEFT; the gradient is the mean over the batches, in evaluation mode. PEFT's "
+    "variant, with singular values on B and A of norm 1, is singular_values=True (and use_rslora=False for its default scaling). "
+    "Files as for pissa.",
     reads_data=True,
     demo={"r": 16, "lora_alpha": 16.0},
     learning_rate=5e-4,
