@@ -347,7 +347,11 @@ def test_few_rows_are_one_operator() -> None:
 
 def test_where_few_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     most = ops.most_rows(DEVICE.type, 192, 64, BF16)
-    assert most == configs.FEW_ROWS["cpu" if DEVICE.type == "cpu" else "triton"] or DEVICE.type == "cuda"
+    dot = DEVICE.type == "cpu" and torch.ops.peftfast_cpu.nf4_linear_has_dot()
+    assert most == configs.FEW_ROWS["cpu dot" if dot else "cpu"] or DEVICE.type == "cuda"
+    if DEVICE.type == "cpu":
+        for k, block_size, compute in ((192, 64, F32), (192, 64, F16), (200, 64, BF16), (192, 32, BF16)):
+            assert ops.most_rows("cpu", k, block_size, compute) == configs.FEW_ROWS["cpu"]
     assert ops.most_rows(DEVICE.type, 192, 64, F64) == 0
     monkeypatch.setenv("PEFTFAST_BACKEND", "reference")
     assert ops.most_rows(DEVICE.type, 192, 64, BF16) == 0

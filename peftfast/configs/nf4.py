@@ -79,10 +79,12 @@ def nf4_nest(device: Device) -> NestConfig:
 
 
 # Rows of x up to which the fused few-row product is quicker than dequantising and the library's product, by backend.
-# cpu: with an adapter of rank 16 and the weight out of cache, 0.96 against 0.96 ms at 16 rows and 1.14 against 1.04 at 20
-# for 2048 x 2048, 0.88 against 1.02 and 1.06 against 1.18 for 1024 x 4096, bfloat16, one thread of an AMD EPYC of the Zen 5
-# generation (2026-11-21). cuda and triton: not measured; 64 is what the kernel was made for, 16 one tile of tl.dot.
-FEW_ROWS = {"cuda": 64, "cpu": 16, "triton": 16}
+# cpu: where float32 is multiplied. With an adapter of rank 16 and the weight out of cache, 0.96 against 0.96 ms at 16 rows and
+# 1.14 against 1.04 at 20 for 2048 x 2048, 0.88 against 1.02 and 1.06 against 1.18 for 1024 x 4096, one thread of an AMD EPYC of
+# the Zen 5 generation (2026-11-21). cpu dot: where AVX-512 multiplies bfloat16. By the same measure 1.52 against 1.73 ms at 40
+# rows and 1.81 against 1.76 at 48 for 2048 x 2048, 1.44 against 1.55 and 1.76 against 1.82 for 1024 x 4096.
+# cuda and triton: not measured; 64 is what the kernel was made for, 16 one tile of tl.dot.
+FEW_ROWS = {"cuda": 64, "cpu": 16, "cpu dot": 40, "triton": 16}
 
 
 # How the adapter's product joins the base product of many rows, by device type. "expand": added by a pass over y.
