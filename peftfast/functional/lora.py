@@ -42,7 +42,7 @@ def _add_product(
     return base
 
 
-def _as_one(x: Tensor, dtype: torch.dtype) -> bool:
+def _as_one(x: Tensor, dtype: torch.dtype, rank: int) -> bool:
     """Whether the passes on x run as one operator of the C++ library: a plain CPU tensor of the compute dtype, and nobody who watches
     operators or asked for a backend. The result is the same, bit for bit; what is saved is the way through Python between them."""
     return (
@@ -53,6 +53,8 @@ def _as_one(x: Tensor, dtype: torch.dtype) -> bool:
         and type(x) in _PLAIN
         and x.numel() > 0
         and undisturbed()
+        # The passes that the library takes over are operators of their own.
+        and not ops.lora_library.serves(x.shape[:-1].numel(), rank, dtype)[0]
     )
 
 
@@ -81,7 +83,8 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         kept: tuple[Tensor, ...] = ()
         whole = out_dtype is dtype and (bias is None or bias.dtype is dtype) and x.is_contiguous()
-        if whole and weight.dtype is dtype and not quantisation and _as_one(x, dtype):
+        rank = lora_b.shape[1]
+        if whole and weight.dtype is dtype and not quantisation and _as_one(x, dtype, rank):
             y, s = torch.ops.peftfast_cpu.lora_layer_forward.default(
                 x, weight, bias, lora_a, lora_b, lora_bias, seed, p, scaling
             )
@@ -115,7 +118,7 @@ class LoRALinearFunction(torch.autograd.Function):
             *(one if needs_x and isinstance(one, Tensor) else None for one in quantisation),
             *kept,
         )
-        ctx.p, ctx.scaling, ctx.dtype = p, scaling, dtype
+        ctx.p, ctx.scaling, ctx.dtype, ctx.rank = p, scaling, dtype, rank
         ctx.dtypes = (x.dtype, weight.dtype, lora_a.dtype)
         ctx.stored = quantisation[2:4]
         if needs_bias or needs_lora_bias:
@@ -129,7 +132,7 @@ class LoRALinearFunction(torch.autograd.Function):
         rest = (None,) * (len(ctx.needs_input_grad) - 6)
         dtype, (x_dtype, weight_dtype, a_dtype) = ctx.dtype, ctx.dtypes
         same = x_dtype is dtype and weight_dtype is dtype
-        if same and not (needs_weight or True in needs_biases) and _as_one(dy, dtype):
+        if same and not (needs_weight or True in needs_biases) and _as_one(dy, dtype, ctx.rank):
             x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
             x = None if x is None else x.contiguous()
             flags = (needs_x, needs_a, needs_b)

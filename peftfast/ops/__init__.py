@@ -1,6 +1,6 @@
 """Operators of the ``peftfast`` namespace of torch.library, and the tables that choose their implementations."""
 
-from . import lora, lora_dora, lora_terms, nf4, nf4_linear, philox, sparse_delta, zeroth_order
+from . import lora, lora_dora, lora_library, lora_terms, nf4, nf4_linear, philox, sparse_delta, zeroth_order
 from .dispatch import Operator
 
 OPERATORS: dict[str, Operator] = {
@@ -15,6 +15,7 @@ __all__ = [
     "Operator",
     "lora",
     "lora_dora",
+    "lora_library",
     "lora_terms",
     "nf4",
     "nf4_linear",
