@@ -77,9 +77,7 @@ bool nf4_linear_has_dot() {
 }
 
 #if defined(PEFTFAST_HAS_DOT_BF16)
-static bool takes_dot(const Nf4Linear& p) {
-    return p.compute == DType::bf16 && divides(64, p) && nf4_linear_has_dot();
-}
+static bool takes_dot(const Nf4Linear& p) { return p.compute == DType::bf16 && divides(64, p) && nf4_linear_has_dot(); }
 
 static void nf4_linear_dot(const Nf4Linear& p, ParallelFor pool) {
     constexpr int64_t kWidth = 16, kColumns = 128;

@@ -94,6 +94,20 @@ FEW_ROWS = {"cuda": 64, "cpu": 16, "cpu dot": 40, "triton": 16}
 ADAPTER_ROUTES = {"cpu": "expand", "cuda": "expand"}
 
 
+# How the adapter's part of dX joins the base product of a 4-bit weight. "expand": added by a pass over dX, which reads and writes
+# it, masks, and gives dX the dtype of x on its way. "accumulate": dS A is written first and dY W adds itself to it, half of the
+# bytes; no mask can come in between, and where dX is cast it would be cast by a pass of its own. [dY | dS] [W; A] in one
+# product is no route: dY would have to be copied into the wider buffer, twice M N elements against the M K that it saves, unless
+# it is cast anyway; and it is cast where x is, hence where dX needs the pass all the same. cpu: the library's addmm_ makes the
+# two the same product in another order. cuda: not measured.
+GRADIENT_ROUTES = {"cpu": "expand", "cuda": "expand"}
+
+
+def gradient_route(device_type: str, masked: bool, casts: bool) -> str:
+    """The route of dX for a layer that drops part of x or does not, and whose x has another dtype than its product or has not."""
+    return "expand" if masked or casts else GRADIENT_ROUTES.get(device_type, "expand")
+
+
 # Bytes of the buffer that a weight is dequantised into, by device type; 0: the whole weight. On the CPU of FEW_ROWS slabs of 2
 # and 4 MB are within 1 % of the whole at 64 to 512 rows, smaller ones slower. A GPU could keep a slab in its L2 cache, where
 # the product finds it: cuda is not measured, and off.

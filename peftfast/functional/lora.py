@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
+from ..configs import nf4 as nf4_configs
 from ..ops.backends import FLOAT_DTYPES, undisturbed
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
@@ -165,8 +166,13 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs_a:
         da = ops.lora.lora_weight_grad(ds, rows, seed, p, 1.0, a_dtype)
     if needs_x:
-        dx = dy @ (_dense_weight(weight, quantisation, dtype) if kept is None else kept)
-        dx = _add_product(dx, ds, lora_a.T, None, seed, p, 1.0, x_dtype).reshape(*leading, lora_a.shape[1])
+        dense = _dense_weight(weight, quantisation, dtype) if kept is None else kept
+        masked = seed is not None and p > 0.0
+        if quantisation and nf4_configs.gradient_route(dy.device.type, masked, x_dtype != dtype) == "accumulate":
+            dx = (ds @ lora_a.to(dtype)).addmm_(dy, dense)
+        else:
+            dx = _add_product(dy @ dense, ds, lora_a.T, None, seed, p, 1.0, x_dtype)
+        dx = dx.reshape(*leading, lora_a.shape[1])
     if needs_weight:
         dweight = (dy.T @ rows.to(dtype)).to(weight_dtype)
     if needs_bias or needs_lora_bias:
