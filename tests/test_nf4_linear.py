@@ -133,6 +133,28 @@ def test_linear(first: int) -> None:
         check_linear(case)
 
 
+@pytest.mark.parametrize("compute", [F32, BF16, F16])
+@pytest.mark.parametrize(("k", "block_size"), [(192, 64), (256, 64), (320, 128), (128, 256), (64, 32)])
+def test_rows_of_the_identity_give_the_weight(compute: torch.dtype, k: int, block_size: int) -> None:
+    """Bit for bit what the dequantiser gives, for every number of rows that a CPU kernel takes at once: rounded to bfloat16 where
+    such numbers are multiplied, in float32 where the kernels multiply that."""
+    if DEVICE.type != "cpu":
+        pytest.skip("the kernels of a CPU")
+    dot = compute == BF16 and k % 64 == 0 == block_size % 64 and torch.ops.peftfast_cpu.nf4_linear_has_dot()
+    generator = torch.Generator().manual_seed(k)
+    for nested in (False, True):
+        nf4 = F.nf4_quantize(
+            torch.randn(35, k, generator=generator).to(DEVICE), block_size=block_size, double_quant=nested
+        )
+        dense, eye = F.nf4_dequantize(nf4, BF16 if dot else F32).float(), torch.eye(k, device=DEVICE).to(compute)
+        first = 0
+        for rows in (*range(1, 18), 33):
+            x = eye.roll(-first, 0)[:rows]
+            y, _ = ops.nf4_linear(x, *nf4.storage(), None, None, None, None, 1.0, compute, F32)
+            assert torch.equal(y, dense.T.roll(-first, 0)[:rows])
+            first = (first + rows) % k
+
+
 @pytest.mark.interpreter
 def test_linear_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
@@ -313,6 +335,28 @@ def test_routes_make_the_calls_that_they_name(monkeypatch: pytest.MonkeyPatch) -
     assert seen["concatenate"] == {"nf4_dequantize_out": 1, "addmm": 1, "lora_shrink": 1}
 
 
+@pytest.mark.parametrize("route", ["expand", "accumulate"])
+@pytest.mark.parametrize("x_dtype", [F32, BF16])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_routes_of_dx(route: str, x_dtype: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the budget; without a pass over dX where nothing is dropped and dX has the product's dtype, and only there."""
+    monkeypatch.setitem(configs.GRADIENT_ROUTES, DEVICE.type, route)
+    if p == 0.0:
+        check_layer(70, x_dtype, x_dtype == F32)
+    x, weight, leaves = layer_tensors(70, x_dtype)
+    y = layer(x, weight, leaves, compute_dtype=BF16, dropout_p=p, seed=3)
+    with Calls() as calls:
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    passes = calls.compute.get("lora_expand_", 0) + calls.compute.get("lora_expand", 0)
+    assert dx.dtype == x_dtype and passes == (0 if route == "accumulate" and x_dtype == BF16 and p == 0.0 else 1)
+    with monkeypatch.context() as patch:
+        patch.setitem(configs.GRADIENT_ROUTES, DEVICE.type, "expand")
+        again = torch.autograd.grad(
+            layer(x, weight, leaves, compute_dtype=BF16, dropout_p=p, seed=3), x, torch.ones_like(y)
+        )
+    torch.testing.assert_close(dx, again[0], atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_slabs(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slabs of a weight in place of the whole: the budget holds, the last is shorter, and no buffer is larger than a slab."""
@@ -347,7 +391,11 @@ def test_few_rows_are_one_operator() -> None:
 
 def test_where_few_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     most = ops.most_rows(DEVICE.type, 192, 64, BF16)
-    assert most == configs.FEW_ROWS["cpu" if DEVICE.type == "cpu" else "triton"] or DEVICE.type == "cuda"
+    dot = DEVICE.type == "cpu" and torch.ops.peftfast_cpu.nf4_linear_has_dot()
+    assert most == configs.FEW_ROWS["cpu dot" if dot else "cpu"] or DEVICE.type == "cuda"
+    if DEVICE.type == "cpu":
+        for k, block_size, compute in ((192, 64, F32), (192, 64, F16), (200, 64, BF16), (192, 32, BF16)):
+            assert ops.most_rows("cpu", k, block_size, compute) == configs.FEW_ROWS["cpu"]
     assert ops.most_rows(DEVICE.type, 192, 64, F64) == 0
     monkeypatch.setenv("PEFTFAST_BACKEND", "reference")
     assert ops.most_rows(DEVICE.type, 192, 64, BF16) == 0

@@ -219,12 +219,14 @@ def test_peft_states(four_bit: bool) -> None:
     names = ["__base__", "default", "default", "__base__"]
     model.eval(), twin.eval()
     assert relative(model(x, adapter_names=names), twin(x, adapter_names=names)) < (0.02 if four_bit else 1e-5)
+    before = model(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.merge_adapter(), twin.merge_adapter()
         assert torch.equal(model(x), twin(x))
         model.unmerge_adapter(), twin.unmerge_adapter()
-    assert relative(model(x), twin(x)) < 0.02
+    # PEFT's own unmerge of 4 bits quantises once more and is off by a fifth; a patched layer has its weight back.
+    assert torch.equal(model(x), before) if four_bit else relative(model(x), twin(x)) < 0.02
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["up"]))
     model.set_adapter("second")
     assert relative(model(x), layer_free(model, x)) < 0.02

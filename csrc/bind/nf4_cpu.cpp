@@ -107,6 +107,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftfast_cpu, m) {
         "nf4_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int block_size, Tensor? nested_absmax, "
         "Tensor? nested_code, Tensor? nested_offset, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? lora_bias, "
         "float scaling, Tensor(a!) s, Tensor(b!) y) -> ()");
+    m.def("nf4_linear_has_dot() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(peftfast_cpu, CompositeExplicitAutograd, m) {
+    m.impl("nf4_linear_has_dot", TORCH_BOX(&peftfast::cpu::nf4_linear_has_dot));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftfast_cpu, CPU, m) {

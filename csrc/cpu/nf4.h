@@ -64,6 +64,10 @@ struct Nf4Linear {
     DType y_dtype;
 };
 
+// Whether nf4_linear multiplies in bfloat16 by the instruction made for it, where K and the block size are multiples
+// of 64.
+bool nf4_linear_has_dot();
+
 // y = x Wᵀ + bias + scaling (S Bᵀ + lora_bias), S = x Aᵀ; float32 sums in an order that the threads do not change.
 void nf4_linear(const Nf4Linear& problem, ParallelFor pool);
 

@@ -1,12 +1,12 @@
 // The few-row product in bfloat16 by the instruction that adds pairs of bfloat16 products in float32: the weight is
-// rounded as the dequantiser rounds it (but for denormals, which the instruction takes for zeros). Included once, inside
-// the namespace of AVX-512 with BF16.
+// rounded as the dequantiser rounds it (but for denormals, which the instruction takes for zeros). Included once,
+// inside the namespace of AVX-512 with BF16.
 //
-// A vector is 64 packed bytes, 128 columns of a row: 32 words of four elements each. The permutation that looks a value up
-// reads the low five bits of a word, so that a shift a nibble is all the unpacking there is, and x lies sorted by the
-// element's place in its word. The fifth bit chooses between two tables of sixteen, one for each half of the vector: a block
-// has 64 elements or more, hence at most two in a vector. At 2048 x 2048 and one row the loop takes 53 us of a Zen 5 at 4.3
-// GHz, of which reading the bytes from its third cache alone takes 17.
+// A vector is 64 packed bytes, 128 columns of a row: 32 words of four elements each. The permutation that looks a value
+// up reads the low five bits of a word, so that a shift a nibble is all the unpacking there is, and x lies sorted by
+// the element's place in its word. The fifth bit chooses between two tables of sixteen, one for each half of the
+// vector: a block has 64 elements or more, hence at most two in a vector. At 2048 x 2048 and one row the loop takes 53
+// us of a Zen 5 at 4.3 GHz, of which reading the bytes from its third cache alone takes 17.
 
 #include "cpu/nf4_rows.h"
 
@@ -26,15 +26,15 @@ static inline Vec sums_of(const float* vectors, int64_t stride) {
         const Vec cd = vec_add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
         quarter[i] = vec_add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
     }
-    const Vec low = vec_add(_mm512_shuffle_f32x4(quarter[0], quarter[1], 0x88),
-                            _mm512_shuffle_f32x4(quarter[0], quarter[1], 0xdd));
-    const Vec high = vec_add(_mm512_shuffle_f32x4(quarter[2], quarter[3], 0x88),
-                             _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xdd));
+    const Vec low =
+        vec_add(_mm512_shuffle_f32x4(quarter[0], quarter[1], 0x88), _mm512_shuffle_f32x4(quarter[0], quarter[1], 0xdd));
+    const Vec high =
+        vec_add(_mm512_shuffle_f32x4(quarter[2], quarter[3], 0x88), _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xdd));
     return vec_add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
-// A row of x, `many` of which are multiplied together, from its first place in their block on: groups of kColumns, within
-// them rows, within those the four places of a word. The last group is filled up with zeros.
+// A row of x, `many` of which are multiplied together, from its first place in their block on: groups of kColumns,
+// within them rows, within those the four places of a word. The last group is filled up with zeros.
 static void dot_prepare_row(const Nf4Linear& p, int64_t m, const float* exact, int64_t many, Element* scratch,
                             Element* x) {
     const uint16_t* row = (const uint16_t*)p.x.data + m * p.x.row_stride;
@@ -122,10 +122,9 @@ static void dot_row(const Nf4Linear& p, const float* maxima, int shift, const El
 
 typedef void (*DotRow)(const Nf4Linear& p, const float* maxima, int shift, const Element* x, int64_t flat,
                        int64_t columns, bool add, float* sums);
-static const DotRow kDotRow[kDotRowsAtOnce] = {dot_row<1>,  dot_row<2>,  dot_row<3>,  dot_row<4>,
-                                               dot_row<5>,  dot_row<6>,  dot_row<7>,  dot_row<8>,
-                                               dot_row<9>,  dot_row<10>, dot_row<11>, dot_row<12>,
-                                               dot_row<13>, dot_row<14>, dot_row<15>, dot_row<16>};
+static const DotRow kDotRow[kDotRowsAtOnce] = {
+    dot_row<1>, dot_row<2>,  dot_row<3>,  dot_row<4>,  dot_row<5>,  dot_row<6>,  dot_row<7>,  dot_row<8>,
+    dot_row<9>, dot_row<10>, dot_row<11>, dot_row<12>, dot_row<13>, dot_row<14>, dot_row<15>, dot_row<16>};
 
 // Values of a row of y from column n on.
 static void store_outputs(const Nf4Linear& p, int64_t m, int64_t n, int64_t count, Vec value) {

@@ -67,11 +67,17 @@ static void widen_and_shrink(const Nf4LinearKernels& kernels, const Nf4Linear& p
     });
 }
 
+bool nf4_linear_has_dot() {
 #if defined(PEFTFAST_HAS_DOT_BF16)
-static bool takes_dot(const Nf4Linear& p) {
     static const bool has_dot = __builtin_cpu_supports("avx512bf16");
-    return has_dot && current_isa() == Isa::avx512 && p.compute == DType::bf16 && divides(64, p);
+    return has_dot && current_isa() == Isa::avx512;
+#else
+    return false;
+#endif
 }
+
+#if defined(PEFTFAST_HAS_DOT_BF16)
+static bool takes_dot(const Nf4Linear& p) { return p.compute == DType::bf16 && divides(64, p) && nf4_linear_has_dot(); }
 
 static void nf4_linear_dot(const Nf4Linear& p, ParallelFor pool) {
     constexpr int64_t kWidth = 16, kColumns = 128;

@@ -263,4 +263,5 @@ static void linear_rows(const Nf4Linear& p, bool sorted, const float* x, const f
     }
 }
 
-static const Nf4LinearKernels nf4_linear_table = {widen_x, prepare_row, shrink, linear_rows, kWidth, kGroup, kRowsAtOnce};
+static const Nf4LinearKernels nf4_linear_table = {widen_x, prepare_row, shrink,     linear_rows,
+                                                  kWidth,  kGroup,      kRowsAtOnce};

@@ -80,10 +80,12 @@ def nf4_nest(device: Device) -> NestConfig:
 
 
 # Rows of x up to which the fused few-row product is quicker than dequantising and the library's product, by backend.
-# cpu: with an adapter of rank 16 and the weight out of cache, 0.96 against 0.96 ms at 16 rows and 1.14 against 1.04 at 20
-# for 2048 x 2048, 0.88 against 1.02 and 1.06 against 1.18 for 1024 x 4096, bfloat16, one thread of an AMD EPYC of the Zen 5
-# generation (2026-11-21). cuda and triton: not measured; 64 is what the kernel was made for, 16 one tile of tl.dot.
-FEW_ROWS = {"cuda": 64, "cpu": 16, "triton": 16}
+# cpu: where float32 is multiplied. With an adapter of rank 16 and the weight out of cache, 0.96 against 0.96 ms at 16 rows and
+# 1.14 against 1.04 at 20 for 2048 x 2048, 0.88 against 1.02 and 1.06 against 1.18 for 1024 x 4096, one thread of an AMD EPYC of
+# the Zen 5 generation (2026-11-21). cpu dot: where AVX-512 multiplies bfloat16. By the same measure 1.52 against 1.73 ms at 40
+# rows and 1.81 against 1.76 at 48 for 2048 x 2048, 1.44 against 1.55 and 1.76 against 1.82 for 1024 x 4096.
+# cuda and triton: not measured; 64 is what the kernel was made for, 16 one tile of tl.dot.
+FEW_ROWS = {"cuda": 64, "cpu": 16, "cpu dot": 40, "triton": 16}
 
 
 # How the adapter's product joins the base product of many rows, by device type. "expand": added by a pass over y.
@@ -91,6 +93,20 @@ FEW_ROWS = {"cuda": 64, "cpu": 16, "triton": 16}
 # product, which costs no pass where x is cast anyway. On the CPU of FEW_ROWS, 2048 x 2048 at 64 to 2048 rows, the three lie
 # within 5 % of each other and none leads throughout; the first rounds least. cuda: not measured.
 ADAPTER_ROUTES = {"cpu": "expand", "cuda": "expand"}
+
+
+# How the adapter's part of dX joins the base product of a 4-bit weight. "expand": added by a pass over dX, which reads and writes
+# it, masks, and gives dX the dtype of x on its way. "accumulate": dS A is written first and dY W adds itself to it, half of the
+# bytes; no mask can come in between, and where dX is cast it would be cast by a pass of its own. [dY | dS] [W; A] in one
+# product is no route: dY would have to be copied into the wider buffer, twice M N elements against the M K that it saves, unless
+# it is cast anyway; and it is cast where x is, hence where dX needs the pass all the same. cpu: the library's addmm_ makes the
+# two the same product in another order. cuda: not measured.
+GRADIENT_ROUTES = {"cpu": "expand", "cuda": "expand"}
+
+
+def gradient_route(device_type: str, masked: bool, casts: bool) -> str:
+    """The route of dX for a layer that drops part of x or does not, and whose x has another dtype than its product or has not."""
+    return "expand" if masked or casts else GRADIENT_ROUTES.get(device_type, "expand")
 
 
 # Bytes of the buffer that a weight is dequantised into, by device type; 0: the whole weight. On the CPU of FEW_ROWS slabs of 2

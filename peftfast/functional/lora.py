@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
+from ..configs import nf4 as nf4_configs
 from ..ops.backends import FLOAT_DTYPES, undisturbed
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
@@ -42,7 +43,7 @@ def _add_product(
     return base
 
 
-def _as_one(x: Tensor, dtype: torch.dtype) -> bool:
+def _as_one(x: Tensor, dtype: torch.dtype, rank: int) -> bool:
     """Whether the passes on x run as one operator of the C++ library: a plain CPU tensor of the compute dtype, and nobody who watches
     operators or asked for a backend. The result is the same, bit for bit; what is saved is the way through Python between them."""
     return (
@@ -53,6 +54,8 @@ def _as_one(x: Tensor, dtype: torch.dtype) -> bool:
         and type(x) in _PLAIN
         and x.numel() > 0
         and undisturbed()
+        # The passes that the library takes over are operators of their own.
+        and not ops.lora_library.serves(x.shape[:-1].numel(), rank, dtype)[0]
     )
 
 
@@ -87,7 +90,8 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         kept: tuple[Tensor, ...] = ()
         whole = out_dtype is dtype and (bias is None or bias.dtype is dtype) and x.is_contiguous()
-        if whole and weight.dtype is dtype and not quantisation and _as_one(x, dtype):
+        rank = lora_b.shape[1]
+        if whole and weight.dtype is dtype and not quantisation and _as_one(x, dtype, rank):
             y, s = torch.ops.peftfast_cpu.lora_layer_forward.default(
                 x, weight, bias, lora_a, lora_b, lora_bias, seed, p, scaling
             )
@@ -121,7 +125,7 @@ class LoRALinearFunction(torch.autograd.Function):
             *(one if needs_x and isinstance(one, Tensor) else None for one in quantisation),
             *kept,
         )
-        ctx.p, ctx.scaling, ctx.dtype = p, scaling, dtype
+        ctx.p, ctx.scaling, ctx.dtype, ctx.rank = p, scaling, dtype, rank
         ctx.dtypes = (x.dtype, weight.dtype, lora_a.dtype)
         ctx.stored = quantisation[2:4]
         if needs_bias or needs_lora_bias:
@@ -135,7 +139,7 @@ class LoRALinearFunction(torch.autograd.Function):
         rest = (None,) * (len(ctx.needs_input_grad) - 6)
         dtype, (x_dtype, weight_dtype, a_dtype) = ctx.dtype, ctx.dtypes
         same = x_dtype is dtype and weight_dtype is dtype
-        if same and not (needs_weight or True in needs_biases) and _as_one(dy, dtype):
+        if same and not (needs_weight or True in needs_biases) and _as_one(dy, dtype, ctx.rank):
             x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
             x = None if x is None else x.contiguous()
             flags = (needs_x, needs_a, needs_b)
@@ -168,8 +172,13 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs_a:
         da = ops.lora.lora_weight_grad(ds, rows, seed, p, 1.0, a_dtype)
     if needs_x:
-        dx = dy @ (_dense_weight(weight, quantisation, dtype) if kept is None else kept)
-        dx = _add_product(dx, ds, lora_a.T, None, seed, p, 1.0, x_dtype).reshape(*leading, lora_a.shape[1])
+        dense = _dense_weight(weight, quantisation, dtype) if kept is None else kept
+        masked = seed is not None and p > 0.0
+        if quantisation and nf4_configs.gradient_route(dy.device.type, masked, x_dtype != dtype) == "accumulate":
+            dx = (ds @ lora_a.to(dtype)).addmm_(dy, dense)
+        else:
+            dx = _add_product(dy @ dense, ds, lora_a.T, None, seed, p, 1.0, x_dtype)
+        dx = dx.reshape(*leading, lora_a.shape[1])
     if needs_weight:
         dweight = (dy.T @ rows.to(dtype)).to(weight_dtype)
     if needs_bias or needs_lora_bias:

@@ -54,6 +54,14 @@ def nf4_merge(nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    merged: Any = merged_weight(nf4, lora_a, lora_b, scaling)
+    return merged
+
+
+def merged_weight(
+    nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float, finite: bool = False
+) -> NF4Weight | None:
+    """:func:`nf4_merge`; None where the sum has to be ``finite``, which costs a synchronisation a slab, and is not."""
     _check(nf4, lora_a, lora_b)
     n, k = nf4.shape
     # Slabs begin where a block and a byte begin.
@@ -62,6 +70,8 @@ def nf4_merge(nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1
     packed, absmax = [], []
     for first in range(0, n, rows):
         slab = _merged_rows(nf4, lora_a, lora_b, scaling, first, min(rows, n - first))
+        if finite and not bool(slab.isfinite().all()):
+            return None
         slab_packed, slab_absmax = ops.nf4.nf4_quantize(slab, nf4.block_size, nf4.code)
         packed.append(slab_packed)
         absmax.append(slab_absmax)

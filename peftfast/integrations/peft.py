@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import bitsandbytes as bnb
+from . import peft_merge
 from .patch_report import LayerReport, PatchReport
 from . import peft_groups
 from .peft_call import VERDICT, active_names
@@ -49,9 +50,15 @@ _SWAPS: dict[type, type] = {peft_lora.Linear: FusedLinear}
 if hasattr(peft_lora, "Linear4bit"):
 
     class FusedLinear4bit(_Fused, peft_lora.Linear4bit):
-        """``peft.tuners.lora.Linear4bit`` with the fused forward."""
+        """``peft.tuners.lora.Linear4bit`` with the fused forward, and merged on its own device."""
 
         _stock_name = "Linear4bit"
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            peft_merge.merge(self, super().merge, safe_merge, adapter_names)
+
+        def unmerge(self) -> None:
+            peft_merge.unmerge(self, super().unmerge)
 
     _SWAPS[peft_lora.Linear4bit] = FusedLinear4bit
 
@@ -106,6 +113,7 @@ def unpatch(model: nn.Module) -> None:
         for name, value in module.__dict__.pop(_RESTORE, {}).items():
             setattr(base, name, value)
         module.__dict__.pop(VERDICT, None)
+        module.__dict__.pop(peft_merge.UNMERGED, None)
         module.__class__ = _UNSWAPS[fused]
 
 

@@ -1,21 +1,25 @@
 """Operators of the ``peftfast`` namespace of torch.library, and the tables that choose their implementations."""
 
-from . import lora, lora_dora, lora_terms, nf4, nf4_linear, philox, sparse_delta, zeroth_order, zeroth_order_linear
+from types import ModuleType
+
+from . import (
+    lora,
+    lora_dora,
+    lora_library,
+    lora_terms,
+    nf4,
+    nf4_linear,
+    philox,
+    sparse_delta,
+    zeroth_order,
+    zeroth_order_linear,
+)
 from .dispatch import Operator
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
-    for module in (
-        philox,
-        nf4,
-        nf4_linear,
-        lora,
-        lora_terms,
-        lora_dora,
-        sparse_delta,
-        zeroth_order,
-        zeroth_order_linear,
-    )
+    for module in list(vars().values())
+    if isinstance(module, ModuleType)
     for operator in vars(module).values()
     if isinstance(operator, Operator)
 }
@@ -25,6 +29,7 @@ __all__ = [
     "Operator",
     "lora",
     "lora_dora",
+    "lora_library",
     "lora_terms",
     "nf4",
     "nf4_linear",

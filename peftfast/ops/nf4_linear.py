@@ -1,5 +1,6 @@
 """A product of a few rows with a 4-bit weight, the adapter inside: the packed bytes are read once and no dense weight is written."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -316,8 +317,16 @@ def _most_rows(device_type: str, k: int, block_size: int, compute: torch.dtype) 
             continue
         if row.backend == "triton" and not (device_type == "cuda" or requested == "triton"):
             continue
+        if row.backend == "cpu" and compute == torch.bfloat16 and k % 64 == 0 == block_size % 64 and _cpu_has_dot():
+            return configs.FEW_ROWS["cpu dot"]
         return configs.FEW_ROWS[row.backend]
     return 0
+
+
+@functools.cache
+def _cpu_has_dot() -> bool:
+    """By the instruction set that is chosen at the first question: only speed hangs on it."""
+    return torch.ops.peftfast_cpu.nf4_linear_has_dot()
 
 
 def most_rows(device_type: str, k: int, block_size: int, compute: torch.dtype) -> int:
