@@ -142,6 +142,7 @@ def _zo_nf4_linear_kernel(
     M,
     N,
     K,
+    row_bytes,
     block_size,
     tensor_id,
     RADEMACHER: tl.constexpr,
@@ -170,7 +171,7 @@ def _zo_nf4_linear_kernel(
     plus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     minus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, K, BLOCK_K):
-        bytes_ = tl.load(packed_ptr + row[:, None] * (K // 2) + (first // 2 + tl.arange(0, HALF))[None, :])
+        bytes_ = tl.load(packed_ptr + row[:, None] * row_bytes + (first // 2 + tl.arange(0, HALF))[None, :])
         block = (row * K + first) // block_size
         absmax = tl.load(absmax_ptr + block)
         if nested_absmax_ptr is not None:
@@ -265,6 +266,7 @@ def zo_nf4_linear(
             M,
             N,
             K,
+            K // 2,
             block_size,
             tensor_id,
             RADEMACHER=rademacher,

@@ -34,6 +34,7 @@ WIDE = {
     "_philox_words_kernel": (),
     "_perturb_kernel": (),  # its tensors come from a table: below
     "_zo_linear_kernel": ("weight_ptr", "x_plus_ptr", "x_minus_ptr"),
+    "_zo_nf4_linear_kernel": ("packed_ptr", "x_plus_ptr", "x_minus_ptr"),
 }
 QLORA, PEFT, HALF, SINGLE = lora.DTYPES[:4]
 # x, compute and output dtype of a product of a few rows.
@@ -152,6 +153,13 @@ def _zeroth_order_requests() -> list[dict[str, Any]]:
     kind = {"dtype": "bfloat16", "arch": 90}
     requests.append({"launcher": "perturb", "rademacher": False, "source": False, **kind})
     requests.append({"launcher": "zo_linear", "M": 64, "rademacher": True, "options": True, **kind})
+    # Rows a sign, distribution, nested maxima, by architecture; sm_90 in full.
+    packed = [(16, "gaussian", True), (64, "gaussian", False)]
+    more = [(rows, name, False) for rows in (16, 32, 64) for name in ("gaussian", "rademacher", "scales")]
+    for arch in CAPABILITY:
+        for rows, distribution, nested in sorted({*packed, *(more if FULL or arch == 90 else [])}):
+            few = {"M": rows, "dtype": "bfloat16", "distribution": distribution, "nested": nested, "arch": arch}
+            requests.append({"launcher": "zo_nf4_linear", **few})
     return requests
 
 
@@ -168,7 +176,7 @@ def test_ragged_sizes_do_not_spill() -> None:
 
 def _is_matrix_kernel(finding: Finding) -> bool:
     """Products of 16-bit operands on the 64 rows that wgmma and tcgen05 take."""
-    if finding.kernel == "_zo_linear_kernel":
+    if finding.kernel in ("_zo_linear_kernel", "_zo_nf4_linear_kernel"):
         return "M=64 " in finding.label or "M=128 " in finding.label
     return "M=8 " not in finding.label and "compute=float32" not in finding.label and finding.kernel.startswith("_lora")
 
@@ -191,6 +199,17 @@ def test_a_whole_block_is_moved_by_16_byte_accesses(findings: list[Finding]) -> 
             assert finding.shared == 0, finding.label
             assert finding.philox_calls <= (4 if "rounding=True" in finding.label else 2), finding.label
     assert seen >= 12
+
+
+def test_a_packed_tile_draws_each_counter_once(findings: list[Finding]) -> None:
+    """A thread owns 32 elements of one row, which are 8 counters of normals or a part of one counter of signs."""
+    seen = 0
+    for finding in findings:
+        # On sm_100 the compiler peels a step off the loop.
+        if finding.kernel == "_zo_nf4_linear_kernel" and finding.arch < 100:
+            assert 1 <= finding.philox_calls <= (8 if "gaussian" in finding.label else 1), finding.label
+            seen += 1
+    assert seen >= 10
 
 
 def test_every_launch_is_sound(findings: list[Finding]) -> None:

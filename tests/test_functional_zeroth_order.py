@@ -116,12 +116,24 @@ def test_zo_linear(dtype: torch.dtype) -> None:
         assert got.shape == (2, 3, 10)
 
 
-def test_zo_linear_on_a_4_bit_weight() -> None:
-    x_plus, x_minus, weight = weights((3, 64), (3, 64), (10, 64))
+@pytest.mark.parametrize("rows", [3, 200])
+def test_zo_linear_on_a_4_bit_weight(rows: int) -> None:
+    """That of the decoded weight, moved: the budget is tested with the operators."""
+    x_plus, x_minus, weight = weights((rows, 64), (rows, 64), (10, 64))
     nf4 = F.nf4_quantize(weight)
     got = F.zo_linear(x_plus, x_minus, nf4, 5, 0.1, distribution="rademacher")
     right = F.zo_linear(x_plus, x_minus, F.nf4_dequantize(nf4), 5, 0.1, distribution="rademacher")
-    assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+    for a, b in zip(got, right, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_zo_linear_on_a_4_bit_weight_is_one_operator() -> None:
+    x_plus, x_minus, weight = weights((3, 64), (3, 64), (10, 64))
+    nf4 = F.nf4_quantize(weight)
+    seed, eps = torch.tensor([5], device=DEVICE), torch.tensor([0.1], device=DEVICE)
+    with Calls() as calls:
+        F.zo_linear(x_plus, x_minus, nf4, seed, eps)
+    assert calls.compute == {"zo_nf4_linear": 1}
 
 
 def test_zo_linear_draws_z_once_for_both_signs() -> None:

@@ -147,6 +147,48 @@ def test_paired_calls_the_fused_layer() -> None:
     assert calls.compute["zo_linear"] == 3
 
 
+@pytest.mark.parametrize("compute", [None, BF16])
+def test_paired_serves_4_bit_layers(compute: torch.dtype | None) -> None:
+    """Scales and biases moved at one reading of the packed bytes, as two forwards move them; of one layer the bias alone is trained."""
+    from peftfast.nn import NF4Linear
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 5))
+    x, labels = torch.randn(8, 64).to(DEVICE), torch.randint(0, 5, (8,)).to(DEVICE)
+    models = []
+    for _ in range(2):
+        model = copy.deepcopy(dense).to(DEVICE)
+        for k in (0, 2):
+            layer = NF4Linear.from_linear(model[k], block_size=32)
+            layer.compute_dtype = compute
+            model[k] = layer
+        trainable_scales(model[0])
+        models.append(model)
+    one, two = models
+
+    def trained(model: nn.Module) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
+
+    def single() -> Tensor:
+        return nn.functional.cross_entropy(one(x).float(), labels)
+
+    def paired() -> Tensor:
+        return torch.stack([nn.functional.cross_entropy(y.float(), labels) for y in two(x.repeat(2, 1)).chunk(2)])
+
+    assert [name for name, _ in trained(one)] == ["0.bias", "0.absmax", "2.bias"]
+    first, second = (MeZO(trained(model), lr=1e-2, eps=1e-2, seed=8) for model in models)
+    for _ in range(3):
+        torch.testing.assert_close(
+            first.step(single), second.step(paired, paired=True), rtol=1e-5 if compute is None else 2e-2, atol=1e-5
+        )
+    for (_, p), (name, q) in zip(trained(one), trained(two), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-4 if compute is None else 3e-2, msg=name)
+    assert second.paired_fallbacks == [] and second.copied == []
+    with Calls() as calls:
+        second.step(paired, paired=True)
+    assert calls.compute["zo_nf4_linear"] == 2 and "nf4_linear" not in calls.compute
+
+
 @pytest.mark.parametrize(("tied", "paired"), [(False, False), (True, False), (False, True)])
 def test_low_rank_directions(tied: bool, paired: bool) -> None:
     """Against the formula in float64: layers by factors, a table, a copied matrix, vectors, a head smaller than the rank."""

@@ -26,6 +26,11 @@ def check_linear() -> None:
         zo_checks.check_linear(case)
 
 
+def check_nf4_linear() -> None:
+    for case in zo_checks.NF4_LINEAR_TELLING:
+        zo_checks.check_nf4_linear(case)
+
+
 def check_step() -> None:
     """Three steps against the formula in float64, with a tensor that must be copied (a tied weight) among those in flight."""
     model = net(tied=True)
@@ -62,6 +67,13 @@ def test_linear(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
         check_linear()
 
 
+@pytest.mark.parametrize("mutant", zo_mutants.NF4_LINEAR, ids=str)
+def test_nf4_linear(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, mutant)
+    with pytest.raises(AssertionError):
+        check_nf4_linear()
+
+
 @pytest.mark.parametrize("mutant", zo_mutants.STEP, ids=str)
 def test_step(mutant: zo_mutants.StepMutant, monkeypatch: pytest.MonkeyPatch) -> None:
     zo_mutants.plant_in_step(monkeypatch, mutant)
@@ -73,10 +85,11 @@ def test_planting_itself_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     def through(run, *given, **named):  # type: ignore[no-untyped-def]
         return run(*given, **named)
 
-    for operator in (ops.perturb_, linear_ops.zo_linear):
+    for operator in (ops.perturb_, linear_ops.zo_linear, linear_ops.zo_nf4_linear):
         plant(monkeypatch, Mutant("none", operator, through))
     for name in ("_projected", "_update", "_evaluate", "_move_copies"):
         zo_mutants.plant_in_step(monkeypatch, zo_mutants.StepMutant("none", mezo.MeZO, name, through))
     check_perturb()
     check_linear()
+    check_nf4_linear()
     check_step()

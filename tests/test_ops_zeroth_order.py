@@ -13,12 +13,16 @@ from peftfast.reference import zeroth_order as definition
 from tests.support.lora_checks import BF16, DEVICE, F16, F32
 from tests.support.zo_checks import (
     LINEAR_TELLING,
+    NF4_LINEAR_TELLING,
     TELLING,
     LinearCase,
+    NF4LinearCase,
     ZoCase,
     bits,
     check_linear,
+    check_nf4_linear,
     check_perturb,
+    nf4_arguments,
     random_cases,
     terms_of,
     weights_of,
@@ -47,6 +51,8 @@ def test_opcheck(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opcheck(
         linear_ops.zo_linear.overload, (x, x + 1, weight, bias, bias, SEED, EPS, None, 1, False), test_utils=utilities
     )
+    for nf4_case in NF4_LINEAR_TELLING[:2]:
+        opcheck(linear_ops.zo_nf4_linear.overload, nf4_arguments(nf4_case), test_utils=utilities)
 
 
 @pytest.mark.parametrize("first", range(0, 120, 40))
@@ -103,6 +109,20 @@ def test_linear(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("asked", ["", on_triton, "reference"])
+def test_nf4_linear(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTFAST_BACKEND", asked)
+    # One row, rows of two tiles, and for Triton rows and widths that are left to scratch.
+    more = (
+        NF4LinearCase(1, 70, 128, BF16, rademacher=True, data=20),
+        NF4LinearCase(33, 34, 64, F16, nested=False, of_scales=True, data=21),
+        NF4LinearCase(130, 9, 64, BF16, data=22),
+        NF4LinearCase(7, 33, 65, BF16, nested=False, of_scales=True, data=23),
+    )
+    for case in (*NF4_LINEAR_TELLING, *more):
+        check_nf4_linear(case)
+
+
+@pytest.mark.parametrize("asked", ["", on_triton, "reference"])
 def test_nothing_to_do(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTFAST_BACKEND", asked)
     empty = torch.empty(0, 4, device=DEVICE)
@@ -116,6 +136,8 @@ def test_nothing_to_do(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(weight, torch.ones_like(weight))
     plus, minus = linear_ops.zo_linear(empty, empty, weight, None, None, SEED, EPS, None, 0, False)
     assert plus.shape == minus.shape == (0, 3)
+    plus, minus = linear_ops.zo_nf4_linear(*nf4_arguments(NF4LinearCase(M=0)))
+    assert plus.shape == minus.shape == (0, 37)
 
 
 def test_float64_runs_on_the_definition() -> None:
@@ -159,7 +181,25 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         }
         return lambda: linear_ops.zo_linear(*(given | changes).values())
 
+    def packed(**changes: Any) -> Callable[[], Any]:
+        names = (
+            *("x_plus", "x_minus", "packed", "absmax", "code", "block_size", "shape", "nested_absmax", "nested_code"),
+            *("nested_offset", "bias_plus", "bias_minus", "seed", "eps", "threshold", "id", "rademacher", "scales"),
+        )
+        given = dict(zip(names, nf4_arguments(NF4LinearCase()), strict=True))
+        return lambda: linear_ops.zo_nf4_linear(*(given | changes).values())
+
     return {
+        "packed bytes": ("packed: expected", packed(packed=SEED)),
+        "packed shape": ("shape: expected .N, K", packed(shape=(37, 2, 96))),
+        "packed scales": ("absmax: expected float32 block maxima", packed(scales=True)),
+        "packed x": ("x_minus: expected", packed(x_minus=w)),
+        "packed x dtype": ("x_plus: expected a floating", packed(x_plus=w.int())),
+        "packed eps": ("eps: expected", packed(eps=one.half())),
+        "packed threshold": ("threshold: expected", packed(threshold=one.repeat(2))),
+        "packed seed": ("seed: expected", packed(seed=one)),
+        "packed id": ("tensor_id: expected", packed(id=-1)),
+        "packed bias": ("expected both or none", packed(bias_plus=None)),
         "lengths": ("sources, tensor_ids, offsets: expected 1", perturb(tensor_ids=[])),
         "sources": ("sources, tensor_ids, offsets: expected 1", perturb(sources=[w, w])),
         "dtype": ("tensors, sources: expected contiguous torch.float32", perturb(sources=[w.half()])),

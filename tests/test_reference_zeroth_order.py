@@ -152,3 +152,22 @@ def test_zo_linear_is_two_products() -> None:
     plus, minus = definition.zo_linear(x_plus, x_minus, weight, bias, 2 * bias, seed, eps, None, 1, False)
     torch.testing.assert_close(plus, x_plus @ (weight + 0.5 * z).T + bias)
     torch.testing.assert_close(minus, x_minus @ (weight - 0.5 * z).T + 2 * bias)
+
+
+def test_zo_nf4_linear_moves_the_weight_or_its_scales() -> None:
+    """By hand, from a weight of two blocks whose maxima are 1 and 3."""
+    code = torch.linspace(-1, 1, 16)
+    packed = torch.arange(64, dtype=torch.uint8).reshape(-1, 1) * 3
+    nibbles = torch.stack((packed[:, 0] >> 4, packed[:, 0] & 15), 1).flatten().long()
+    absmax, eye = torch.tensor([1.0, 3.0]), torch.eye(64)
+    seed, eps, limit = torch.tensor([4]), torch.tensor([0.5]), torch.tensor([2.0])
+    weight = (packed, absmax, code, 64, (2, 64), None, None, None)
+    dense = code[nibbles].reshape(2, 64) * absmax[:, None]
+    z = definition.perturbation(seed, (2, 64), 1, 0, False, torch.float32)
+    plus, minus = definition.zo_nf4_linear(eye, eye, *weight, None, None, seed, eps, None, 1, False, False)
+    torch.testing.assert_close(plus.T, dense + 0.5 * z)
+    torch.testing.assert_close(minus.T, dense - 0.5 * z)
+    z = definition.perturbation(seed, (2,), 1, 0, False, torch.float32)
+    moved = torch.tensor([1.0 - 0.5 * z[0], 3.0])  # the second maximum lies above the threshold
+    _, minus = definition.zo_nf4_linear(eye, eye, *weight, None, None, seed, eps, limit, 1, False, True)
+    torch.testing.assert_close(minus.T, code[nibbles].reshape(2, 64) * moved[:, None])

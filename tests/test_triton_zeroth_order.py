@@ -9,7 +9,7 @@ from peftfast.reference import zeroth_order as definition
 
 from .support.budget import assert_within_budget
 from .support.interpreter import DEVICE, require_runnable_kernels, seed_of
-from .support.zo_checks import bits
+from .support.zo_checks import NF4LinearCase, bits, nf4_arguments, nf4_moved
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +71,15 @@ def test_linear_does_not_depend_on_the_tile(config: ZoLinearConfig, rademacher: 
     composed = definition.zo_linear(x, y, weight, None, None, seed_of(8), eps, None, 2, rademacher)
     for name, *results in zip(("plus", "minus"), got, composed, right, strict=True):
         assert_within_budget(name, *results)
+
+
+@pytest.mark.parametrize("of_scales", [False, True])
+@pytest.mark.parametrize("config", [ZoLinearConfig(16, 16, 32), ZoLinearConfig(32, 64, 64)])
+def test_nf4_linear_does_not_depend_on_the_tile(config: ZoLinearConfig, of_scales: bool) -> None:
+    case = NF4LinearCase(19, 35, 128, torch.float16, nested=not of_scales, of_scales=of_scales)
+    arguments = nf4_arguments(case)
+    got = zeroth_order_linear.zo_nf4_linear(*arguments, config)
+    composed = definition.zo_nf4_linear(*arguments)
+    for side, moved in enumerate(nf4_moved(arguments)):
+        exact = torch.nn.functional.linear(arguments[side].double(), moved.double(), arguments[10 + side].double())
+        assert_within_budget(("plus", "minus")[side], got[side], composed[side], exact)

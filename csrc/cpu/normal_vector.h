@@ -88,30 +88,58 @@ constexpr float kLog[8] = {philox::kLog0, philox::kLog1, philox::kLog2, philox::
 constexpr float kSin[4] = {philox::kSin0, philox::kSin1, philox::kSin2, philox::kSin3};
 constexpr float kCos[3] = {philox::kCos0, philox::kCos1, philox::kCos2};
 
-static inline VecPair normal_pairs(Ints radius_words, Ints angle_words) {
-    const Vec t = vec_add(vec_from_unsigned(radius_words), vec_set(0.5f));
-    const Ints from_root = ints_sub(ints_of(t), ints_set(philox::kSqrtHalfBits));
-    const Ints mantissa = ints_add(ints_and(from_root, ints_set(0x7fffff)), ints_set(philox::kSqrtHalfBits));
-    const Vec f = vec_add(vec_of(mantissa), vec_set(-1.0f));
-    Vec log = vec_set(kLog[7]);
+// philox::normal_pair of kPairs vectors of words, step by step side by side, for the reason that philox_groups gives.
+#define PEFTFAST_EACH _Pragma("GCC unroll 4") for (int g = 0; g < kPairs; ++g)
+template <int kPairs>
+static inline void normal_pairs_of(const Ints* radius_words, const Ints* angle_words, VecPair* out) {
+    Ints from_root[kPairs];
+    Vec f[kPairs], log[kPairs], radius[kPairs], y[kPairs], square[kPairs], sine[kPairs], cosine[kPairs];
+    PEFTFAST_EACH {
+        const Vec t = vec_add(vec_from_unsigned(radius_words[g]), vec_set(0.5f));
+        from_root[g] = ints_sub(ints_of(t), ints_set(philox::kSqrtHalfBits));
+    }
+    PEFTFAST_EACH {
+        const Ints mantissa = ints_add(ints_and(from_root[g], ints_set(0x7fffff)), ints_set(philox::kSqrtHalfBits));
+        f[g] = vec_add(vec_of(mantissa), vec_set(-1.0f));
+        log[g] = vec_set(kLog[7]);
+    }
 #pragma GCC unroll 7
-    for (int i = 6; i >= 0; --i) log = vec_add(vec_mul(log, f), vec_set(kLog[i]));
-    const Vec steps = vec_from_signed(ints_sub(ints_set(32), ints_exponent(from_root)));
-    const Vec radius = vec_sqrt(vec_add(vec_mul(f, log), vec_mul(steps, vec_set(philox::kTwoLn2))));
-
-    const Ints turned = ints_add(angle_words, ints_set(1u << 29)), top = ints_set(1u << 31);
-    const Vec y = vec_mul(vec_from_signed(ints_left_2(angle_words)), vec_set(0x1p-31f));
-    const Vec square = vec_mul(y, y);
-    Vec sine = vec_set(kSin[3]), cosine = vec_set(kCos[2]);
+    for (int i = 6; i >= 0; --i) {
+        PEFTFAST_EACH log[g] = vec_add(vec_mul(log[g], f[g]), vec_set(kLog[i]));
+    }
+    PEFTFAST_EACH {
+        const Vec steps = vec_from_signed(ints_sub(ints_set(32), ints_exponent(from_root[g])));
+        radius[g] = vec_sqrt(vec_add(vec_mul(f[g], log[g]), vec_mul(steps, vec_set(philox::kTwoLn2))));
+    }
+    PEFTFAST_EACH {
+        y[g] = vec_mul(vec_from_signed(ints_left_2(angle_words[g])), vec_set(0x1p-31f));
+        square[g] = vec_mul(y[g], y[g]);
+        sine[g] = vec_set(kSin[3]);
+        cosine[g] = vec_set(kCos[2]);
+    }
 #pragma GCC unroll 3
-    for (int i = 2; i >= 0; --i) sine = vec_add(vec_mul(sine, square), vec_set(kSin[i]));
+    for (int i = 2; i >= 0; --i) {
+        PEFTFAST_EACH sine[g] = vec_add(vec_mul(sine[g], square[g]), vec_set(kSin[i]));
+    }
 #pragma GCC unroll 2
-    for (int i = 1; i >= 0; --i) cosine = vec_add(vec_mul(cosine, square), vec_set(kCos[i]));
-    sine = vec_mul(y, sine);
-    cosine = vec_add(vec_mul(square, cosine), vec_set(1.0f));
-    const Vec first = vec_xor(vec_choose(turned, sine, cosine), ints_and(ints_add(turned, ints_set(1u << 30)), top));
-    const Vec second = vec_xor(vec_choose(turned, cosine, sine), ints_and(turned, top));
-    return VecPair{vec_mul(radius, first), vec_mul(radius, second)};
+    for (int i = 1; i >= 0; --i) {
+        PEFTFAST_EACH cosine[g] = vec_add(vec_mul(cosine[g], square[g]), vec_set(kCos[i]));
+    }
+    PEFTFAST_EACH {
+        const Ints turned = ints_add(angle_words[g], ints_set(1u << 29)), top = ints_set(1u << 31);
+        sine[g] = vec_mul(y[g], sine[g]);
+        cosine[g] = vec_add(vec_mul(square[g], cosine[g]), vec_set(1.0f));
+        const Vec first =
+            vec_xor(vec_choose(turned, sine[g], cosine[g]), ints_and(ints_add(turned, ints_set(1u << 30)), top));
+        const Vec second = vec_xor(vec_choose(turned, cosine[g], sine[g]), ints_and(turned, top));
+        out[g] = VecPair{vec_mul(radius[g], first), vec_mul(radius[g], second)};
+    }
+}
+#undef PEFTFAST_EACH
+static inline VecPair normal_pairs(Ints radius_words, Ints angle_words) {
+    VecPair pair;
+    normal_pairs_of<1>(&radius_words, &angle_words, &pair);
+    return pair;
 }
 
 static inline void store_interleaved(float* out, VecPair pair) {

@@ -4,30 +4,35 @@
 #include "cpu/philox_vector.h"
 #include "cpu/normal_vector.h"
 
-// z, or with kAdd value + coefficient * z. Words first and normals after them: each loop's chain of operations is long,
-// and the shorter the body, the more of its rounds a processor has in flight (20 M normals with AVX-512 on a Zen 5:
-// 11 ms in place of 16).
+// z, or with kAdd value + coefficient * z. Words first and normals after them, four chains of operations side by side
+// in each: a chain is long, and the next one lies beyond the reach of a processor's scheduler (AVX-512 on a Zen 5, ns
+// for a bfloat16 weight moved: both in one loop 0.8, in a loop each 0.54, words by fours 0.48, normals too 0.42).
 template <bool kAdd>
 static void fill_normals(float* value, uint64_t seed, int64_t block, uint32_t tensor_id, float coefficient) {
     constexpr int64_t kCount = kZoBlock / philox::kNormalsPerCounter;
+    constexpr int kAtOnce = 4;
+    static_assert(kCount / kCounters % kAtOnce == 0, "blocks of z hold whole rounds");
     const uint64_t first = (uint64_t)block * kCount;
 #if PEFTFAST_ISA
     Ints radius_words[kCount / kCounters], angle_words[kCount / kCounters];
-    for (int64_t i = 0; i < kCount / kCounters; ++i) {
-        Counters word[4];
-        philox_at(word, seed, first + i * kCounters, tensor_id, philox::kStreamGaussian);
-        radius_words[i] = ints_pair(word[0], word[2]);
-        angle_words[i] = ints_pair(word[1], word[3]);
+    for (int64_t i = 0; i < kCount / kCounters; i += kAtOnce) {
+        Counters word[kAtOnce][4];
+        philox_groups<kAtOnce>(word, seed, first + i * kCounters, tensor_id, philox::kStreamGaussian);
+#pragma GCC unroll 4
+        for (int g = 0; g < kAtOnce; ++g) {
+            radius_words[i + g] = ints_pair(word[g][0], word[g][2]);
+            angle_words[i + g] = ints_pair(word[g][1], word[g][3]);
+        }
     }
     const Vec factor = vec_set(coefficient);
-    for (int64_t i = 0; i < kCount / kCounters; ++i, value += kNormals) {
-        const VecPair normals = normal_pairs(radius_words[i], angle_words[i]);
-        if (kAdd) {
-            const VecPair z = interleave(normals.first, normals.second);
-            vec_store(value, vec_add(vec_load(value), vec_mul(factor, z.first)));
-            vec_store(value + kWidth, vec_add(vec_load(value + kWidth), vec_mul(factor, z.second)));
-        } else {
-            store_interleaved(value, normals);
+    for (int64_t i = 0; i < kCount / kCounters; i += kAtOnce) {
+        VecPair normals[kAtOnce];
+        normal_pairs_of<kAtOnce>(radius_words + i, angle_words + i, normals);
+#pragma GCC unroll 4
+        for (int g = 0; g < kAtOnce; ++g, value += kNormals) {
+            const VecPair z = interleave(normals[g].first, normals[g].second);
+            vec_store(value, kAdd ? vec_add(vec_load(value), vec_mul(factor, z.first)) : z.first);
+            vec_store(value + kWidth, kAdd ? vec_add(vec_load(value + kWidth), vec_mul(factor, z.second)) : z.second);
         }
     }
 #else

@@ -274,27 +274,44 @@ def _adamw_case(name: str, random: torch.Generator, indices: Tensor, weight: Ten
 
 
 def _zo_linear_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
-    """K a multiple of 4, so that the fused kernel takes it. Against float64 the weights are those that the dtype holds: their rounding
-    belongs to the operator."""
-    seed, eps = torch.tensor([2**61 - 7]), torch.tensor([0.02])
-    rows = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x_plus, x_minus, bias = (torch.randn(*shape, generator=random).to(dtype) for shape in ((M, 68), (M, 68), (N,)))
-        weight = (torch.randn(N, 68, generator=random) * 0.1).to(dtype)
-        arguments = (x_plus, x_minus, weight, bias, bias, seed, eps, None, 3, False)
-        composed = [r.cpu() for r in zeroth_order.zo_linear(*_moved(arguments, device))]
-        plus, minus = (
-            zeroth_order.perturbed(weight, seed, scale, None, None, None, 3, 0, False).double() for scale in (eps, -eps)
-        )
+    """K that the fused kernels take. Against float64 the weights are those that the dtype holds: their rounding belongs to the
+    operator."""
+    move: tuple[Any, ...] = (torch.tensor([2**61 - 7]), torch.tensor([0.02]), None, 3, False)
+    k, sides = 128, (move[1], -move[1])
+    code = nf4.code_table("nf4", torch.device("cpu"))
+    packed, absmax = nf4.nf4_quantize(torch.randn(N, k, generator=random) * 0.1, NF4_BLOCK_SIZE, code)
+    storage = (packed, absmax, code, NF4_BLOCK_SIZE, (N, k), None, None, None)
+    cases: dict[str, list[Case]] = {}
+
+    def add(operator: str, name: str, run: Callable[..., Any], given: tuple[Any, ...], moved: list[Tensor]) -> None:
+        dtype, bias = given[0].dtype, given[-1 - len(move)] if operator == "zo_linear" else given[-2 - len(move)]
+        composed = [r.cpu() for r in run(*_moved(given, device))]
         exact = tuple(
-            torch.nn.functional.linear(x.double(), w, bias.double()) for x, w in ((x_plus, plus), (x_minus, minus))
+            torch.nn.functional.linear(x.double(), w.double(), bias.double())
+            for x, w in zip(given[:2], moved, strict=True)
         )
         allowed = tuple(
             2 * (float((c.double() - e).abs().max()) + torch.finfo(dtype).eps / 2 * float(e.abs().max()))
             for c, e in zip(composed, exact, strict=True)
         )
-        rows.append(Case(_short(dtype), arguments, exact, (dtype, dtype), allowed))
-    return {"zo_linear": rows}
+        cases.setdefault(operator, []).append(Case(name, given, exact, (dtype, dtype), allowed))
+
+    def along(weight: Tensor) -> list[Tensor]:
+        return [zeroth_order.perturbed(weight, move[0], eps, None, None, None, 3, 0, False) for eps in sides]
+
+    def decoded(maxima: Tensor, dtype: torch.dtype) -> Tensor:
+        return nf4.nf4_dequantize(packed, maxima, code, NF4_BLOCK_SIZE, (N, k), dtype)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x_plus, x_minus, bias = (torch.randn(*shape, generator=random).to(dtype) for shape in ((M, k), (M, k), (N,)))
+        weight = (torch.randn(N, k, generator=random) * 0.1).to(dtype)
+        given = (x_plus, x_minus, weight, bias, bias, *move)
+        add("zo_linear", _short(dtype), zeroth_order.zo_linear, given, along(weight))
+        for of_scales, name in ((False, "the weight"), (True, "its scales")):
+            moved = [decoded(one, dtype) for one in along(absmax)] if of_scales else along(decoded(absmax, dtype))
+            given = (x_plus, x_minus, *storage, bias, bias, *move, of_scales)
+            add("zo_nf4_linear", f"{_short(dtype)}, {name}", zeroth_order.zo_nf4_linear, given, moved)
+    return cases
 
 
 def _terms_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:

@@ -67,11 +67,14 @@ def zo_linear(M: int, N: int, K: int, dtype: str, rademacher: bool, device: Devi
 
 def zo_nf4_linear(M: int, block_size: int, dtype: str, distribution: str, device: Device) -> ZoLinearConfig | None:
     """The tile for M rows a sign of a 4-bit weight; ``distribution`` is gaussian, rademacher, or scales where z moves those. None:
-    many rows, which scratch serves better. A step has one maximum a row, so it is at most a block."""
-    if M > LARGEST_FUSED_ROWS:
+    more rows, which spill registers where a thread loads 16 bytes (280 bytes a thread at 128 rows). A step has one maximum a row, so
+    it is at most a block."""
+    if M > 64:
         return None
-    rows = bucket(M, (16, 32, 64, 128))
-    default = ZoLinearConfig(rows, block_k=min(64, block_size), num_warps=8 if rows >= 32 else 4)
+    rows = bucket(M, (16, 32, 64))
+    # A tile has 16 packed bytes for each thread, which loads them at once and draws z of their 32 elements by 8 counters.
+    warps, columns = (4 if rows >= 64 else 2), min(64, block_size)
+    default = ZoLinearConfig(rows, block_n=warps * 32 * 32 // columns, block_k=columns, num_warps=warps)
     return measured(device, "zo_nf4_linear", f"{dtype} {distribution} M{rows}", ZoLinearConfig) or default
 
 

@@ -219,6 +219,33 @@ def zo_linear(
     )
 
 
+def zo_nf4_linear(
+    M: int,
+    dtype: str,
+    distribution: str,
+    arch: int,
+    N: int = 4096,
+    K: int = 4096,
+    block_size: int = 64,
+    nested: bool = False,
+) -> None:
+    """With bias and threshold: what costs most registers."""
+    config = zo_configs.zo_nf4_linear(M, block_size, dtype, distribution, DEVICES[arch])
+    weight, nesting = _nf4(N, K, block_size, nested)
+    x, bias, one = _empty(M, K, dtype=dtype), _empty(N, dtype=dtype), _empty(1, dtype=torch.float32)
+    terms = (
+        bias,
+        bias,
+        _empty(1, dtype=torch.int64),
+        one,
+        one,
+        5,
+        distribution == "rademacher",
+        distribution == "scales",
+    )
+    zeroth_order_linear.zo_nf4_linear(x, x, *weight, block_size, (N, K), *nesting, *terms, config)
+
+
 def lora_terms_shrink(
     M: int, ranks: list[int], wide: str, compute: str, dropout: bool, rows: bool, arch: int, K: int = 4096
 ) -> None:

@@ -1,13 +1,16 @@
 """Each zeroth-order operator against its definition, as functions of a case: what the tests run and what the mutants must fail."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import peftfast.functional as F
 from peftfast.ops import zeroth_order as ops
 from peftfast.ops import zeroth_order_linear as linear_ops
+from peftfast.reference import nf4 as nf4_definition
 from peftfast.reference import zeroth_order as definition
 from tests.support.budget import assert_within_budget
 from tests.support.lora_checks import BF16, DEVICE, F16, F32
@@ -160,3 +163,75 @@ def check_linear(case: LinearCase) -> None:
         exact = torch.nn.functional.linear(x.double(), moved.double(), None if bias is None else bias.double())
         assert got.dtype == case.dtype
         assert_within_budget(f"{case}: {name}", got, stock, exact)
+
+
+@dataclass(frozen=True)
+class NF4LinearCase:
+    M: int = 5
+    N: int = 37
+    K: int = 192
+    dtype: torch.dtype = BF16
+    block_size: int = 64
+    nested: bool = True
+    of_scales: bool = False
+    rademacher: bool = False
+    bias: bool = True
+    threshold: bool = True
+    data: int = 0
+
+
+NF4_LINEAR_TELLING = (
+    NF4LinearCase(),
+    NF4LinearCase(17, 33, 128, F16, nested=False, of_scales=True, data=1),
+    NF4LinearCase(4, 40, 256, BF16, 32, nested=False, rademacher=True, of_scales=True, threshold=False, data=2),
+    NF4LinearCase(4, 19, 67, F32, rademacher=True, bias=False, data=3),
+)
+
+
+def nf4_arguments(case: NF4LinearCase) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(8500 + case.data)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows = torch.rand(case.N, 1, generator=generator) * 2 + 0.1
+    weight = F.nf4_quantize(
+        (normal(case.N, case.K) * 0.1 * rows).to(DEVICE), block_size=case.block_size, double_quant=case.nested
+    )
+    x_plus, x_minus = (normal(case.M, case.K).to(case.dtype).to(DEVICE) for _ in range(2))
+    biases = [normal(case.N).to(case.dtype).to(DEVICE) if case.bias else None for _ in range(2)]
+    seed, eps = torch.tensor([-5], device=DEVICE), torch.tensor([0.05], device=DEVICE)
+    # About half of the elements, or of the block maxima, lie below it.
+    threshold = torch.tensor([0.25 if case.of_scales else 0.08], device=DEVICE) if case.threshold else None
+    return (x_plus, x_minus, *weight.storage(), *biases, seed, eps, threshold, 9, case.rademacher, case.of_scales)
+
+
+def nf4_moved(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Both moved weights, in x's dtype, by the definition."""
+    x, _, packed, absmax, code, block_size, shape, *nested, _, _, seed, eps, threshold, id_, rademacher, scales = (
+        arguments
+    )
+    sides = []
+    for scale in (eps, -eps):
+        along = (seed, scale, None, threshold, None, id_, 0, rademacher)
+        maxima = definition.perturbed(absmax, *along) if scales else absmax
+        dense = nf4_definition.nf4_dequantize(packed, maxima, code, block_size, tuple(shape), x.dtype, *nested)
+        sides.append(dense if scales else definition.perturbed(dense, *along))
+    return sides[0], sides[1]
+
+
+def check_nf4_linear(case: NF4LinearCase) -> None:
+    """Small results are looked at together with those of other data: the largest error of a handful is luck."""
+    rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {"plus": [], "minus": []}
+    for data in range(case.data, case.data + (8 if case.M * case.N < 64 else 1)):
+        arguments = nf4_arguments(replace(case, data=data))
+        actual, composed = linear_ops.zo_nf4_linear(*arguments), definition.zo_nf4_linear(*arguments)
+        for side, (name, moved) in enumerate(zip(rows, nf4_moved(arguments), strict=True)):
+            bias = arguments[10 + side]
+            exact = torch.nn.functional.linear(
+                arguments[side].double(), moved.double(), None if bias is None else bias.double()
+            )
+            assert actual[side].dtype == case.dtype
+            rows[name].append((actual[side], composed[side], exact))
+    for name, found in rows.items():
+        assert_within_budget(f"{case}: {name}", *(torch.cat(column) for column in zip(*found, strict=True)))

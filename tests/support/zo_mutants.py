@@ -117,6 +117,52 @@ LINEAR = [
 ]
 
 
+def _nf4(**changes: Callable[[Any], Any]) -> Callable[..., Any]:
+    """``run`` with some of zo_nf4_linear's arguments, by place, put through functions; None stays None."""
+    places = {
+        "packed": 2,
+        "absmax": 3,
+        "seed": 12,
+        "eps": 13,
+        "threshold": 14,
+        "id": 15,
+        "rademacher": 16,
+        "scales": 17,
+    }
+
+    def fault(run: Callable[..., Any], *given: Any) -> Any:
+        arguments = list(given)
+        for name, change in changes.items():
+            if arguments[places[name]] is not None:
+                arguments[places[name]] = change(arguments[places[name]])
+        return run(*arguments)
+
+    return fault
+
+
+def _nested_scales_kept(run: Callable[..., Any], *given: Any) -> Any:
+    """The weight moved where its scales were asked for; the other way round nested ones cannot be."""
+    return run(*given[:17], False)
+
+
+NF4_LINEAR = [
+    Mutant("signs exchanged", linear_ops.zo_nf4_linear, _nf4(eps=lambda e: -e)),
+    Mutant("eps doubled", linear_ops.zo_nf4_linear, _nf4(eps=lambda e: e * 2)),
+    Mutant("nothing moved", linear_ops.zo_nf4_linear, _nf4(eps=lambda e: e * 0)),
+    Mutant("another seed", linear_ops.zo_nf4_linear, _nf4(seed=lambda s: s + 1)),
+    Mutant("another tensor", linear_ops.zo_nf4_linear, _nf4(id=lambda i: i + 1)),
+    Mutant("threshold dropped", linear_ops.zo_nf4_linear, _nf4(threshold=lambda t: t + float("inf"))),
+    Mutant("the other distribution", linear_ops.zo_nf4_linear, _nf4(rademacher=lambda r: not r)),
+    Mutant("the weight for its scales", linear_ops.zo_nf4_linear, _nested_scales_kept),
+    Mutant("nibbles exchanged", linear_ops.zo_nf4_linear, _nf4(packed=lambda p: p << 4 | p >> 4)),
+    Mutant("maxima shifted", linear_ops.zo_nf4_linear, _nf4(absmax=lambda a: a.roll(1))),
+    Mutant("inputs exchanged", linear_ops.zo_nf4_linear, _linear(lambda a, b, *rest: (b, a, *rest))),
+    Mutant("biases exchanged", linear_ops.zo_nf4_linear, _linear(lambda *g: (*g[:10], g[11], g[10], *g[12:]))),
+    Mutant("bias dropped", linear_ops.zo_nf4_linear, _linear(lambda *g: (*g[:10], None, None, *g[12:]))),
+    Mutant("one side for both", linear_ops.zo_nf4_linear, lambda run, *g: (run(*g)[0], run(g[1], g[1], *g[2:])[0])),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class StepMutant:
     """A fault in the optimiser: ``replacement(true, *arguments)`` in the place of an attribute of ``owner``."""
