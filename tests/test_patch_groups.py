@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftfast
+from peftfast.functional import lora
 from peftfast.functional.lora import LoRALinearFunction
 from peftfast.functional.lora_group import LoRAGroupFunction
 from peftfast.functional.lora_projections import LoRAProjectionsFunction
-from peftfast.integrations import peft_groups
+from peftfast.integrations import peft_call, peft_group_call, peft_groups
 from tests.support.small_models import adapted as small_model
-from tests.support.small_models import quantise, text_batches
+from tests.support.small_models import text_batches
 from tests.test_patch import K, quantised, relative, stir
 
 GROUPED = (LoRAProjectionsFunction, LoRAGroupFunction)
@@ -45,9 +46,10 @@ class Attention(nn.Module):
             found[name] = getattr(self, name)(source)
             if i == 0:
                 self.between(x, found[name])
-        zero = torch.zeros(())
-        q, k, v = (found.get(name, zero) for name in "qkv")
-        return self.o(torch.tanh(k) * torch.sigmoid(v)) + q
+        if "k" not in found:
+            return found["q"]
+        k, v = found["k"], found.get("v", torch.zeros(()))
+        return self.o(torch.tanh(k) * torch.sigmoid(v)) + found["q"]
 
 
 class Stack(nn.Module):
@@ -112,6 +114,9 @@ def patched_pair(four_bit: bool = False, warm: int = 1, **options: Any) -> tuple
 def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name in found:
+        if not expected[name].any():
+            assert not found[name].any(), name
+            continue
         assert relative(found[name], expected[name]) < bound, name
 
 
@@ -121,12 +126,12 @@ class Counts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: dict[str, int] = {"alone": 0, "together": 0}
         for function in (LoRALinearFunction, *GROUPED):
-            kind = "together" if function in GROUPED else "alone"
             plain = function.forward
 
-            def counted(*args: Any, plain: Any = plain, kind: str = kind) -> Any:
-                self.calls[kind] += 1
-                return plain(*args)
+            def counted(*args: Any, plain: Any = plain) -> Any:
+                ys = plain(*args)
+                self.calls["together" if isinstance(ys, tuple) and len(ys) > 1 else "alone"] += 1
+                return ys
 
             monkeypatch.setattr(function, "forward", staticmethod(counted))
 
@@ -249,7 +254,7 @@ def _vision(name: str) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
         return transformers.ViTModel(config), {"pixel_values": torch.randn(2, 3, 16, 16)}, names
     kind = {"mistral": "Mistral", "gemma": "Gemma", "gemma2": "Gemma2"}[name]
     config = getattr(transformers, f"{kind}Config")(
-        **sizes, vocab_size=64, num_key_value_heads=2, head_dim=16, pad_token_id=0, sliding_window=None
+        **sizes, vocab_size=64, num_key_value_heads=2, head_dim=16, pad_token_id=0
     )
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     return model, {"input_ids": torch.randint(0, 64, (2, 9))}, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -308,28 +313,15 @@ def test_checkpointing(reentrant: bool, noisy: bool, counts: Counts) -> None:
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         return {"x0": xs[0].grad, "x1": xs[1].grad, "loss": losses[0].detach()} | grads
 
-    def own() -> None:
-        """What a step's forward draws, its recomputation draws: equal to the gradients without checkpointing."""
-        found = two(grouped)
-        stack_of(grouped).reentrant = None
-        modes = [(g.together, g.before, g.wanted) for g in _groups(grouped)]
-        expected = _as_it_ran(grouped, two)
-        assert modes == [(g.together, g.before, g.wanted) for g in _groups(grouped)]
-        stack_of(grouped).reentrant = reentrant
-        check_same(found, expected)
-
     if not noisy:
         check_same(two(grouped), two(alone))
         check_same(two(grouped), two(alone))
     for _ in range(3):
         found = two(grouped)
-    own()
     assert counts.during(lambda: two(grouped))[1] == 2 * 2 * 2
-    assert found.keys()
-
-
-def _as_it_ran(model: nn.Module, call: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
-    return call(model)
+    # What the forward drew, the recomputation draws: the gradients are those without checkpointing.
+    stack_of(grouped).reentrant = None
+    check_same(found, two(grouped))
 
 
 def _groups(model: nn.Module) -> list[Any]:
@@ -344,19 +336,16 @@ def test_a_recomputation_of_a_forward_before_the_groups_were_known() -> None:
     stack_of(model).reentrant = True
     attention(model).between = lambda x, q: torch.rand(5)
     drawn: list[Tensor] = []
-    plain = peftfast.functional.lora.draw_seed
+    plain = lora.draw_seed
 
     def recorded(x: Tensor, count: int = 1) -> Tensor:
         seeds = plain(x, count)
         drawn.extend(seeds)
         return seeds
 
-    import peftfast.integrations.peft_call as call
-    import peftfast.integrations.peft_group_call as group_call
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(call, "draw_seed", recorded)
-        patch.setattr(group_call, "draw_seed", recorded)
+        for module in (lora, peft_call, peft_group_call):
+            patch.setattr(module, "draw_seed", recorded)
         xs = [inputs(seed=1), inputs(seed=2)]
         losses = [model(x).sum() for x in xs]
         first, second = drawn[:4], drawn[4:8]
@@ -498,7 +487,7 @@ def test_state_that_changes(change: str, when: str) -> None:
                 done.append(1)
                 changes()[change](block)
 
-        if when == "between siblings":
+        if when == "between siblings" and change != "a weight in place":
             block.between = act
         else:
             act(inputs(), inputs())
@@ -506,6 +495,31 @@ def test_state_that_changes(change: str, when: str) -> None:
         found.append(step(model))
     check_same(found[0], found[2])
     check_same(found[1], found[3])
+
+
+def test_a_weight_that_changes_between_siblings_is_refused_by_autograd() -> None:
+    """Without gradients it is seen and k runs alone; with them the node of all three holds the old weight, and autograd says so."""
+    results = []
+    for groups in (True, False):
+        model = adapted(blocks=1)
+        peftfast.patch(model, groups=groups)
+        step(model)
+        block = attention(model)
+        block.between = _doubled(block)
+        with torch.no_grad():
+            results.append(model(inputs()))
+        if groups:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                step(model)
+    assert torch.equal(*results)
+
+
+def _doubled(block: Attention) -> Callable[[Tensor, Tensor], Any]:
+    def act(x: Tensor, q: Tensor) -> None:
+        with torch.no_grad():
+            block.k.lora_B["default"].weight.mul_(2)
+
+    return act
 
 
 def test_grad_mode_and_autocast_that_differ_between_siblings() -> None:
@@ -775,7 +789,3 @@ def test_few_rows_on_4_bits_run_alone(counts: Counts) -> None:
     with torch.no_grad():
         assert counts.during(lambda: grouped(torch.randn(2, 3, K)))[1] == 0
         assert counts.during(lambda: grouped(torch.randn(2, 30, K)))[1] == 1
-
-
-def test_a_quantised_model_of_transformers_runs_in_groups() -> None:
-    assert quantise is not None

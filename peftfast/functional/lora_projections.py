@@ -121,7 +121,8 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         needs_x, needs_a, needs_b = ctx.needs
         after = (None,) * (len(ctx.needs_input_grad) - 5 - 3 * count)
         nothing = (None,) * count
-        if None not in dys and all([_as_one(dy, ctx.dtype) for dy in dys]):  # type: ignore[arg-type]
+        # Not `None in dys`, which compares every tensor with None, at 15 us each.
+        if all([dy is not None and _as_one(dy, ctx.dtype) for dy in dys]):
             dys = tuple([dy.contiguous() for dy in dys])  # type: ignore[union-attr]
             dx = _base_gradient(dys, weights) if needs_x else None
             found = torch.ops.peftfast_cpu.lora_group_backward.default(

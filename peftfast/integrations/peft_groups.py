@@ -86,7 +86,8 @@ class Block:
             for group in self.distinct():
                 group.before, group.together = group.together, group.wanted
             self.pending = False
-            self.switched_at = torch._C._autograd._get_sequence_nr()
+            # Without gradients this may be the forward of a re-entrant checkpoint, whose node is the last that was made.
+            self.switched_at = torch._C._autograd._get_sequence_nr() - (not torch.is_grad_enabled())
 
     def distinct(self) -> list[Group]:
         return list({id(group): group for group in self.groups.values()}.values())
