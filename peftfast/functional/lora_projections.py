@@ -62,8 +62,8 @@ def projections_of(
 
 
 class LoRAProjectionsFunction(torch.autograd.Function):
-    """y of each projection of x ``[..., K]``. ``seeds`` ``[T]`` is None where nothing is dropped. The tensors are those of
-    :class:`Projections`, one after the other.
+    """y of each projection of x ``[..., K]``. ``seeds`` ``[T]`` is None where nothing is dropped. ``factors`` are plain's a, then its b,
+    once more: autograd sees arguments alone, and each costs it time, which is why the frozen tensors come in ``plain``.
 
     Saved: x only where the A need gradients, S only where the B do; one for all projections.
     """
@@ -75,13 +75,12 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         seeds: Tensor | None,
         ps: tuple[float, ...],
         scalings: tuple[float, ...],
-        with_bias: bool,
-        *tensors: Any,
+        plain: Projections,
+        *factors: Any,
     ) -> Any:
         count = len(ps)
-        weights, a, b = tensors[:count], tensors[count : 2 * count], tensors[2 * count : 3 * count]
-        rest = tensors[3 * count :]
-        biases, lora_biases = (rest[:count], rest[count:]) if with_bias else ((), rest)
+        weights, _, _, biases, lora_biases = plain
+        a, b = factors[:count], factors[count:]
         if _as_one(x, x.dtype) and x.is_contiguous():
             *ys, s = torch.ops.peftfast_cpu.lora_group_forward.default(
                 x, weights, biases, a, b, lora_biases, seeds, ps, scalings
@@ -98,16 +97,10 @@ class LoRAProjectionsFunction(torch.autograd.Function):
                 _expand(y, own, [b[t]], offset, None, None, (0.0,), (scalings[t],), y.dtype)
                 ys.append(shaped(y, (*x.shape[:-1], b[t].shape[0])))
         needs = ctx.needs_input_grad
-        needs_x, needs_a, needs_b = needs[0], needs[5 + count], needs[5 + 2 * count]
-        ctx.save_for_backward(
-            x if needs_a else None,
-            s if needs_b else None,
-            seeds,
-            *b,
-            *(a if needs_x else ()),
-            *(weights if needs_x else ()),
-        )
-        ctx.needs, ctx.ps, ctx.scalings = (needs_x, needs_a, needs_b), ps, scalings
+        needs_x, needs_a, needs_b = ctx.needs = (needs[0], needs[5], needs[5 + count])
+        own_weights = (*a, *weights) if needs_x else ()
+        ctx.save_for_backward(x if needs_a else None, s if needs_b else None, seeds, *b, *own_weights)
+        ctx.ps, ctx.scalings = ps, scalings
         ctx.dtype, ctx.a_dtype, ctx.width = x.dtype, a[0].dtype, x.shape[-1]
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -119,10 +112,9 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         count = len(dys)
         b, a, weights = saved[:count], saved[count : 2 * count], saved[2 * count :]
         needs_x, needs_a, needs_b = ctx.needs
-        after = (None,) * (len(ctx.needs_input_grad) - 5 - 3 * count)
         nothing = (None,) * count
         # Not `None in dys`, which compares every tensor with None, at 15 us each.
-        if all([dy is not None and _as_one(dy, ctx.dtype) for dy in dys]):
+        if all([dy is not None and dy.dtype is ctx.dtype for dy in dys]) and _as_one(dys[0], ctx.dtype):  # type: ignore[arg-type]
             dys = tuple([dy.contiguous() for dy in dys])  # type: ignore[union-attr]
             dx = _base_gradient(dys, weights) if needs_x else None
             found = torch.ops.peftfast_cpu.lora_group_backward.default(
@@ -141,13 +133,13 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             )
             da = found[:count] if needs_a else nothing
             db = found[-count:] if needs_b else nothing
-            return (dx, None, None, None, None, *nothing, *da, *db, *after)
+            return (dx, None, None, None, None, *da, *db)
         live = [t for t, dy in enumerate(dys) if dy is not None]
         if not live:
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * (5 + 2 * count)
         with autocast_off(dys[live[0]].device.type):  # type: ignore[union-attr]
             dx, all_da, all_db = _by_passes(ctx, x, s, seeds, a, b, weights, dys, live)
-        return (dx, None, None, None, None, *nothing, *all_da, *all_db, *after)
+        return (dx, None, None, None, None, *all_da, *all_db)
 
 
 def _base_gradient(dys: Any, weights: Any) -> Tensor:

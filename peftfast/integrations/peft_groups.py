@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peft_call import VERDICT, Verdict, fused_or_stock
+from .peft_call import VERDICT, fused_or_stock
 from .peft_group_call import Shared, numbers_of
 
 _BLOCK = "_peftfast_block"  # in a block's __dict__: what is known of its groups
@@ -333,4 +333,4 @@ def holds_results() -> int:
     return sum(len(entry.results) for scope in getattr(_local, "scopes", ()) for entry in scope.entries.values())
 
 
-__all__ = ["Block", "Group", "Verdict", "forward", "groups_of", "holds_results", "install", "remove"]
+__all__ = ["Block", "Group", "forward", "groups_of", "holds_results", "install", "remove"]
