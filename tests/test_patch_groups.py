@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftfast
+from peftfast.configs import lora as configs
 from peftfast.functional import lora
 from peftfast.functional.lora import LoRALinearFunction
 from peftfast.functional.lora_group import LoRAGroupFunction
@@ -98,7 +99,9 @@ def step(model: nn.Module, x: Tensor | None = None, seed: int = 7) -> dict[str, 
     torch.manual_seed(seed)
     y = model(x)
     y.square().mean().backward()
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad} | {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def patched_pair(four_bit: bool = False, warm: int = 1, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -147,7 +150,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
 
 
 @pytest.fixture(autouse=True)
-def nothing_waits() -> Any:
+def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Groups run here whether they pay or not, and leave nothing behind."""
+    monkeypatch.setattr(configs, "group_pays", lambda *_: True)
     yield
     assert peft_groups.holds_results() == 0
 
@@ -190,22 +195,19 @@ def test_masks_are_each_projection_s_own() -> None:
     model = adapted(blocks=1, lora_dropout=0.5)
     block = attention(model)
     with torch.no_grad():
-        for name in ("k", "v"):
-            for part in ("lora_A", "lora_B"):
-                getattr(block.v, part)["default"].weight.copy_(getattr(block.k, part)["default"].weight)
-        block.v.base_layer.load_state_dict(block.k.base_layer.state_dict())
-    found = {}
-    for name in ("k", "v"):
-        getattr(block, name).register_forward_hook(lambda m, a, y, name=name: found.__setitem__(name, y))
+        for part in ("lora_A", "lora_B"):
+            getattr(block.v, part)["default"].weight.copy_(getattr(block.k, part)["default"].weight)
+    block.v.base_layer.load_state_dict(block.k.base_layer.state_dict())
     peftfast.patch(model)
-    for layer in (block.k, block.v):
-        layer._forward_hooks.clear()
     step(model)
-    taken = []
-    block.between = lambda x, q: taken.append([y for y, *_ in _waiting()])
+    taken: list[Any] = []
+    block.between = lambda x, q: taken.append([y.detach() for y, *_ in _waiting()])
     step(model)
-    (k, v) = taken[0]
+    k, v = taken[0]
     assert not torch.equal(k, v)
+    model.eval()
+    step(model)
+    assert torch.equal(*taken[1])
 
 
 def _waiting() -> list[Any]:
@@ -239,7 +241,9 @@ def test_models_of_transformers(shape: str, method: str, counts: Counts) -> None
     else:
         assert last == [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")] * 2
         assert together >= 3
-    assert [type(m) for m in twin.modules()] == [type(m).__mro__[2] if peft_groups._is_patched(m) else type(m) for m in model.modules()]
+    assert [type(m) for m in twin.modules()] == [
+        type(m).__mro__[2] if peft_groups._is_patched(m) else type(m) for m in model.modules()
+    ]
     assert list(model.state_dict()) == list(twin.state_dict())
 
 
@@ -288,8 +292,8 @@ def test_generate_with_a_cache_gives_stock_s_tokens(counts: Counts) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("noisy", [False, True])
 def test_checkpointing(reentrant: bool, noisy: bool, counts: Counts) -> None:
-    """Masks and results of the recomputed forward are those of the first, in the very first step, and when two forwards come before their
-    backward passes: also where something else draws random numbers between two siblings."""
+    """Masks and results of the recomputed forward are those of the first, in the very first step, and when two forwards come before
+    their backward passes: also where something else draws random numbers between two siblings."""
     grouped, alone = adapted(lora_dropout=0.4), adapted(lora_dropout=0.4)
     peftfast.patch(grouped)
     peftfast.patch(alone, groups=False)
@@ -325,7 +329,12 @@ def test_checkpointing(reentrant: bool, noisy: bool, counts: Counts) -> None:
 
 
 def _groups(model: nn.Module) -> list[Any]:
-    return [g for m in model.modules() if peft_groups._BLOCK in m.__dict__ for g in m.__dict__[peft_groups._BLOCK].distinct()]
+    return [
+        g
+        for m in model.modules()
+        if peft_groups._BLOCK in m.__dict__
+        for g in m.__dict__[peft_groups._BLOCK].distinct()
+    ]
 
 
 def test_a_recomputation_of_a_forward_before_the_groups_were_known() -> None:
@@ -760,7 +769,7 @@ def test_the_report_names_the_groups() -> None:
     report = peftfast.report(model)
     prefix = "base_model.model.blocks"
     assert report.groups == [tuple(f"{prefix}.{i}.{name}" for name in "qkv") for i in range(2)]
-    assert "together with k and v" in str(report)
+    assert "in a group with k and v" in str(report)
     assert report.to_dict()["groups"] == [list(group) for group in report.groups]
 
 
@@ -789,3 +798,127 @@ def test_few_rows_on_4_bits_run_alone(counts: Counts) -> None:
     with torch.no_grad():
         assert counts.during(lambda: grouped(torch.randn(2, 3, K)))[1] == 0
         assert counts.during(lambda: grouped(torch.randn(2, 30, K)))[1] == 1
+
+
+def test_where_it_does_not_pay_the_layers_run_alone(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(configs, "group_pays", lambda *given: asked.append(given) or False)
+    grouped, alone = patched_pair(blocks=1, lora_dropout=0.2)
+    expected = step(alone)
+    assert counts.during(lambda: check_same(step(grouped), expected))[1] == 0
+    assert set(asked) == {("cpu", 40, True)}
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "seeds of each other": lambda m: _edited(m, 1, lambda seeds: seeds.roll(1)),
+    "no mask": lambda m: _edited(m, 1, lambda seeds: None),
+    "another rate": lambda m: _edited(m, 2, lambda ps: tuple(p / 2 for p in ps)),
+    "scalings of each other": lambda m: _edited(m, 3, lambda s: (*s[1:], s[0])),
+    "no bias": lambda m: _edited(m, 4, lambda plain: plain._replace(biases=())),
+    "weights of each other": lambda m: _edited(m, 4, lambda plain: plain._replace(weights=_swapped(plain.weights))),
+    "a factor of another": lambda m: _edited(m, 6, torch.zeros_like),
+    "results of each other": lambda m: _swap_results(m),
+}
+
+
+def _swapped(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tensors[0], tensors[2], tensors[1]
+
+
+def _edited(monkeypatch: pytest.MonkeyPatch, at: int, edit: Callable[[Any], Any]) -> None:
+    plain = LoRAProjectionsFunction.forward
+
+    def faulty(ctx: Any, *args: Any) -> Any:
+        return plain(ctx, *(edit(one) if i == at else one for i, one in enumerate(args)))
+
+    monkeypatch.setattr(LoRAProjectionsFunction, "forward", staticmethod(faulty))
+
+
+def _swap_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LoRAProjectionsFunction.forward
+    monkeypatch.setattr(LoRAProjectionsFunction, "forward", staticmethod(lambda *args: _swapped(plain(*args))))
+
+
+def _pair_differs() -> bool:
+    options = {"lora_dropout": 0.4, "alpha_pattern": {"v": 3}}
+    grouped, alone = patched_pair(blocks=1, **options)
+    try:
+        check_same(step(grouped), step(alone))
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_planted_faults_in_the_forward_are_noticed(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault is not None:
+        FAULTS[fault](monkeypatch)
+    assert _pair_differs() is (fault is not None)
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_planted_faults_in_the_backward_are_noticed(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dx, every dA and every dB, wrong in turn, and the rows of dx shifted."""
+    plain = LoRAProjectionsFunction.backward
+    position = (0, 5, 6, 7, 8, 9, 10, 0)[at]
+
+    def faulty(ctx: Any, *dys: Any) -> Any:
+        grads = list(plain(ctx, *dys))
+        grads[position] = grads[position].roll(1, 0) if at == 7 else grads[position] * 1.01
+        return tuple(grads)
+
+    monkeypatch.setattr(LoRAProjectionsFunction, "backward", staticmethod(faulty))
+    assert _pair_differs()
+
+
+def _always_equal(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(peft_groups, name, lambda *_: None)
+
+
+GUARDS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None]]] = {
+    "state": (
+        lambda m: m.setattr(peft_groups, "numbers_of", lambda layer, verdict: ((1.0,), (0.0,))),
+        lambda: test_state_that_changes("scaling", "between siblings"),
+    ),
+    "modes": (lambda m: _always_equal(m, "_key_of"), test_grad_mode_and_autocast_that_differ_between_siblings),
+    "end of the block": (
+        lambda m: m.setattr(peft_groups, "_close", lambda scopes, first, failed: None),
+        lambda: test_nothing_outlives_the_block("qk"),
+    ),
+    "older than the change": (
+        lambda m: m.setattr(peft_groups.Block, "together", lambda self, group, delicate: group.together),
+        test_a_recomputation_of_a_forward_before_the_groups_were_known,
+    ),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_planted_faults_in_the_guards_are_noticed(guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, check = GUARDS[guard]
+    plant(monkeypatch)
+    try:
+        with pytest.raises((AssertionError, RuntimeError)):
+            check()
+    finally:
+        peft_groups._local.__dict__.pop("scopes", None)
+
+
+def test_the_token_of_a_living_graph_holds_a_change_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a checkpoint that is not re-entrant would count other tensors in its recomputation."""
+    monkeypatch.setattr(peft_groups._Scope, "mark", lambda self, y: None)
+    monkeypatch.setattr(peft_groups.Block, "together", lambda self, group, delicate: group.together)
+    model = adapted(blocks=1)
+    peftfast.patch(model)
+    stack_of(model).reentrant = False
+    losses = [model(inputs(seed=seed)).sum() for seed in (1, 2)]
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        (losses[0] + losses[1]).backward()
+
+
+def test_a_layer_s_result_may_be_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("", "reference"):
+        monkeypatch.setenv("PEFTFAST_BACKEND", backend)
+        grouped, alone = patched_pair(blocks=1)
+        for model in (grouped, alone):
+            attention(model).between = lambda x, q: torch.relu_(q)
+        check_same(step(grouped), step(alone))

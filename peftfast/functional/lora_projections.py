@@ -1,4 +1,4 @@
-"""Several LoRA projections of one x on dense bases, each with one adapter: the plain case of :mod:`lora_group`, with its shortest way."""
+"""Several LoRA projections of one x on dense bases, each with one adapter: the plain case of :mod:`lora_group`, by a short way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
-from .lora import _as_one, shaped
+from .lora import _as_one, shaped, unviewed
 from .lora_group import _expand, _shrink
 from .precision import autocast_off
 
@@ -27,7 +27,7 @@ class Projections(NamedTuple):
     lora_biases: tuple[Tensor, ...]
 
     def uniform(self) -> bool:
-        """Whether this is a case for :class:`LoRAProjectionsFunction`; weights and biases are frozen there. What of it can change between
+        """Whether this is a case for :class:`LoRAProjectionsFunction`, where weights and biases are frozen: what can change between
         calls on the same tensors is asked here."""
         needs_a, needs_b = self.a[0].requires_grad, self.b[0].requires_grad
         for one in self.a:
@@ -47,7 +47,8 @@ def projections_of(
     biases: Sequence[Tensor | None],
     lora_biases: Sequence[Tensor | None],
 ) -> Projections | None:
-    """The tensors where they are a case for :class:`LoRAProjectionsFunction`, as far as it does not change from call to call; else None."""
+    """The tensors where they are a case for :class:`LoRAProjectionsFunction`, as far as that does not change from call to call; else
+    None."""
     optional = []
     for vectors in (biases, lora_biases):
         present = [one for one in vectors if one is not None]
@@ -62,8 +63,8 @@ def projections_of(
 
 
 class LoRAProjectionsFunction(torch.autograd.Function):
-    """y of each projection of x ``[..., K]``. ``seeds`` ``[T]`` is None where nothing is dropped. ``factors`` are plain's a, then its b,
-    once more: autograd sees arguments alone, and each costs it time, which is why the frozen tensors come in ``plain``.
+    """y of each projection of x ``[..., K]``. ``seeds`` ``[T]`` is None where nothing is dropped. ``factors`` are plain's a, then its
+    b, once more: autograd sees arguments alone, and each costs it time, which is why the frozen tensors come in ``plain``.
 
     Saved: x only where the A need gradients, S only where the B do; one for all projections.
     """
@@ -85,6 +86,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             *ys, s = torch.ops.peftfast_cpu.lora_group_forward.default(
                 x, weights, biases, a, b, lora_biases, seeds, ps, scalings
             )
+            ys = [unviewed(y) for y in ys]
         else:
             rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
             s = _shrink(rows, list(a), None, seeds, ps, (1.0,) * count, x.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..functional.lora import draw_seed
 from ..functional.lora_multi import apply_group
-from ..functional.lora_projections import LoRAProjectionsFunction, Projections, projections_of
+from ..functional.lora_projections import LoRAProjectionsFunction, projections_of
 from ..functional.nf4_product import has_a_way_alone
 from ..functional.precision import compute_dtype_of
 from . import bitsandbytes as bnb
@@ -24,12 +24,17 @@ _VERSION = operator.attrgetter("_version")
 _NEEDS = operator.attrgetter("requires_grad")
 _FORWARD = itertools.repeat("forward")
 
-Numbers = tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...], tuple[bool, ...]]
+Numbers = tuple[Any, ...]  # scalings, dropout probabilities, then what is compared alone
 
 
 def numbers_of(layer: Any, verdict: Verdict) -> Numbers:
     """What a result depends on beside the tensors that a verdict knows: scalings and dropout of the adapters, the versions of the
     parameters, and which of them need gradients."""
+    if verdict.short:  # the common case, at half the time
+        name, a, b, _, dropout, _ = verdict.adapters[0]
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        own = (a._version, b._version, verdict.weight._version, a.requires_grad, b.requires_grad)
+        return (layer.scaling[name],), (p,), own
     scalings, ps = [], []
     for name, _, _, _, dropout, magnitude in verdict.adapters:
         scalings.append(layer.scaling[name])
@@ -59,7 +64,12 @@ class _Known:
     def __init__(self, verdicts: tuple[Verdict, ...]) -> None:
         self.verdicts = verdicts
         first = verdicts[0]
-        self.width, self.dtype, self.device, self.device_type = first.width, first.dtype, first.device, first.device_type
+        self.width, self.dtype, self.device, self.device_type = (
+            first.width,
+            first.dtype,
+            first.device,
+            first.device_type,
+        )
         self.alike = all(
             one.width == first.width and one.device == first.device and not one.inference for one in verdicts
         )
@@ -144,7 +154,7 @@ class Shared:
 
     def _general(self, x: Tensor, verdicts: tuple[Verdict, ...], numbers: Sequence[Numbers]) -> tuple[Tensor, ...]:
         projections, terms = [], []
-        for member, verdict, (scalings, ps, _, _) in zip(self.members, verdicts, numbers, strict=True):
+        for member, verdict, (scalings, ps, *_) in zip(self.members, verdicts, numbers, strict=True):
             # Each layer draws its own seeds, as it does alone: what follows in the generator's sequence is the same.
             seeds: Any = draw_seed(x, len(ps)).split(1) if any(ps) else (None,) * len(ps)
             own = [
