@@ -193,7 +193,8 @@ class _Scope:
     def mark(self, y: Tensor) -> None:
         """Let y's graph keep the block's token."""
         if y.requires_grad and y.grad_fn is not None:
-            y.grad_fn.metadata["peftfast"] = self.block.token()
+            metadata: Any = y.grad_fn.metadata  # a property, which torch's stub calls a method
+            metadata["peftfast"] = self.block.token()
 
     def note(self, layer: Any, x: Tensor, y: Tensor) -> None:
         """A layer ran alone."""
