@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftfast
+from peftfast.configs import lora as configs
+from peftfast.functional import lora
 from peftfast.functional.lora import LoRALinearFunction
 from peftfast.functional.lora_group import LoRAGroupFunction
 from peftfast.functional.lora_projections import LoRAProjectionsFunction
-from peftfast.integrations import peft_groups
+from peftfast.integrations import peft_call, peft_group_call, peft_groups
 from tests.support.small_models import adapted as small_model
-from tests.support.small_models import quantise, text_batches
+from tests.support.small_models import text_batches
 from tests.test_patch import K, quantised, relative, stir
 
 GROUPED = (LoRAProjectionsFunction, LoRAGroupFunction)
@@ -45,9 +47,10 @@ class Attention(nn.Module):
             found[name] = getattr(self, name)(source)
             if i == 0:
                 self.between(x, found[name])
-        zero = torch.zeros(())
-        q, k, v = (found.get(name, zero) for name in "qkv")
-        return self.o(torch.tanh(k) * torch.sigmoid(v)) + q
+        if "k" not in found:
+            return found["q"]
+        k, v = found["k"], found.get("v", torch.zeros(()))
+        return self.o(torch.tanh(k) * torch.sigmoid(v)) + found["q"]
 
 
 class Stack(nn.Module):
@@ -96,7 +99,9 @@ def step(model: nn.Module, x: Tensor | None = None, seed: int = 7) -> dict[str, 
     torch.manual_seed(seed)
     y = model(x)
     y.square().mean().backward()
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad} | {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def patched_pair(four_bit: bool = False, warm: int = 1, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -112,6 +117,9 @@ def patched_pair(four_bit: bool = False, warm: int = 1, **options: Any) -> tuple
 def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name in found:
+        if not expected[name].any():
+            assert not found[name].any(), name
+            continue
         assert relative(found[name], expected[name]) < bound, name
 
 
@@ -121,12 +129,12 @@ class Counts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: dict[str, int] = {"alone": 0, "together": 0}
         for function in (LoRALinearFunction, *GROUPED):
-            kind = "together" if function in GROUPED else "alone"
             plain = function.forward
 
-            def counted(*args: Any, plain: Any = plain, kind: str = kind) -> Any:
-                self.calls[kind] += 1
-                return plain(*args)
+            def counted(*args: Any, plain: Any = plain) -> Any:
+                ys = plain(*args)
+                self.calls["together" if isinstance(ys, tuple) and len(ys) > 1 else "alone"] += 1
+                return ys
 
             monkeypatch.setattr(function, "forward", staticmethod(counted))
 
@@ -142,7 +150,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
 
 
 @pytest.fixture(autouse=True)
-def nothing_waits() -> Any:
+def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Groups run here whether they pay or not, and leave nothing behind."""
+    monkeypatch.setattr(configs, "group_pays", lambda *_: True)
     yield
     assert peft_groups.holds_results() == 0
 
@@ -185,22 +195,19 @@ def test_masks_are_each_projection_s_own() -> None:
     model = adapted(blocks=1, lora_dropout=0.5)
     block = attention(model)
     with torch.no_grad():
-        for name in ("k", "v"):
-            for part in ("lora_A", "lora_B"):
-                getattr(block.v, part)["default"].weight.copy_(getattr(block.k, part)["default"].weight)
-        block.v.base_layer.load_state_dict(block.k.base_layer.state_dict())
-    found = {}
-    for name in ("k", "v"):
-        getattr(block, name).register_forward_hook(lambda m, a, y, name=name: found.__setitem__(name, y))
+        for part in ("lora_A", "lora_B"):
+            getattr(block.v, part)["default"].weight.copy_(getattr(block.k, part)["default"].weight)
+    block.v.base_layer.load_state_dict(block.k.base_layer.state_dict())
     peftfast.patch(model)
-    for layer in (block.k, block.v):
-        layer._forward_hooks.clear()
     step(model)
-    taken = []
-    block.between = lambda x, q: taken.append([y for y, *_ in _waiting()])
+    taken: list[Any] = []
+    block.between = lambda x, q: taken.append([y.detach() for y, *_ in _waiting()])
     step(model)
-    (k, v) = taken[0]
+    k, v = taken[0]
     assert not torch.equal(k, v)
+    model.eval()
+    step(model)
+    assert torch.equal(*taken[1])
 
 
 def _waiting() -> list[Any]:
@@ -234,7 +241,9 @@ def test_models_of_transformers(shape: str, method: str, counts: Counts) -> None
     else:
         assert last == [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")] * 2
         assert together >= 3
-    assert [type(m) for m in twin.modules()] == [type(m).__mro__[2] if peft_groups._is_patched(m) else type(m) for m in model.modules()]
+    assert [type(m) for m in twin.modules()] == [
+        type(m).__mro__[2] if peft_groups._is_patched(m) else type(m) for m in model.modules()
+    ]
     assert list(model.state_dict()) == list(twin.state_dict())
 
 
@@ -249,7 +258,7 @@ def _vision(name: str) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
         return transformers.ViTModel(config), {"pixel_values": torch.randn(2, 3, 16, 16)}, names
     kind = {"mistral": "Mistral", "gemma": "Gemma", "gemma2": "Gemma2"}[name]
     config = getattr(transformers, f"{kind}Config")(
-        **sizes, vocab_size=64, num_key_value_heads=2, head_dim=16, pad_token_id=0, sliding_window=None
+        **sizes, vocab_size=64, num_key_value_heads=2, head_dim=16, pad_token_id=0
     )
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     return model, {"input_ids": torch.randint(0, 64, (2, 9))}, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -283,8 +292,8 @@ def test_generate_with_a_cache_gives_stock_s_tokens(counts: Counts) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("noisy", [False, True])
 def test_checkpointing(reentrant: bool, noisy: bool, counts: Counts) -> None:
-    """Masks and results of the recomputed forward are those of the first, in the very first step, and when two forwards come before their
-    backward passes: also where something else draws random numbers between two siblings."""
+    """Masks and results of the recomputed forward are those of the first, in the very first step, and when two forwards come before
+    their backward passes: also where something else draws random numbers between two siblings."""
     grouped, alone = adapted(lora_dropout=0.4), adapted(lora_dropout=0.4)
     peftfast.patch(grouped)
     peftfast.patch(alone, groups=False)
@@ -308,32 +317,24 @@ def test_checkpointing(reentrant: bool, noisy: bool, counts: Counts) -> None:
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         return {"x0": xs[0].grad, "x1": xs[1].grad, "loss": losses[0].detach()} | grads
 
-    def own() -> None:
-        """What a step's forward draws, its recomputation draws: equal to the gradients without checkpointing."""
-        found = two(grouped)
-        stack_of(grouped).reentrant = None
-        modes = [(g.together, g.before, g.wanted) for g in _groups(grouped)]
-        expected = _as_it_ran(grouped, two)
-        assert modes == [(g.together, g.before, g.wanted) for g in _groups(grouped)]
-        stack_of(grouped).reentrant = reentrant
-        check_same(found, expected)
-
     if not noisy:
         check_same(two(grouped), two(alone))
         check_same(two(grouped), two(alone))
     for _ in range(3):
         found = two(grouped)
-    own()
     assert counts.during(lambda: two(grouped))[1] == 2 * 2 * 2
-    assert found.keys()
-
-
-def _as_it_ran(model: nn.Module, call: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
-    return call(model)
+    # What the forward drew, the recomputation draws: the gradients are those without checkpointing.
+    stack_of(grouped).reentrant = None
+    check_same(found, two(grouped))
 
 
 def _groups(model: nn.Module) -> list[Any]:
-    return [g for m in model.modules() if peft_groups._BLOCK in m.__dict__ for g in m.__dict__[peft_groups._BLOCK].distinct()]
+    return [
+        g
+        for m in model.modules()
+        if peft_groups._BLOCK in m.__dict__
+        for g in m.__dict__[peft_groups._BLOCK].distinct()
+    ]
 
 
 def test_a_recomputation_of_a_forward_before_the_groups_were_known() -> None:
@@ -344,19 +345,16 @@ def test_a_recomputation_of_a_forward_before_the_groups_were_known() -> None:
     stack_of(model).reentrant = True
     attention(model).between = lambda x, q: torch.rand(5)
     drawn: list[Tensor] = []
-    plain = peftfast.functional.lora.draw_seed
+    plain = lora.draw_seed
 
     def recorded(x: Tensor, count: int = 1) -> Tensor:
         seeds = plain(x, count)
         drawn.extend(seeds)
         return seeds
 
-    import peftfast.integrations.peft_call as call
-    import peftfast.integrations.peft_group_call as group_call
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(call, "draw_seed", recorded)
-        patch.setattr(group_call, "draw_seed", recorded)
+        for module in (lora, peft_call, peft_group_call):
+            patch.setattr(module, "draw_seed", recorded)
         xs = [inputs(seed=1), inputs(seed=2)]
         losses = [model(x).sum() for x in xs]
         first, second = drawn[:4], drawn[4:8]
@@ -498,7 +496,7 @@ def test_state_that_changes(change: str, when: str) -> None:
                 done.append(1)
                 changes()[change](block)
 
-        if when == "between siblings":
+        if when == "between siblings" and change != "a weight in place":
             block.between = act
         else:
             act(inputs(), inputs())
@@ -506,6 +504,31 @@ def test_state_that_changes(change: str, when: str) -> None:
         found.append(step(model))
     check_same(found[0], found[2])
     check_same(found[1], found[3])
+
+
+def test_a_weight_that_changes_between_siblings_is_refused_by_autograd() -> None:
+    """Without gradients it is seen and k runs alone; with them the node of all three holds the old weight, and autograd says so."""
+    results = []
+    for groups in (True, False):
+        model = adapted(blocks=1)
+        peftfast.patch(model, groups=groups)
+        step(model)
+        block = attention(model)
+        block.between = _doubled(block)
+        with torch.no_grad():
+            results.append(model(inputs()))
+        if groups:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                step(model)
+    assert torch.equal(*results)
+
+
+def _doubled(block: Attention) -> Callable[[Tensor, Tensor], Any]:
+    def act(x: Tensor, q: Tensor) -> None:
+        with torch.no_grad():
+            block.k.lora_B["default"].weight.mul_(2)
+
+    return act
 
 
 def test_grad_mode_and_autocast_that_differ_between_siblings() -> None:
@@ -746,7 +769,7 @@ def test_the_report_names_the_groups() -> None:
     report = peftfast.report(model)
     prefix = "base_model.model.blocks"
     assert report.groups == [tuple(f"{prefix}.{i}.{name}" for name in "qkv") for i in range(2)]
-    assert "together with k and v" in str(report)
+    assert "in a group with k and v" in str(report)
     assert report.to_dict()["groups"] == [list(group) for group in report.groups]
 
 
@@ -777,5 +800,125 @@ def test_few_rows_on_4_bits_run_alone(counts: Counts) -> None:
         assert counts.during(lambda: grouped(torch.randn(2, 30, K)))[1] == 1
 
 
-def test_a_quantised_model_of_transformers_runs_in_groups() -> None:
-    assert quantise is not None
+def test_where_it_does_not_pay_the_layers_run_alone(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(configs, "group_pays", lambda *given: asked.append(given) or False)
+    grouped, alone = patched_pair(blocks=1, lora_dropout=0.2)
+    expected = step(alone)
+    assert counts.during(lambda: check_same(step(grouped), expected))[1] == 0
+    assert set(asked) == {("cpu", 40, True)}
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "seeds of each other": lambda m: _edited(m, 1, lambda seeds: seeds.roll(1)),
+    "no mask": lambda m: _edited(m, 1, lambda seeds: None),
+    "another rate": lambda m: _edited(m, 2, lambda ps: tuple(p / 2 for p in ps)),
+    "scalings of each other": lambda m: _edited(m, 3, lambda s: (*s[1:], s[0])),
+    "no bias": lambda m: _edited(m, 4, lambda plain: plain._replace(biases=())),
+    "weights of each other": lambda m: _edited(m, 4, lambda plain: plain._replace(weights=_swapped(plain.weights))),
+    "a factor of another": lambda m: _edited(m, 6, torch.zeros_like),
+    "results of each other": lambda m: _swap_results(m),
+}
+
+
+def _swapped(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tensors[0], tensors[2], tensors[1]
+
+
+def _edited(monkeypatch: pytest.MonkeyPatch, at: int, edit: Callable[[Any], Any]) -> None:
+    plain = LoRAProjectionsFunction.forward
+
+    def faulty(ctx: Any, *args: Any) -> Any:
+        return plain(ctx, *(edit(one) if i == at else one for i, one in enumerate(args)))
+
+    monkeypatch.setattr(LoRAProjectionsFunction, "forward", staticmethod(faulty))
+
+
+def _swap_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LoRAProjectionsFunction.forward
+    monkeypatch.setattr(LoRAProjectionsFunction, "forward", staticmethod(lambda *args: _swapped(plain(*args))))
+
+
+def _pair_differs() -> bool:
+    options = {"lora_dropout": 0.4, "alpha_pattern": {"v": 3}}
+    grouped, alone = patched_pair(blocks=1, **options)
+    try:
+        check_same(step(grouped), step(alone))
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_planted_faults_in_the_forward_are_noticed(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault is not None:
+        FAULTS[fault](monkeypatch)
+    assert _pair_differs() is (fault is not None)
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_planted_faults_in_the_backward_are_noticed(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dx, every dA and every dB, wrong in turn, and the rows of dx shifted."""
+    plain = LoRAProjectionsFunction.backward
+    position = (0, 5, 6, 7, 8, 9, 10, 0)[at]
+
+    def faulty(ctx: Any, *dys: Any) -> Any:
+        grads = list(plain(ctx, *dys))
+        grads[position] = grads[position].roll(1, 0) if at == 7 else grads[position] * 1.01
+        return tuple(grads)
+
+    monkeypatch.setattr(LoRAProjectionsFunction, "backward", staticmethod(faulty))
+    assert _pair_differs()
+
+
+def _always_equal(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(peft_groups, name, lambda *_: None)
+
+
+GUARDS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None]]] = {
+    "state": (
+        lambda m: m.setattr(peft_groups, "numbers_of", lambda layer, verdict: ((1.0,), (0.0,))),
+        lambda: test_state_that_changes("scaling", "between siblings"),
+    ),
+    "modes": (lambda m: _always_equal(m, "_key_of"), test_grad_mode_and_autocast_that_differ_between_siblings),
+    "end of the block": (
+        lambda m: m.setattr(peft_groups, "_close", lambda scopes, first, failed: None),
+        lambda: test_nothing_outlives_the_block("qk"),
+    ),
+    "older than the change": (
+        lambda m: m.setattr(peft_groups.Block, "together", lambda self, group, delicate: group.together),
+        test_a_recomputation_of_a_forward_before_the_groups_were_known,
+    ),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_planted_faults_in_the_guards_are_noticed(guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, check = GUARDS[guard]
+    plant(monkeypatch)
+    try:
+        with pytest.raises((AssertionError, RuntimeError)):
+            check()
+    finally:
+        peft_groups._local.__dict__.pop("scopes", None)
+
+
+def test_the_token_of_a_living_graph_holds_a_change_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a checkpoint that is not re-entrant would count other tensors in its recomputation."""
+    monkeypatch.setattr(peft_groups._Scope, "mark", lambda self, y: None)
+    monkeypatch.setattr(peft_groups.Block, "together", lambda self, group, delicate: group.together)
+    model = adapted(blocks=1)
+    peftfast.patch(model)
+    stack_of(model).reentrant = False
+    losses = [model(inputs(seed=seed)).sum() for seed in (1, 2)]
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        (losses[0] + losses[1]).backward()
+
+
+def test_a_layer_s_result_may_be_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("", "reference"):
+        monkeypatch.setenv("PEFTFAST_BACKEND", backend)
+        grouped, alone = patched_pair(blocks=1)
+        for model in (grouped, alone):
+            attention(model).between = lambda x, q: torch.relu_(q)
+        check_same(step(grouped), step(alone))

@@ -65,6 +65,11 @@ def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
 
 
+def unviewed(y: Tensor) -> Tensor:
+    """The library's product of a 3-D x with a bias is a view of a matrix: no view, for the same reason."""
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """y = x Wᵀ + b + scaling (dropout(x) Aᵀ Bᵀ + lora_bias) on x ``[..., K]``; ``quantisation`` is NF4Weight.storage()[1:] or nothing.
 
@@ -95,6 +100,7 @@ class LoRALinearFunction(torch.autograd.Function):
             y, s = torch.ops.peftfast_cpu.lora_layer_forward.default(
                 x, weight, bias, lora_a, lora_b, lora_bias, seed, p, scaling
             )
+            y = unviewed(y)
         else:
             rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
             keep = len(quantisation) > 0 and keeps_dense() and ctx.needs_input_grad[0]

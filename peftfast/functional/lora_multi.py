@@ -86,10 +86,9 @@ def apply_group(
         seeds = _draw_seeds(x, ps, [term.seed for term in flat])
         plain = _plain(x, projections, terms, rows, dtype, out_dtype)
         if plain is not None:
-            tensors = [one for field in plain for one in field]
             scalings = tuple(float(term.scaling) for term in flat)
-            return LoRAProjectionsFunction.apply(x, seeds, ps, scalings, len(plain.biases) > 0, *tensors)
-        tensors = []
+            return LoRAProjectionsFunction.apply(x, seeds, ps, scalings, plain, *plain.a, *plain.b)
+        tensors: list[Any] = []
         quantised: list[Any] = []
         for (weight, bias, magnitude), own in zip(projections, terms, strict=True):
             gain = None

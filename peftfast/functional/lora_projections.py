@@ -1,4 +1,4 @@
-"""Several LoRA projections of one x on dense bases, each with one adapter: the plain case of :mod:`lora_group`, with its shortest way."""
+"""Several LoRA projections of one x on dense bases, each with one adapter: the plain case of :mod:`lora_group`, by a short way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
-from .lora import _as_one, shaped
+from .lora import _as_one, shaped, unviewed
 from .lora_group import _expand, _shrink
 from .precision import autocast_off
 
@@ -27,7 +27,7 @@ class Projections(NamedTuple):
     lora_biases: tuple[Tensor, ...]
 
     def uniform(self) -> bool:
-        """Whether this is a case for :class:`LoRAProjectionsFunction`; weights and biases are frozen there. What of it can change between
+        """Whether this is a case for :class:`LoRAProjectionsFunction`, where weights and biases are frozen: what can change between
         calls on the same tensors is asked here."""
         needs_a, needs_b = self.a[0].requires_grad, self.b[0].requires_grad
         for one in self.a:
@@ -47,7 +47,8 @@ def projections_of(
     biases: Sequence[Tensor | None],
     lora_biases: Sequence[Tensor | None],
 ) -> Projections | None:
-    """The tensors where they are a case for :class:`LoRAProjectionsFunction`, as far as it does not change from call to call; else None."""
+    """The tensors where they are a case for :class:`LoRAProjectionsFunction`, as far as that does not change from call to call; else
+    None."""
     optional = []
     for vectors in (biases, lora_biases):
         present = [one for one in vectors if one is not None]
@@ -62,8 +63,8 @@ def projections_of(
 
 
 class LoRAProjectionsFunction(torch.autograd.Function):
-    """y of each projection of x ``[..., K]``. ``seeds`` ``[T]`` is None where nothing is dropped. The tensors are those of
-    :class:`Projections`, one after the other.
+    """y of each projection of x ``[..., K]``. ``seeds`` ``[T]`` is None where nothing is dropped. ``factors`` are plain's a, then its
+    b, once more: autograd sees arguments alone, and each costs it time, which is why the frozen tensors come in ``plain``.
 
     Saved: x only where the A need gradients, S only where the B do; one for all projections.
     """
@@ -75,17 +76,17 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         seeds: Tensor | None,
         ps: tuple[float, ...],
         scalings: tuple[float, ...],
-        with_bias: bool,
-        *tensors: Any,
+        plain: Projections,
+        *factors: Any,
     ) -> Any:
         count = len(ps)
-        weights, a, b = tensors[:count], tensors[count : 2 * count], tensors[2 * count : 3 * count]
-        rest = tensors[3 * count :]
-        biases, lora_biases = (rest[:count], rest[count:]) if with_bias else ((), rest)
+        weights, _, _, biases, lora_biases = plain
+        a, b = factors[:count], factors[count:]
         if _as_one(x, x.dtype) and x.is_contiguous():
             *ys, s = torch.ops.peftfast_cpu.lora_group_forward.default(
                 x, weights, biases, a, b, lora_biases, seeds, ps, scalings
             )
+            ys = [unviewed(y) for y in ys]
         else:
             rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
             s = _shrink(rows, list(a), None, seeds, ps, (1.0,) * count, x.dtype)
@@ -98,16 +99,10 @@ class LoRAProjectionsFunction(torch.autograd.Function):
                 _expand(y, own, [b[t]], offset, None, None, (0.0,), (scalings[t],), y.dtype)
                 ys.append(shaped(y, (*x.shape[:-1], b[t].shape[0])))
         needs = ctx.needs_input_grad
-        needs_x, needs_a, needs_b = needs[0], needs[5 + count], needs[5 + 2 * count]
-        ctx.save_for_backward(
-            x if needs_a else None,
-            s if needs_b else None,
-            seeds,
-            *b,
-            *(a if needs_x else ()),
-            *(weights if needs_x else ()),
-        )
-        ctx.needs, ctx.ps, ctx.scalings = (needs_x, needs_a, needs_b), ps, scalings
+        needs_x, needs_a, needs_b = ctx.needs = (needs[0], needs[5], needs[5 + count])
+        own_weights = (*a, *weights) if needs_x else ()
+        ctx.save_for_backward(x if needs_a else None, s if needs_b else None, seeds, *b, *own_weights)
+        ctx.ps, ctx.scalings = ps, scalings
         ctx.dtype, ctx.a_dtype, ctx.width = x.dtype, a[0].dtype, x.shape[-1]
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -119,9 +114,9 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         count = len(dys)
         b, a, weights = saved[:count], saved[count : 2 * count], saved[2 * count :]
         needs_x, needs_a, needs_b = ctx.needs
-        after = (None,) * (len(ctx.needs_input_grad) - 5 - 3 * count)
         nothing = (None,) * count
-        if None not in dys and all([_as_one(dy, ctx.dtype) for dy in dys]):  # type: ignore[arg-type]
+        # Not `None in dys`, which compares every tensor with None, at 15 us each.
+        if all([dy is not None and dy.dtype is ctx.dtype for dy in dys]) and _as_one(dys[0], ctx.dtype):  # type: ignore[arg-type]
             dys = tuple([dy.contiguous() for dy in dys])  # type: ignore[union-attr]
             dx = _base_gradient(dys, weights) if needs_x else None
             found = torch.ops.peftfast_cpu.lora_group_backward.default(
@@ -140,13 +135,13 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             )
             da = found[:count] if needs_a else nothing
             db = found[-count:] if needs_b else nothing
-            return (dx, None, None, None, None, *nothing, *da, *db, *after)
+            return (dx, None, None, None, None, *da, *db)
         live = [t for t, dy in enumerate(dys) if dy is not None]
         if not live:
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * (5 + 2 * count)
         with autocast_off(dys[live[0]].device.type):  # type: ignore[union-attr]
             dx, all_da, all_db = _by_passes(ctx, x, s, seeds, a, b, weights, dys, live)
-        return (dx, None, None, None, None, *nothing, *all_da, *all_db, *after)
+        return (dx, None, None, None, None, *all_da, *all_db)
 
 
 def _base_gradient(dys: Any, weights: Any) -> Tensor:

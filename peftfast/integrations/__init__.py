@@ -22,8 +22,8 @@ def _peft_is_loaded() -> bool:
 def patch(model: nn.Module, *, strict: bool = False, groups: bool = True) -> PatchReport:
     """Run the adapter layers of a PEFT model on fused kernels: in place, reversible by :func:`unpatch`, idempotent.
 
-    Only the class of each layer object is exchanged, and blocks are watched: parameters, names, state_dict, isinstance, merging, saving stay PEFT's. A layer
-    that cannot be served keeps its stock forward, and the report says why.
+    The class of each layer object is exchanged, and the modules that hold several of them are watched by two hooks: parameters, names,
+    state_dict, isinstance, merging, saving stay PEFT's. A layer that cannot be served keeps its stock forward, and the report says why.
 
     Args:
         model: any module that holds PEFT layers.

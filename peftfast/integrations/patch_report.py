@@ -18,8 +18,8 @@ class LayerReport:
         reason: why it is stock; empty when fused.
         patched: whether its class is exchanged now.
         note: what patch set beside the class, if anything.
-        together: the layers that get the same tensor, and run in one call with this one where nothing keeps them apart. Empty before
-            the first forward, which shows them.
+        together: the layers that get the same tensor, and run in one call with this one where that pays (``configs.lora.group_pays``:
+            on a CPU seldom) and nothing keeps them apart. Empty before the first forward, which shows them.
     """
 
     name: str
@@ -39,7 +39,7 @@ def _served(row: LayerReport) -> str:
     if not row.fused:
         return f"stock: {row.reason}"
     beside = " and ".join(name.rpartition(".")[2] for name in row.together)
-    return f"{row.kernel}, together with {beside}" if beside else row.kernel
+    return f"{row.kernel}, in a group with {beside}" if beside else row.kernel
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PatchReport:
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
-        """The layers that run together, in the order of the model; known after the first forward."""
+        """The layers that get one tensor and may run together, in the order of the model; known after the first forward."""
         found = {tuple(sorted((row.name, *row.together))): None for row in self.layers if row.together}
         order = {row.name: i for i, row in enumerate(self.layers)}
         return [tuple(sorted(group, key=order.__getitem__)) for group in found]

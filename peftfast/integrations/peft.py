@@ -14,9 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import bitsandbytes as bnb
-from . import peft_merge
+from . import peft_groups, peft_merge
 from .patch_report import LayerReport, PatchReport
-from . import peft_groups
 from .peft_call import VERDICT, active_names
 from .peft_guards import FSDP, forget_backends, kernel_name, peft_version_reason, why_stock
 from .peft_guards import TESTED_PEFT as TESTED_PEFT
@@ -125,7 +124,9 @@ def report(model: nn.Module) -> PatchReport:
     beside: dict[int, tuple[str, ...]] = {}
     for members in peft_groups.groups_of(model):
         for member in members:
-            beside[id(member)] = tuple(named[id(other)] for other in members if other is not member and id(other) in named)
+            beside[id(member)] = tuple(
+                named[id(other)] for other in members if other is not member and id(other) in named
+            )
     for name, module in layers:
         fused = _fused_class(module)
         stock = type(module) if fused is None else _UNSWAPS[fused]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..functional.lora import draw_seed
 from ..functional.lora_multi import apply_group
-from ..functional.lora_projections import LoRAProjectionsFunction, Projections, projections_of
+from ..functional.lora_projections import LoRAProjectionsFunction, projections_of
 from ..functional.nf4_product import has_a_way_alone
 from ..functional.precision import compute_dtype_of
 from . import bitsandbytes as bnb
@@ -21,13 +22,19 @@ from .peft_guards import has_dora, why_stock, why_stock_for
 
 _VERSION = operator.attrgetter("_version")
 _NEEDS = operator.attrgetter("requires_grad")
+_FORWARD = itertools.repeat("forward")
 
-Numbers = tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...], tuple[bool, ...]]
+Numbers = tuple[Any, ...]  # scalings, dropout probabilities, then what is compared alone
 
 
 def numbers_of(layer: Any, verdict: Verdict) -> Numbers:
     """What a result depends on beside the tensors that a verdict knows: scalings and dropout of the adapters, the versions of the
     parameters, and which of them need gradients."""
+    if verdict.short:  # the common case, at half the time
+        name, a, b, _, dropout, _ = verdict.adapters[0]
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        own = (a._version, b._version, verdict.weight._version, a.requires_grad, b.requires_grad)
+        return (layer.scaling[name],), (p,), own
     scalings, ps = [], []
     for name, _, _, _, dropout, magnitude in verdict.adapters:
         scalings.append(layer.scaling[name])
@@ -51,6 +58,44 @@ def _verdict_of(layer: Any) -> Verdict | None:
     return layer.__dict__[VERDICT]  # type: ignore[no-any-return]
 
 
+class _Known:
+    """What follows from the members' verdicts alone."""
+
+    def __init__(self, verdicts: tuple[Verdict, ...]) -> None:
+        self.verdicts = verdicts
+        first = verdicts[0]
+        self.width, self.dtype, self.device, self.device_type = (
+            first.width,
+            first.dtype,
+            first.device,
+            first.device_type,
+        )
+        self.alike = all(
+            one.width == first.width and one.device == first.device and not one.inference for one in verdicts
+        )
+        self.short = self.alike and all(one.short and one.dtype is first.dtype for one in verdicts)
+        self.plain = None
+        if self.short:
+            adapters = [verdict.adapters[0] for verdict in verdicts]
+            self.plain = projections_of(
+                first.dtype,
+                [verdict.weight for verdict in verdicts],
+                [a for _, a, *_ in adapters],
+                [b for _, _, b, *_ in adapters],
+                [verdict.bias for verdict in verdicts],
+                [lora_bias for _, _, _, lora_bias, *_ in adapters],
+            )
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether nothing more has to be asked: one LoRA adapter each, on dense bases of x's own dtype."""
+        return (
+            self.short
+            and x.dtype is self.dtype
+            and x.device == self.device
+            and not torch.is_autocast_enabled(self.device_type)
+        )
+
+
 class Shared:
     """What the calls of a group share."""
 
@@ -67,7 +112,7 @@ class Shared:
             )
         ]
         self.own = [member.__dict__ for member in members]
-        self.known: tuple[tuple[Verdict, ...], Projections | None] = ((), None)
+        self.known: _Known | None = None
 
     def verdicts(self, x: Tensor) -> tuple[Verdict, ...] | None:
         """The members' verdicts, where all may run together on x."""
@@ -75,7 +120,7 @@ class Shared:
             # Two heads on features may be trained by a backward pass each, and one node cannot be run twice. Where x needs a gradient
             # the graph behind x is in the same case.
             return None
-        if any(self.hooks) or any(["forward" in own for own in self.own]):
+        if any(self.hooks) or any(map(operator.contains, self.own, _FORWARD)):
             return None
         found = []
         for member in self.members:
@@ -83,49 +128,33 @@ class Shared:
             if verdict is None:
                 return None
             found.append(verdict)
-        first = found[0]
-        plain = x.dtype is first.dtype and x.device == first.device and not torch.is_autocast_enabled(first.device_type)
+        if self.known is None or not all(map(operator.is_, self.known.verdicts, found)):
+            self.known = _Known(tuple(found))
+        known = self.known
+        if not known.alike or not x.dim() or x.shape[-1] != known.width:
+            return None
+        if known.takes(x):
+            return known.verdicts
         for member, verdict in zip(self.members, found, strict=True):
-            if verdict.width != first.width or verdict.device != first.device or verdict.inference:
-                return None
-            if plain and verdict.short and verdict.dtype is first.dtype:
-                continue
             if why_stock_for(member, x) or (verdict.nf4 is not None and _served_alone(member, verdict, x)):
                 return None
-        if x.dim() == 0 or x.shape[-1] != first.width or len({_dtypes(m, v, x) for m, v in zip(self.members, found)}) > 1:
-            return None
-        return tuple(found)
+        kinds = {_dtypes(member, verdict, x) for member, verdict in zip(self.members, found, strict=True)}
+        return known.verdicts if len(kinds) == 1 else None
 
     def run(self, x: Tensor, verdicts: tuple[Verdict, ...], numbers: Sequence[Numbers]) -> tuple[Tensor, ...]:
-        first = verdicts[0]
-        short = all([verdict.short for verdict in verdicts]) and x.dtype is first.dtype
-        if short and not torch.is_autocast_enabled(first.device_type):
-            plain = self._plain(verdicts, x.dtype)
-            if plain is not None and plain.uniform():
-                ps = tuple([own[1][0] for own in numbers])
-                scalings = tuple([own[0][0] for own in numbers])
-                return LoRAProjectionsFunction.apply(  # type: ignore[no-any-return]
-                    x, _seeds(x, ps), ps, scalings, len(plain.biases) > 0, *_tensors(plain)
-                )
-        return self._general(x, verdicts, numbers)
-
-    def _plain(self, verdicts: tuple[Verdict, ...], dtype: torch.dtype) -> Projections | None:
-        if self.known[0] != verdicts:
-            adapters = [verdict.adapters[0] for verdict in verdicts]
-            found = projections_of(
-                dtype,
-                [verdict.weight for verdict in verdicts],
-                [a for _, a, *_ in adapters],
-                [b for _, _, b, *_ in adapters],
-                [verdict.bias for verdict in verdicts],
-                [lora_bias for _, _, _, lora_bias, *_ in adapters],
+        known = self.known
+        if known is not None and known.plain is not None and known.takes(x) and known.plain.uniform():
+            ps = tuple([own[1][0] for own in numbers])
+            scalings = tuple([own[0][0] for own in numbers])
+            plain = known.plain
+            return LoRAProjectionsFunction.apply(  # type: ignore[no-any-return]
+                x, _seeds(x, ps), ps, scalings, plain, *plain.a, *plain.b
             )
-            self.known = (verdicts, found)
-        return self.known[1]
+        return self._general(x, verdicts, numbers)
 
     def _general(self, x: Tensor, verdicts: tuple[Verdict, ...], numbers: Sequence[Numbers]) -> tuple[Tensor, ...]:
         projections, terms = [], []
-        for member, verdict, (scalings, ps, _, _) in zip(self.members, verdicts, numbers, strict=True):
+        for member, verdict, (scalings, ps, *_) in zip(self.members, verdicts, numbers, strict=True):
             # Each layer draws its own seeds, as it does alone: what follows in the generator's sequence is the same.
             seeds: Any = draw_seed(x, len(ps)).split(1) if any(ps) else (None,) * len(ps)
             own = [
@@ -140,10 +169,6 @@ class Shared:
             terms.append(own)
         dtype, out_dtype = _dtypes(self.members[0], verdicts[0], x)
         return apply_group(x, projections, terms, None, True, dtype, out_dtype)
-
-
-def _tensors(plain: Projections) -> list[Tensor]:
-    return [*plain.weights, *plain.a, *plain.b, *plain.biases, *plain.lora_biases]
 
 
 def _compute_dtype(layer: Any, verdict: Verdict, x: Tensor) -> torch.dtype | None:
@@ -166,8 +191,8 @@ def _served_alone(layer: Any, verdict: Verdict, x: Tensor) -> bool:
 
 
 def _seeds(x: Tensor, ps: tuple[float, ...]) -> Tensor | None:
-    """An int64 for each projection. Drawn one by one, as the layers alone would, so that what follows in the generator's sequence is the
-    same; a CPU's generator gives the same for one draw of several."""
+    """An int64 for each projection. Drawn one by one, as the layers alone would: what follows in the generator's sequence is the same. A
+    CPU's generator gives the same for one draw of several."""
     if not any(ps):
         return None
     if all(ps) and x.is_cpu:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peft_call import VERDICT, Verdict, fused_or_stock
+from ..configs import lora as configs
+from .peft_call import VERDICT, fused_or_stock
 from .peft_group_call import Shared, numbers_of
 
 _BLOCK = "_peftfast_block"  # in a block's __dict__: what is known of its groups
@@ -65,7 +66,7 @@ class Block:
         self.rounds = 0
         self.pending = False
         self.switched_at = 0
-        self._token: Any = _nothing
+        self._token: Any = _nothing  # a weak reference, once there is one
 
     def __reduce__(self) -> Any:
         return _nothing, ()
@@ -86,7 +87,8 @@ class Block:
             for group in self.distinct():
                 group.before, group.together = group.together, group.wanted
             self.pending = False
-            self.switched_at = torch._C._autograd._get_sequence_nr()
+            # Without gradients this may be the forward of a re-entrant checkpoint, whose node is the last that was made.
+            self.switched_at = torch._C._autograd._get_sequence_nr() - (not torch.is_grad_enabled())
 
     def distinct(self) -> list[Group]:
         return list({id(group): group for group in self.groups.values()}.values())
@@ -178,7 +180,9 @@ class _Scope:
         y = None
         if found is not None:
             numbers = [numbers_of(member, verdict) for member, verdict in zip(group.members, found, strict=True)]
-            if self.block.together(group, torch.is_grad_enabled() or any(any(own[1]) for own in numbers)):
+            dropout = any([any(own[1]) for own in numbers])
+            pays = configs.group_pays(x.device.type, x.shape[:-1].numel(), dropout)
+            if pays and self.block.together(group, torch.is_grad_enabled() or dropout):
                 ys = group.shared.run(x, found, numbers)
                 y = ys[index]
                 ours = {i: (ys[i], found[i], numbers[i]) for i in range(len(ys)) if i != index}
@@ -189,7 +193,8 @@ class _Scope:
     def mark(self, y: Tensor) -> None:
         """Let y's graph keep the block's token."""
         if y.requires_grad and y.grad_fn is not None:
-            y.grad_fn.metadata["peftfast"] = self.block.token()
+            metadata: Any = y.grad_fn.metadata  # a property, which torch's stub calls a method
+            metadata["peftfast"] = self.block.token()
 
     def note(self, layer: Any, x: Tensor, y: Tensor) -> None:
         """A layer ran alone."""
@@ -244,12 +249,17 @@ def forward(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]
     return y
 
 
+def _watch(module: Any) -> Block:
+    block = module.__dict__[_BLOCK] = Block(module)
+    return block
+
+
 def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     block = module.__dict__.get(_BLOCK)
     if block is None:  # a copy
-        block = module.__dict__[_BLOCK] = Block(module)
+        block = _watch(module)
     scopes = _local.__dict__.setdefault("scopes", [])
     for i, scope in enumerate(scopes):
         if scope.block is block:
@@ -263,8 +273,9 @@ def _enter(module: nn.Module, args: Any) -> None:
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    scopes, block = getattr(_local, "scopes", None), module.__dict__.get(_BLOCK)
-    for i in range(len(scopes or ()) - 1, -1, -1):
+    scopes: list[_Scope] = getattr(_local, "scopes", [])
+    block = module.__dict__.get(_BLOCK)
+    for i in range(len(scopes) - 1, -1, -1):
         if scopes[i].block is block:
             # torch calls a hook of this kind with None where the forward raised.
             _close(scopes, i, output is None and sys.exc_info()[0] is not None)
@@ -302,7 +313,7 @@ def install(model: nn.Module) -> None:
             continue
         _release(module)
         if len(layers) >= 2:
-            module.__dict__[_BLOCK] = Block(module)
+            _watch(module)
             module.register_forward_pre_hook(_enter)
             module.register_forward_hook(_leave, always_call=True)
 
@@ -332,4 +343,4 @@ def holds_results() -> int:
     return sum(len(entry.results) for scope in getattr(_local, "scopes", ()) for entry in scope.entries.values())
 
 
-__all__ = ["Block", "Group", "Verdict", "forward", "groups_of", "holds_results", "install", "remove"]
+__all__ = ["Block", "Group", "forward", "groups_of", "holds_results", "install", "remove"]
