@@ -1,17 +1,11 @@
-"""A sparse delta in Triton: its gradient by gathered columns and by tiles of dW, its addition to a weight, and the optimiser's step
-(the definitions are peftfast.reference.sparse_delta). Indices outside the weight read and write nothing."""
+"""A sparse delta in Triton: its gradient by gathered columns and by tiles of dW, and its addition to a weight (the definitions are
+peftfast.reference.sparse_delta). Indices outside the weight read and write nothing."""
 
 import torch
 import triton
 import triton.language as tl
 
 from .numerics import convert, multiply_add, narrow, widen
-from .philox import words_at
-
-_STREAM_ROUNDING = tl.constexpr(2)
-_TABLE_COLUMNS = tl.constexpr(11)  # a layer's row: eight addresses, active weights, weights, tensor id
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_INTEGERS = {torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
 
 
 @triton.jit(do_not_specialize=["count", "total"])
@@ -125,112 +119,6 @@ def _write_kernel(weight_ptr, indices_ptr, base_ptr, values_ptr, count, total, B
         tl.store(weight_ptr + index, convert(base, weight_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _address(table_ptr, column: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
-    pointer = tl.load(table_ptr + column).to(tl.pointer_type(dtype), bitcast=True)
-    if aligned:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _rounded(total, element, seed_ptr, tensor_id):
-    """float32 total in bfloat16, up with the probability of what is cut off; element is the position in the weight."""
-    word0, word1, word2, word3 = words_at(
-        tl.load(seed_ptr), element // 8, tensor_id, tl.full((), _STREAM_ROUNDING, tl.int32)
-    )
-    draw = element % 8
-    word = tl.where(draw < 4, tl.where(draw < 2, word0, word1), tl.where(draw < 6, word2, word3))
-    draw_bits = tl.where(draw % 2 == 0, word & 0xFFFF, word >> 16)
-    bits = total.to(tl.uint32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    up = ((bits + draw_bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return tl.where(finite, up, narrow(total, tl.bfloat16))
-
-
-@triton.jit
-def _adamw_block(
-    row_ptr,
-    first,
-    count,
-    hyper_ptr,
-    corrections_ptr,
-    seed_ptr,
-    ages,
-    WEIGHT: tl.constexpr,
-    INDEX: tl.constexpr,
-    AGE: tl.constexpr,
-    OLDEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    offs = first + tl.arange(0, BLOCK)
-    if FULL:
-        mask = tl.full((BLOCK,), True, tl.int1)
-    else:
-        mask = offs < count
-    value_ptrs = _address(row_ptr, 0, tl.float32, True) + offs
-    avg_ptrs = _address(row_ptr, 2, tl.float32, True) + offs
-    sq_ptrs = _address(row_ptr, 3, tl.float32, True) + offs
-    age_ptrs = _address(row_ptr, 4, AGE, True) + offs
-    lr = tl.load(hyper_ptr)
-    grad = tl.load(_address(row_ptr, 1, tl.float32, True) + offs, mask=mask, other=0.0)
-    age = tl.load(age_ptrs, mask=mask, other=0).to(tl.int32)
-    age = tl.where(age == OLDEST, age, age + 1)
-    at = tl.minimum(tl.maximum(age, 0), ages - 1)
-    correction1 = tl.load(corrections_ptr + at, mask=mask, other=1.0)
-    correction2 = tl.load(corrections_ptr + ages + at, mask=mask, other=1.0)
-    average = tl.load(avg_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 1) + grad * tl.load(hyper_ptr + 2)
-    second = tl.load(sq_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 3) + (grad * tl.load(hyper_ptr + 4)) * grad
-    step = tl.div_rn((lr * correction1) * average, tl.sqrt_rn(second) * correction2 + tl.load(hyper_ptr + 5))
-    value = tl.load(value_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 6) - step
-    tl.store(avg_ptrs, narrow(average, tl.float32), mask=mask)
-    tl.store(sq_ptrs, narrow(second, tl.float32), mask=mask)
-    tl.store(age_ptrs, narrow(age, AGE), mask=mask)
-    tl.store(value_ptrs, narrow(value, tl.float32), mask=mask)
-    if WEIGHT is not None:
-        index = tl.load(_address(row_ptr, 6, INDEX, False) + offs, mask=mask, other=0)
-        inside = mask & (index >= 0) & (index < tl.load(row_ptr + 9))
-        base = tl.load(_address(row_ptr, 7, WEIGHT, False) + offs, mask=mask, other=0.0)
-        total = widen(base) + value
-        weight_ptrs = _address(row_ptr, 5, WEIGHT, False) + index
-        if seed_ptr is not None and WEIGHT == tl.bfloat16:
-            rounded = _rounded(total, index.to(tl.int64), seed_ptr, tl.load(row_ptr + 10))
-            tl.store(weight_ptrs, convert(rounded, WEIGHT), mask=inside)
-        else:
-            tl.store(weight_ptrs, narrow(total, WEIGHT), mask=inside)
-
-
-@triton.jit(do_not_specialize=["ages"])
-def _sparse_adamw_kernel(
-    table_ptr,
-    layer_ptr,
-    first_ptr,
-    hyper_ptr,
-    corrections_ptr,
-    seed_ptr,
-    ages,
-    WEIGHT: tl.constexpr,
-    INDEX: tl.constexpr,
-    AGE: tl.constexpr,
-    OLDEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of one layer. Every operation is rounded alone: the kernel must be compiled with enable_fp_fusion=False."""
-    row_ptr = table_ptr + tl.load(layer_ptr + tl.program_id(0)).to(tl.int64) * _TABLE_COLUMNS
-    first = tl.multiple_of(tl.load(first_ptr + tl.program_id(0)), 16)
-    count = tl.load(row_ptr + 8)
-    # A full block needs no mask, and without one every access to a float32 array is of 16 bytes.
-    if first + BLOCK <= count:
-        _adamw_block(
-            row_ptr, first, count, hyper_ptr, corrections_ptr, seed_ptr, ages, WEIGHT, INDEX, AGE, OLDEST, BLOCK, True
-        )
-    else:
-        _adamw_block(
-            row_ptr, first, count, hyper_ptr, corrections_ptr, seed_ptr, ages, WEIGHT, INDEX, AGE, OLDEST, BLOCK, False
-        )
-
-
 def sparse_delta_gather(
     dyt: torch.Tensor, xt: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype, config
 ) -> torch.Tensor:
@@ -313,37 +201,4 @@ def sparse_delta_write_(
             weight.numel(),
             BLOCK=config.block,
             num_warps=config.num_warps,
-        )
-
-
-def sparse_adamw_(
-    table: torch.Tensor,
-    layer: torch.Tensor,
-    first: torch.Tensor,
-    hyper: torch.Tensor,
-    corrections: torch.Tensor,
-    seed: torch.Tensor | None,
-    dtype: torch.dtype | None,
-    index_dtype: torch.dtype,
-    age_dtype: torch.dtype,
-    config,
-) -> None:
-    """One step for all layers of ``table``, int64 ``[layers, 11]``: the addresses of values, grads, exp_avg, exp_avg_sq, age, weight,
-    indices and base, the first five multiples of 16; active weights; weights; tensor id. ``layer`` and ``first``: of each program."""
-    if layer.numel():
-        _sparse_adamw_kernel[(layer.numel(),)](
-            table,
-            layer,
-            first,
-            hyper,
-            corrections,
-            seed,
-            corrections.shape[1],
-            WEIGHT=None if dtype is None else _DTYPES[dtype],
-            INDEX=_INTEGERS[index_dtype],
-            AGE=_INTEGERS[age_dtype],
-            OLDEST=torch.iinfo(age_dtype).max,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            enable_fp_fusion=False,
         )

@@ -27,12 +27,14 @@ def _requests() -> list[dict[str, object]]:
                 {**scatter, "write": True, "values": False},
             ]
             requests += [
-                {"launcher": "sparse_adamw", "arch": arch, "dtype": dtype},
-                {"launcher": "sparse_adamw", "arch": arch, "dtype": dtype, "index": "int64", "age": "int32"},
+                {"launcher": "sparse_adamw_step", "arch": arch, "dtype": dtype},
+                {"launcher": "sparse_adamw_step", "arch": arch, "dtype": dtype, "index": "int64", "age": "int32"},
             ]
         requests += [
-            {"launcher": "sparse_adamw", "arch": arch, "dtype": None},
-            {"launcher": "sparse_adamw", "arch": arch, "dtype": "bfloat16", "stochastic": True},
+            {"launcher": "sparse_adamw_step", "arch": arch, "dtype": None},
+            {"launcher": "sparse_adamw_step", "arch": arch, "dtype": "bfloat16", "stochastic": True},
+            {"launcher": "sparse_adamw_step", "arch": arch, "dtype": "float32", "small": True},
+            {"launcher": "sparse_adamw_step", "arch": arch, "dtype": "bfloat16", "stochastic": True, "small": True},
             {"launcher": "sparse_delta_gather", "arch": arch, "dtype": "bfloat16", "wide": True, "M": 1, "K": 4099},
             {"launcher": "sparse_delta_tiled", "arch": arch, "dtype": "bfloat16", "M": 2047, "N": 4099, "K": 4097},
         ]
