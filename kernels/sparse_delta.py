@@ -94,6 +94,59 @@ def _tile_kernel(
         tl.store(out_ptr + position, narrow(picked, out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["M", "count"])
+def _block_kernel(
+    dy_ptr,
+    x_ptr,
+    blocks_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    count,
+    stride_dym,
+    stride_xm,
+    SIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A tile of a square blocks of dyᵀ x in ``blocks``: first row, first column, place and row stride of the result."""
+    row_ptr = blocks_ptr + tl.program_id(0).to(tl.int64) * 4
+    tiles: tl.constexpr = SIDE // BLOCK
+    top = tl.program_id(1) // tiles * BLOCK
+    left = tl.program_id(1) % tiles * BLOCK
+    row = tl.load(row_ptr)
+    column = tl.load(row_ptr + 1)
+    start = tl.load(row_ptr + 2)
+    stride = tl.load(row_ptr + 3)
+    inside = (
+        (row >= 0) & (row <= N - SIDE) & (column >= 0) & (column <= K - SIDE) & (row % 16 == 0) & (column % 16 == 0)
+    )
+    # A stride within the result first: the product of a larger one may wrap around.
+    inside = inside & (start >= 0) & (stride >= SIDE) & (stride <= count)
+    inside = inside & (start <= count - SIDE - (SIDE - 1) * stride)
+    # Multiples of 16, so that an aligned operand is read 16 bytes at a time.
+    first_n = tl.multiple_of(tl.where(inside, row, 0), 16) + top
+    first_k = tl.multiple_of(tl.where(inside, column, 0), 16) + left
+    start = tl.where(inside, start, 0)
+    stride = tl.where(inside, stride, 0)
+    rows = tl.where(inside, M, 0)
+    offs = tl.arange(0, BLOCK)
+    offs_m = tl.arange(0, BLOCK_M)
+    dy_ptrs = dy_ptr + offs_m[:, None].to(tl.int64) * stride_dym + (first_n + offs)[None, :]
+    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + (first_k + offs)[None, :]
+    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for m in range(0, rows, BLOCK_M):
+        mask = offs_m[:, None] < rows - m
+        sums = multiply_add(
+            tl.trans(tl.load(dy_ptrs, mask=mask, other=0.0)), tl.load(x_ptrs, mask=mask, other=0.0), sums
+        )
+        dy_ptrs += BLOCK_M * stride_dym
+        x_ptrs += BLOCK_M * stride_xm
+    out_ptrs = out_ptr + start + (top + offs)[:, None] * stride + (left + offs)[None, :]
+    tl.store(out_ptrs, narrow(sums, out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["count", "total"])
 def _patch_kernel(weight_ptr, indices_ptr, values_ptr, count, total, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -173,6 +226,39 @@ def sparse_delta_tiled(
             BLOCK_K=config.block_k,
             BLOCK_M=config.block_m,
             PICKS=config.picks,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out
+
+
+def sparse_delta_blocks(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    block_size: int,
+    count: int,
+    dtype: torch.dtype,
+    config,
+) -> torch.Tensor:
+    """The entries of dyᵀ x in square blocks, int64 ``[blocks, 4]`` as the definition has them, all in one launch. dy and x have
+    contiguous rows."""
+    out = torch.zeros(count, dtype=dtype, device=dy.device)
+    if blocks.shape[0] and count:
+        _block_kernel[(blocks.shape[0], (block_size // config.block_n) ** 2)](
+            dy,
+            x,
+            blocks,
+            out,
+            dy.shape[0],
+            dy.shape[1],
+            x.shape[1],
+            count,
+            dy.stride(0),
+            x.stride(0),
+            SIDE=block_size,
+            BLOCK=config.block_n,
+            BLOCK_M=config.block_m,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

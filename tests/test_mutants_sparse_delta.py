@@ -175,6 +175,30 @@ def _adamw() -> list[Mutant]:
     ]
 
 
+def _blocks() -> list[Mutant]:
+    def add(name: str, fault: Callable[..., Any]) -> Mutant:
+        return Mutant(name, ops.sparse_delta_blocks, fault)
+
+    def moved(column: int, by: int) -> Callable[..., Any]:
+        def fault(run: Callable[..., Any], dy: Tensor, x: Tensor, table: Tensor, *rest: Any) -> Tensor:
+            table = table.clone()
+            table[-1, column] += by
+            return run(dy, x, table, *rest)
+
+        return fault
+
+    return [
+        add("the last block forgotten", lambda run, dy, x, t, *rest: run(dy, x, t[:-1], *rest)),
+        add("a block's rows elsewhere", moved(0, -16)),
+        add("a block's columns elsewhere", moved(1, -16)),
+        add("a block's entries shifted", moved(2, -1)),
+        add("first row forgotten", lambda run, dy, x, *rest: run(_zeroed(dy, 0), x, *rest)),
+        add("last row forgotten", lambda run, dy, x, *rest: run(dy, _zeroed(x, -1), *rest)),
+        add("rows after the first part forgotten", lambda run, dy, x, *rest: run(dy[:128], x[:128], *rest)),
+        add("scaled", lambda run, dy, *rest: run(dy, *rest) / dy.shape[0]),
+    ]
+
+
 def _adamw8() -> list[Mutant]:
     def given(column: int, change: Callable[[Any], Any]) -> Callable[..., Any]:
         def fault(run: Callable[..., Any], *arguments: Any) -> None:
@@ -207,7 +231,7 @@ def _adamw8() -> list[Mutant]:
     ]
 
 
-MUTANTS = [*_dvalues(), *_weights(), *_adamw(), *_adamw8()]
+MUTANTS = [*_dvalues(), *_blocks(), *_weights(), *_adamw(), *_adamw8()]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

@@ -35,6 +35,42 @@ def test_on_each_instruction_set(name: str, isa: str) -> None:
         checks.CHECKS[name](case)
 
 
+@pytest.mark.parametrize("side", [32, 64, 128, 256])
+def test_larger_blocks_on_each_instruction_set(side: int, isa: str) -> None:
+    for dtype, out in ((F32, F32), (BF16, F32), (F16, F16)):
+        checks.check_blocks(Case(M=300, N=2 * side, K=3 * side, dtype=dtype, out=out, data=side), side)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("side", "dtype"), [(32, F32), (128, F32), (256, BF16)])
+def test_triton_larger_blocks(side: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one block where it is larger than a program's."""
+    monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
+    checks.check_blocks(Case(M=70, N=side, K=2 * side, dtype=dtype), side)
+
+
+@pytest.mark.parametrize("asked", ["cpu", on_triton])
+def test_blocks_outside_touch_nothing(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTFAST_BACKEND", asked)
+    dy, x = torch.ones(4, 32, device=DEVICE), torch.ones(4, 32, device=DEVICE)
+    most = 2**62
+    bad = [
+        [-16, 0, 0, 16],
+        [32, 0, 0, 16],
+        [8, 0, 0, 16],
+        [0, 1, 0, 16],
+        [0, 32, 0, 16],
+        [0, most, 0, 16],
+        [0, 0, -1, 16],
+        [0, 0, 1, 16],
+    ]
+    bad += [[0, 0, 0, 15], [0, 0, 0, 17], [0, 0, 0, most // 4], [0, 0, 0, -16], [0, 0, most, 16]]
+    found = ops.sparse_delta_blocks(dy, x, torch.tensor(bad, device=DEVICE), 16, 256, F32)
+    assert (found == 0).all()
+    good = torch.tensor([*bad, [16, 16, 0, 16]], device=DEVICE)
+    assert (ops.sparse_delta_blocks(dy, x, good, 16, 256, F32) == 4).all()
+
+
 @pytest.mark.parametrize("seeded", [False, True])
 def test_adamw_on_each_instruction_set(seeded: bool, isa: str) -> None:
     for data in range(4):
@@ -244,6 +280,14 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
             "block_n: expected a power",
             lambda: ops.sparse_delta_dvalues_tiled(dy, x, at, *tiled[:3], 12, 16, F32),
         ),
+        "blocks": (
+            "blocks: expected contiguous int64",
+            lambda: ops.sparse_delta_blocks(dy, x, at[None].long(), 16, 256, F32),
+        ),
+        "block size": (
+            "block_size: expected one of",
+            lambda: ops.sparse_delta_blocks(dy, x, torch.zeros(1, 4, dtype=torch.int64, device=DEVICE), 24, 576, F32),
+        ),
         "weight": ("weight: expected a contiguous", lambda: ops.sparse_delta_patch_(weight.T, at, values)),
         "values length": ("values: expected", lambda: ops.sparse_delta_patch(weight, at, values[:1])),
         "values dtype": ("values: expected", lambda: ops.sparse_delta_patch(weight, at, values.double())),
@@ -286,6 +330,8 @@ def bad_native_calls() -> list[tuple[str, Callable[[], Any]]]:
         ("dy: expected contiguous rows", lambda: cpu.sparse_delta_dvalues(x.T, x.T, at, out)),
         ("out: expected 2 elements", lambda: cpu.sparse_delta_dvalues(x, x, at, out[:1])),
         ("indices: expected dtype", lambda: cpu.sparse_delta_dvalues(x, x, at.float(), out)),
+        ("blocks: expected dtype", lambda: cpu.sparse_delta_blocks(x, x, weight.float(), 16, out)),
+        ("block_size: expected a multiple", lambda: cpu.sparse_delta_blocks(x, x, at.new_zeros(1, 4), 8, out)),
         ("values: expected 2 elements", lambda: cpu.sparse_delta_patch(weight, at, out[:1], weight.clone())),
         ("out: expected 15", lambda: cpu.sparse_delta_patch(weight, at, out, weight[:2])),
         ("base: expected dtype", lambda: cpu.sparse_delta_write(weight, at, out.half(), None)),

@@ -22,6 +22,25 @@ void sparse_delta_dvalues(const Tensor& dy, const Tensor& x, const Tensor& indic
     cpu::sparse_delta_dvalues(dy_rows, x_rows, dtype, at, out.mutable_data_ptr(), float_dtype(out, "out"), torch_pool);
 }
 
+void sparse_delta_blocks(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t block_size, Tensor out) {
+    const cpu::Rows dy_rows = rows_of(dy, "dy"), x_rows = rows_of(x, "x");
+    const DType dtype = float_dtype(dy, "dy");
+    check_dtype(x, "x", dy.scalar_type());
+    STD_TORCH_CHECK(x_rows.rows == dy_rows.rows, "x: expected ", dy_rows.rows, " rows, got ", x_rows.rows);
+    check_cpu(blocks, "blocks");
+    check_dtype(blocks, "blocks", ScalarType::Long);
+    check_contiguous(blocks, "blocks");
+    STD_TORCH_CHECK(blocks.dim() == 2 && blocks.size(1) == 4, "blocks: expected shape [blocks, 4], got ",
+                    shape_of(blocks));
+    STD_TORCH_CHECK(block_size >= 16 && block_size <= 256 && block_size % 16 == 0,
+                    "block_size: expected a multiple of 16 up to 256, got ", block_size);
+    check_cpu(out, "out");
+    check_contiguous(out, "out");
+    cpu::sparse_delta_blocks(dy_rows, x_rows, dtype, static_cast<const int64_t*>(blocks.const_data_ptr()),
+                             blocks.size(0), block_size, out.mutable_data_ptr(), out.numel(), float_dtype(out, "out"),
+                             torch_pool);
+}
+
 void sparse_delta_patch(const Tensor& weight, const Tensor& indices, const Tensor& values, Tensor out) {
     check_cpu(weight, "weight");
     check_contiguous(weight, "weight");
@@ -48,12 +67,14 @@ void sparse_delta_write(Tensor weight, const Tensor& indices, const Tensor& base
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftfast_cpu, m) {
     m.def("sparse_delta_dvalues(Tensor dy, Tensor x, Tensor indices, Tensor(a!) out) -> ()");
+    m.def("sparse_delta_blocks(Tensor dy, Tensor x, Tensor blocks, int block_size, Tensor(a!) out) -> ()");
     m.def("sparse_delta_patch(Tensor weight, Tensor indices, Tensor values, Tensor(a!) out) -> ()");
     m.def("sparse_delta_write(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? values) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftfast_cpu, CPU, m) {
     m.impl("sparse_delta_dvalues", TORCH_BOX(&peftfast::bind::sparse_delta_dvalues));
+    m.impl("sparse_delta_blocks", TORCH_BOX(&peftfast::bind::sparse_delta_blocks));
     m.impl("sparse_delta_patch", TORCH_BOX(&peftfast::bind::sparse_delta_patch));
     m.impl("sparse_delta_write", TORCH_BOX(&peftfast::bind::sparse_delta_write));
 }

@@ -25,6 +25,11 @@ struct Rows {
 void sparse_delta_dvalues(const Rows& dy, const Rows& x, DType dtype, const Indices& indices, void* out,
                           DType out_dtype, ParallelFor pool);
 
+// The same of square blocks of dyᵀ x: table [blocks][4] as reference.sparse_delta_blocks has it, out of `count`
+// elements. A block that lies outside, of the operands or of out, is left alone.
+void sparse_delta_blocks(const Rows& dy, const Rows& x, DType dtype, const int64_t* table, int64_t blocks, int64_t side,
+                         void* out, int64_t count, DType out_dtype, ParallelFor pool);
+
 // out = weight with values added at the support; out may be weight itself.
 void sparse_delta_patch(const void* weight, DType dtype, int64_t count, const Indices& indices, const float* values,
                         void* out, ParallelFor pool);

@@ -63,7 +63,7 @@ def _values_dtype(weight: Tensor) -> torch.dtype:
 # Gradient of the values.
 
 
-def _check_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
+def _check_operands(dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
     for name, tensor in (("dy", dy), ("x", x)):
         require(
             tensor.dim() == 2 and tensor.is_floating_point(),
@@ -77,8 +77,12 @@ def _check_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -
             f"x: expected {dy.shape[0]} rows of {dy.dtype} on {dy.device}, got {x.shape[0]} of {x.dtype} on {x.device}"
         ),
     )
-    check_indices(indices, dy)
     require(dtype.is_floating_point, lambda: f"dtype: expected a floating dtype, got {dtype}")
+
+
+def _check_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
+    _check_operands(dy, x, dtype)
+    check_indices(indices, dy)
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -204,6 +208,63 @@ sparse_delta_dvalues_tiled = Operator(
     implementations=(
         Implementation("triton", triton_available, _triton_accepts_tiled, _triton_tiled),
         reference(lambda dy, x, indices, *rest: definition.sparse_delta_dvalues(dy, x, indices, rest[-1])),
+    ),
+)
+
+
+# The same of square blocks of the weight, all in one launch.
+
+
+def _check_blocks(dy: Tensor, x: Tensor, blocks: Tensor, block_size: int, count: int, dtype: torch.dtype) -> None:
+    _check_operands(dy, x, dtype)
+    require(
+        blocks.dtype == torch.int64
+        and blocks.dim() == 2
+        and blocks.shape[1] == 4
+        and blocks.is_contiguous()
+        and blocks.device == dy.device,
+        lambda: (
+            f"blocks: expected contiguous int64 [blocks, 4] on {dy.device}, got {blocks.dtype} {tuple(blocks.shape)}"
+        ),
+    )
+    require(
+        block_size in configs.BLOCK_SIZES,
+        lambda: f"block_size: expected one of {configs.BLOCK_SIZES}, got {block_size}",
+    )
+    require(count >= 0, lambda: f"count: expected at least 0, got {count}")
+
+
+def _cpu_blocks(dy: Tensor, x: Tensor, blocks: Tensor, block_size: int, count: int, dtype: torch.dtype) -> Tensor:
+    out = torch.zeros(count, dtype=dtype)
+    rows = _rows_contiguous(dy), _rows_contiguous(x)
+    torch.ops.peftfast_cpu.sparse_delta_blocks.default(*rows, blocks, block_size, out)
+    return out
+
+
+def _triton_blocks(dy: Tensor, x: Tensor, blocks: Tensor, block_size: int, count: int, dtype: torch.dtype) -> Tensor:
+    config = configs.block(dtype_name(dy.dtype), block_size, device_of(dy))
+    with on_device(dy):
+        rows = _rows_contiguous(dy), _rows_contiguous(x)
+        return kernels("sparse_delta").sparse_delta_blocks(*rows, blocks, block_size, count, dtype, config)
+
+
+def _cpu_accepts_blocks(dy: Tensor, x: Tensor, *arguments: Any) -> Verdict:
+    return _with_dtype(takes_cpu(dy, x), arguments[-1])
+
+
+def _triton_accepts_blocks(dy: Tensor, x: Tensor, *arguments: Any) -> Verdict:
+    return _with_dtype(takes_triton(dy, x), arguments[-1])
+
+
+sparse_delta_blocks = Operator(
+    "sparse_delta_blocks",
+    "(Tensor dy, Tensor x, Tensor blocks, int block_size, int count, ScalarType dtype) -> Tensor",
+    check=_check_blocks,
+    fake=lambda dy, x, blocks, block_size, count, dtype: dy.new_empty(count, dtype=dtype),
+    implementations=(
+        Implementation("cpu", cpu_available, _cpu_accepts_blocks, _cpu_blocks),
+        Implementation("triton", triton_available, _triton_accepts_blocks, _triton_blocks),
+        reference(definition.sparse_delta_blocks),
     ),
 )
 

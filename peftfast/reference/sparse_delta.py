@@ -24,6 +24,20 @@ def sparse_delta_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dt
     return (dy.to(wide).T @ x.to(wide)).reshape(-1)[indices.long()].to(dtype)
 
 
+def sparse_delta_blocks(
+    dy: Tensor, x: Tensor, blocks: Tensor, block_size: int, count: int, dtype: torch.dtype
+) -> Tensor:
+    """The same for square blocks of the weight, ``[count]``. ``blocks``: int64 ``[T, 4]``, of each its first row (of dyᵀ) and its first
+    column, multiples of 16, the place of its first entry in the result, and how far apart its rows lie there. Entries of
+    no block are 0."""
+    wide = wide_dtype(dy.dtype)
+    out = torch.zeros(count, dtype=dtype, device=dy.device)
+    for row, column, start, stride in blocks.tolist():
+        entries = dy[:, row : row + block_size].to(wide).T @ x[:, column : column + block_size].to(wide)
+        out.as_strided((block_size, block_size), (stride, 1), start).copy_(entries)
+    return out
+
+
 def sparse_delta_patch(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """weight with ``values`` added at ``indices``: the sums in float32, each rounded once to weight's dtype."""
     flat, at = weight.reshape(-1).clone(), indices.long()

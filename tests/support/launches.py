@@ -148,6 +148,12 @@ def sparse_delta_tiled(dtype: str, arch: int, M: int = 2048, N: int = 4096, K: i
     sparse_delta.sparse_delta_tiled(dy, x, indices, order, tiles, starts, torch.float32, config)
 
 
+def sparse_delta_blocks(dtype: str, arch: int, side: int, M: int = 2048, N: int = 4096, K: int = 11264) -> None:
+    config = sparse_configs.block(dtype, side, DEVICES[arch])
+    dy, x, blocks = _empty(M, N, dtype=dtype), _empty(M, K, dtype=dtype), _empty(64, 4, dtype=torch.int64)
+    sparse_delta.sparse_delta_blocks(dy, x, blocks, side, 64 * side * side, torch.float32, config)
+
+
 def sparse_delta_scatter(dtype: str, arch: int, write: bool, values: bool = True, wide: bool = False) -> None:
     config = sparse_configs.scatter(DEVICES[arch])
     weight = _empty(4096, 11008, dtype=dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfast.functional import SparsePattern
 from peftfast.ops import sparse_adamw as adamw_ops
 from peftfast.ops import sparse_delta as ops
 from peftfast.reference import sparse_delta as definition
@@ -97,6 +98,25 @@ def check_tiled(case: Case, block: int = 16) -> None:
     tiles = tiles_of(indices, case.K, block, block)
     actual = ops.sparse_delta_dvalues_tiled(dy, x, indices, *tiles, block, block, case.out)
     assert_within_budget(f"tiled {case}", actual, composed, exact)
+
+
+def check_blocks(case: Case, side: int = 16) -> None:
+    """Some blocks of a weight of whole ones, their entries laid out as a pattern has them, behind a gap."""
+    generator = generator_of(case)
+    n, k = -(-case.N // side) * side, -(-case.K // side) * side
+    dy, x = _matrix(case, case.M, n, generator), _matrix(case, case.M, k, generator)
+    every = n // side * (k // side)
+    parts = torch.randperm(every, generator=generator)[: max(1, every // 2)].sort().values
+    pattern = SparsePattern.from_blocks(parts, side, (n, k)).to(DEVICE)
+    table, count = pattern.blocks(False).clone(), pattern.count + 5
+    table[:, 2] += 5
+    exact, composed = (
+        torch.cat((torch.zeros(5, device=DEVICE), dense.reshape(-1)[pattern.indices.long()].to(dense.dtype)))
+        for dense in (dy.double().T @ x.double(), (dy.float().T @ x.float()).to(case.out))
+    )
+    actual = ops.sparse_delta_blocks(dy, x, table, side, count, case.out)
+    assert actual.dtype == case.out and (actual[:5] == 0).all()
+    assert_within_budget(f"blocks of {side} {case}", actual, composed.to(case.out), exact)
 
 
 def weight_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -276,6 +296,7 @@ def random_cases(count: int, seed: int) -> list[Case]:
 
 CHECKS = {
     "sparse_delta_dvalues": check_dvalues,
+    "sparse_delta_blocks": check_blocks,
     "sparse_delta_patch": check_patch,
     "sparse_delta_patch_": check_patch_,
     "sparse_delta_write_": check_write,
