@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfast import functional as F
 from peftfast.nn import SparseDeltaLinear
-from peftfast.ops import sparse_delta as ops
+from peftfast.ops import sparse_adamw as ops
 from peftfast.reference import sparse_delta as definition
 
 from . import layers
@@ -259,6 +259,26 @@ def _fused_adamw(case: Case, inputs: Inputs) -> Work:
     return Work(call)
 
 
+def _fused_adamw8(case: Case, inputs: Inputs) -> Work:
+    """The same with states in 8 bits."""
+    values, weight, at = inputs["values"].clone(), inputs["weight"].clone(), inputs["pattern"].indices
+    base = weight.view(-1)[at.long()].clone()
+    codes = definition.state_codes().to(case.device)
+    (first, first_max), (second, second_max) = (
+        definition.compress_states(torch.zeros_like(values), code) for code in codes
+    )
+    age = torch.zeros_like(values, dtype=torch.int16)
+    hyper = definition.adam_hyper(HYPER["lr"], *HYPER["betas"], HYPER["eps"], HYPER["weight_decay"]).to(case.device)
+    corrections = definition.adam_corrections(*HYPER["betas"], 2**15 + 1).to(case.device)
+    lists = ([values], [inputs["grad"]], [first], [second], [age], [weight], [at], [base], [first_max], [second_max])
+
+    def call() -> Results:
+        ops.sparse_adamw8_(*lists, codes, hyper, corrections, None, [0])
+        return {"values": values}
+
+    return Work(call)
+
+
 def _torch_adamw(case: Case, inputs: Inputs, dense: bool) -> Work:
     """torch's fused AdamW: on the whole weight, zero but for the support, or on the values alone, where no weight is written."""
     at = inputs["pattern"].indices.long()
@@ -288,6 +308,7 @@ register(
         cost=lambda case, _: Cost(active(case) * (4 + 4 + 24 + 4 + 2 * case.itemsize), 0),
         providers=(
             *peftfast_providers(_fused_adamw, ("sparse_adamw_",)),
+            Provider("peftfast:8bit", _fused_adamw8),
             Provider("torch", lambda case, inputs: _torch_adamw(case, inputs, True)),
             Provider("torch:values", lambda case, inputs: _torch_adamw(case, inputs, False)),
         ),

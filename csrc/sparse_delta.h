@@ -51,4 +51,33 @@ PEFTFAST_HD uint16_t stochastic_bf16(float value, uint32_t draw) {
     return static_cast<uint16_t>((bits + draw) >> 16);
 }
 
+// States in bytes: this many share a maximum.
+constexpr int64_t kStateBlock = 256;
+
+// The byte of a state that is `part` of its block's maximum: that of the nearest of reference.state_codes, of two
+// equally near the lower byte. Codes are powers of 2^(1/6) or 2^(1/8), so that within an octave the middles between
+// neighbours have the same fractions: those below a part are counted, where a search of the table would be eight
+// dependent reads.
+template <bool kSigned>
+PEFTFAST_HD uint32_t state_byte(float part) {
+    const uint32_t bits = float_bits(part), size = bits & 0x7fffffffu, negative = bits >> 31;
+    // Of a negative part the lower byte is the larger magnitude: a middle counts where it is reached.
+    const uint32_t key = kSigned ? size + negative : size, fraction = key & 0x7fffffu;
+    int32_t steps = static_cast<int32_t>(key >> 23) * (kSigned ? 6 : 8) - (kSigned ? 635 : 761);
+    if (kSigned) {
+        steps += (fraction > 0x07d66bu) + (fraction > 0x1878f7u) + (fraction > 0x2b2506u) + (fraction > 0x401a74u) +
+                 (fraction > 0x57a0f2u) + (fraction > 0x7208f8u);
+    } else {
+        steps += (fraction > 0x05cae1u) + (fraction > 0x11e6d9u) + (fraction > 0x1f1b64u) + (fraction > 0x2d81e5u) +
+                 (fraction > 0x3d360eu) + (fraction > 0x4e5614u) + (fraction > 0x6102e2u) + (fraction > 0x756064u);
+    }
+    // Half of the least power: from there down, 0.
+    const uint32_t least = kSigned ? 105u << 23 : (94u << 23) + 0x1837f0u;
+    steps = steps < 1 ? 1 : steps;
+    steps = key <= least ? 0 : steps;
+    int32_t byte = kSigned ? (negative ? 127 - steps : 127 + steps) : (negative ? 0 : steps);
+    byte = size > 0x7f800000u ? 255 : byte;
+    return static_cast<uint32_t>(byte);
+}
+
 }  // namespace peftfast::sparse

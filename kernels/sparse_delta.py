@@ -1,17 +1,11 @@
-"""A sparse delta in Triton: its gradient by gathered columns and by tiles of dW, its addition to a weight, and the optimiser's step
-(the definitions are peftfast.reference.sparse_delta). Indices outside the weight read and write nothing."""
+"""A sparse delta in Triton: its gradient by gathered columns and by tiles of dW, and its addition to a weight (the definitions are
+peftfast.reference.sparse_delta). Indices outside the weight read and write nothing."""
 
 import torch
 import triton
 import triton.language as tl
 
 from .numerics import convert, multiply_add, narrow, widen
-from .philox import words_at
-
-_STREAM_ROUNDING = tl.constexpr(2)
-_TABLE_COLUMNS = tl.constexpr(11)  # a layer's row: eight addresses, active weights, weights, tensor id
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_INTEGERS = {torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
 
 
 @triton.jit(do_not_specialize=["count", "total"])
@@ -100,6 +94,59 @@ def _tile_kernel(
         tl.store(out_ptr + position, narrow(picked, out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["M", "count"])
+def _block_kernel(
+    dy_ptr,
+    x_ptr,
+    blocks_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    count,
+    stride_dym,
+    stride_xm,
+    SIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A tile of a square blocks of dyᵀ x in ``blocks``: first row, first column, place and row stride of the result."""
+    row_ptr = blocks_ptr + tl.program_id(0).to(tl.int64) * 4
+    tiles: tl.constexpr = SIDE // BLOCK
+    top = tl.program_id(1) // tiles * BLOCK
+    left = tl.program_id(1) % tiles * BLOCK
+    row = tl.load(row_ptr)
+    column = tl.load(row_ptr + 1)
+    start = tl.load(row_ptr + 2)
+    stride = tl.load(row_ptr + 3)
+    inside = (
+        (row >= 0) & (row <= N - SIDE) & (column >= 0) & (column <= K - SIDE) & (row % 16 == 0) & (column % 16 == 0)
+    )
+    # A stride within the result first: the product of a larger one may wrap around.
+    inside = inside & (start >= 0) & (stride >= SIDE) & (stride <= count)
+    inside = inside & (start <= count - SIDE - (SIDE - 1) * stride)
+    # Multiples of 16, so that an aligned operand is read 16 bytes at a time.
+    first_n = tl.multiple_of(tl.where(inside, row, 0), 16) + top
+    first_k = tl.multiple_of(tl.where(inside, column, 0), 16) + left
+    start = tl.where(inside, start, 0)
+    stride = tl.where(inside, stride, 0)
+    rows = tl.where(inside, M, 0)
+    offs = tl.arange(0, BLOCK)
+    offs_m = tl.arange(0, BLOCK_M)
+    dy_ptrs = dy_ptr + offs_m[:, None].to(tl.int64) * stride_dym + (first_n + offs)[None, :]
+    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + (first_k + offs)[None, :]
+    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for m in range(0, rows, BLOCK_M):
+        mask = offs_m[:, None] < rows - m
+        sums = multiply_add(
+            tl.trans(tl.load(dy_ptrs, mask=mask, other=0.0)), tl.load(x_ptrs, mask=mask, other=0.0), sums
+        )
+        dy_ptrs += BLOCK_M * stride_dym
+        x_ptrs += BLOCK_M * stride_xm
+    out_ptrs = out_ptr + start + (top + offs)[:, None] * stride + (left + offs)[None, :]
+    tl.store(out_ptrs, narrow(sums, out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["count", "total"])
 def _patch_kernel(weight_ptr, indices_ptr, values_ptr, count, total, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -123,112 +170,6 @@ def _write_kernel(weight_ptr, indices_ptr, base_ptr, values_ptr, count, total, B
         tl.store(weight_ptr + index, narrow(widen(base) + value, weight_ptr.dtype.element_ty), mask=inside)
     else:
         tl.store(weight_ptr + index, convert(base, weight_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _address(table_ptr, column: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
-    pointer = tl.load(table_ptr + column).to(tl.pointer_type(dtype), bitcast=True)
-    if aligned:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _rounded(total, element, seed_ptr, tensor_id):
-    """float32 total in bfloat16, up with the probability of what is cut off; element is the position in the weight."""
-    word0, word1, word2, word3 = words_at(
-        tl.load(seed_ptr), element // 8, tensor_id, tl.full((), _STREAM_ROUNDING, tl.int32)
-    )
-    draw = element % 8
-    word = tl.where(draw < 4, tl.where(draw < 2, word0, word1), tl.where(draw < 6, word2, word3))
-    draw_bits = tl.where(draw % 2 == 0, word & 0xFFFF, word >> 16)
-    bits = total.to(tl.uint32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    up = ((bits + draw_bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return tl.where(finite, up, narrow(total, tl.bfloat16))
-
-
-@triton.jit
-def _adamw_block(
-    row_ptr,
-    first,
-    count,
-    hyper_ptr,
-    corrections_ptr,
-    seed_ptr,
-    ages,
-    WEIGHT: tl.constexpr,
-    INDEX: tl.constexpr,
-    AGE: tl.constexpr,
-    OLDEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    offs = first + tl.arange(0, BLOCK)
-    if FULL:
-        mask = tl.full((BLOCK,), True, tl.int1)
-    else:
-        mask = offs < count
-    value_ptrs = _address(row_ptr, 0, tl.float32, True) + offs
-    avg_ptrs = _address(row_ptr, 2, tl.float32, True) + offs
-    sq_ptrs = _address(row_ptr, 3, tl.float32, True) + offs
-    age_ptrs = _address(row_ptr, 4, AGE, True) + offs
-    lr = tl.load(hyper_ptr)
-    grad = tl.load(_address(row_ptr, 1, tl.float32, True) + offs, mask=mask, other=0.0)
-    age = tl.load(age_ptrs, mask=mask, other=0).to(tl.int32)
-    age = tl.where(age == OLDEST, age, age + 1)
-    at = tl.minimum(tl.maximum(age, 0), ages - 1)
-    correction1 = tl.load(corrections_ptr + at, mask=mask, other=1.0)
-    correction2 = tl.load(corrections_ptr + ages + at, mask=mask, other=1.0)
-    average = tl.load(avg_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 1) + grad * tl.load(hyper_ptr + 2)
-    second = tl.load(sq_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 3) + (grad * tl.load(hyper_ptr + 4)) * grad
-    step = tl.div_rn((lr * correction1) * average, tl.sqrt_rn(second) * correction2 + tl.load(hyper_ptr + 5))
-    value = tl.load(value_ptrs, mask=mask, other=0.0) * tl.load(hyper_ptr + 6) - step
-    tl.store(avg_ptrs, narrow(average, tl.float32), mask=mask)
-    tl.store(sq_ptrs, narrow(second, tl.float32), mask=mask)
-    tl.store(age_ptrs, narrow(age, AGE), mask=mask)
-    tl.store(value_ptrs, narrow(value, tl.float32), mask=mask)
-    if WEIGHT is not None:
-        index = tl.load(_address(row_ptr, 6, INDEX, False) + offs, mask=mask, other=0)
-        inside = mask & (index >= 0) & (index < tl.load(row_ptr + 9))
-        base = tl.load(_address(row_ptr, 7, WEIGHT, False) + offs, mask=mask, other=0.0)
-        total = widen(base) + value
-        weight_ptrs = _address(row_ptr, 5, WEIGHT, False) + index
-        if seed_ptr is not None and WEIGHT == tl.bfloat16:
-            rounded = _rounded(total, index.to(tl.int64), seed_ptr, tl.load(row_ptr + 10))
-            tl.store(weight_ptrs, convert(rounded, WEIGHT), mask=inside)
-        else:
-            tl.store(weight_ptrs, narrow(total, WEIGHT), mask=inside)
-
-
-@triton.jit(do_not_specialize=["ages"])
-def _sparse_adamw_kernel(
-    table_ptr,
-    layer_ptr,
-    first_ptr,
-    hyper_ptr,
-    corrections_ptr,
-    seed_ptr,
-    ages,
-    WEIGHT: tl.constexpr,
-    INDEX: tl.constexpr,
-    AGE: tl.constexpr,
-    OLDEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of one layer. Every operation is rounded alone: the kernel must be compiled with enable_fp_fusion=False."""
-    row_ptr = table_ptr + tl.load(layer_ptr + tl.program_id(0)).to(tl.int64) * _TABLE_COLUMNS
-    first = tl.multiple_of(tl.load(first_ptr + tl.program_id(0)), 16)
-    count = tl.load(row_ptr + 8)
-    # A full block needs no mask, and without one every access to a float32 array is of 16 bytes.
-    if first + BLOCK <= count:
-        _adamw_block(
-            row_ptr, first, count, hyper_ptr, corrections_ptr, seed_ptr, ages, WEIGHT, INDEX, AGE, OLDEST, BLOCK, True
-        )
-    else:
-        _adamw_block(
-            row_ptr, first, count, hyper_ptr, corrections_ptr, seed_ptr, ages, WEIGHT, INDEX, AGE, OLDEST, BLOCK, False
-        )
 
 
 def sparse_delta_gather(
@@ -291,6 +232,39 @@ def sparse_delta_tiled(
     return out
 
 
+def sparse_delta_blocks(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    block_size: int,
+    count: int,
+    dtype: torch.dtype,
+    config,
+) -> torch.Tensor:
+    """The entries of dyᵀ x in square blocks, int64 ``[blocks, 4]`` as the definition has them, all in one launch. dy and x have
+    contiguous rows."""
+    out = torch.zeros(count, dtype=dtype, device=dy.device)
+    if blocks.shape[0] and count:
+        _block_kernel[(blocks.shape[0], (block_size // config.block_n) ** 2)](
+            dy,
+            x,
+            blocks,
+            out,
+            dy.shape[0],
+            dy.shape[1],
+            x.shape[1],
+            count,
+            dy.stride(0),
+            x.stride(0),
+            SIDE=block_size,
+            BLOCK=config.block_n,
+            BLOCK_M=config.block_m,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out
+
+
 def sparse_delta_patch_(weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, config) -> None:
     """weight[indices] += values, each sum rounded once."""
     if indices.numel():
@@ -313,37 +287,4 @@ def sparse_delta_write_(
             weight.numel(),
             BLOCK=config.block,
             num_warps=config.num_warps,
-        )
-
-
-def sparse_adamw_(
-    table: torch.Tensor,
-    layer: torch.Tensor,
-    first: torch.Tensor,
-    hyper: torch.Tensor,
-    corrections: torch.Tensor,
-    seed: torch.Tensor | None,
-    dtype: torch.dtype | None,
-    index_dtype: torch.dtype,
-    age_dtype: torch.dtype,
-    config,
-) -> None:
-    """One step for all layers of ``table``, int64 ``[layers, 11]``: the addresses of values, grads, exp_avg, exp_avg_sq, age, weight,
-    indices and base, the first five multiples of 16; active weights; weights; tensor id. ``layer`` and ``first``: of each program."""
-    if layer.numel():
-        _sparse_adamw_kernel[(layer.numel(),)](
-            table,
-            layer,
-            first,
-            hyper,
-            corrections,
-            seed,
-            corrections.shape[1],
-            WEIGHT=None if dtype is None else _DTYPES[dtype],
-            INDEX=_INTEGERS[index_dtype],
-            AGE=_INTEGERS[age_dtype],
-            OLDEST=torch.iinfo(age_dtype).max,
-            BLOCK=config.block,
-            num_warps=config.num_warps,
-            enable_fp_fusion=False,
         )

@@ -26,6 +26,7 @@ PATTERNS: dict[str, Callable[[], F.SparsePattern]] = {
     "columns": lambda: F.SparsePattern.from_columns([0, 9, 31], SHAPE),
     "columns side by side": lambda: F.SparsePattern.from_columns(torch.tensor([3, 4, 5]), SHAPE),
     "blocks": lambda: F.SparsePattern.from_blocks([0, 1, 5], 16, SHAPE),
+    "blocks of a column": lambda: F.SparsePattern.from_blocks([1, 5], 16, SHAPE),
     "everything": lambda: F.choose_support(torch.zeros(SHAPE), 1.0),
 }
 
@@ -134,8 +135,10 @@ def test_the_base_is_not_written_and_no_dense_copy_is_saved() -> None:
     assert torch.equal(given["weight"], kept)
 
 
-@pytest.mark.parametrize("name", ["columns", "columns side by side"])
-def test_columns_save_their_part_of_x(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "columns"), [("columns", 3), ("columns side by side", 3), ("blocks of a column", 16), ("blocks", 32)]
+)
+def test_columns_save_their_part_of_x(name: str, columns: int) -> None:
     pattern = PATTERNS[name]()
     given = inputs(pattern, F32)
     values = given["values"].requires_grad_()
@@ -144,7 +147,17 @@ def test_columns_save_their_part_of_x(name: str) -> None:
     found = sum(
         size for at, size in storages(saved).items() if at not in (pattern.indices.data_ptr(), values.data_ptr())
     )
-    assert found == 21 * 3 * 4
+    assert found == 21 * columns * 4
+
+
+def test_many_blocks_are_one_call() -> None:
+    pattern = F.SparsePattern.from_blocks(list(range(0, 24, 2)), 16, (96, 64))
+    dy, x = torch.randn(5, 96, device=DEVICE), torch.randn(5, 64, device=DEVICE)
+    pattern = pattern.to(DEVICE)
+    layer.dvalues(dy, x, pattern, F32)
+    with Calls() as calls:
+        layer.dvalues(dy, x, pattern, F32)
+    assert dict(calls.compute) == {"sparse_delta_blocks": 1}
 
 
 def test_needs_input_grad_is_honoured() -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from peftfast.functional import sparse_delta as layer
+from peftfast.ops import OPERATORS
+from peftfast.ops import sparse_adamw as adamw_ops
 from peftfast.ops import sparse_delta as ops
 from peftfast.reference import sparse_delta as definition
 from tests.support import mutants, sparse_checks
@@ -20,6 +22,11 @@ def check_operator(name: str) -> None:
     if name == "sparse_adamw_":
         for seeded in (False, True):
             sparse_checks.check_adamw(0, seeded)
+        return
+    if name == "sparse_adamw8_":
+        for seeded in (False, True):
+            sparse_checks.check_adamw8(0, seeded)
+        sparse_checks.check_state_bytes()
         return
     for case in sparse_checks.TELLING:
         sparse_checks.CHECKS[name](case)
@@ -143,7 +150,7 @@ def _adamw() -> list[Mutant]:
                 weight.copy_(kept)
 
     def add(name: str, fault: Callable[..., Any]) -> Mutant:
-        return Mutant(name, ops.sparse_adamw_, fault)
+        return Mutant(name, adamw_ops.sparse_adamw_, fault)
 
     return [
         add("learning rate missing", hyper(0, lambda _: 1.0)),
@@ -168,7 +175,63 @@ def _adamw() -> list[Mutant]:
     ]
 
 
-MUTANTS = [*_dvalues(), *_weights(), *_adamw()]
+def _blocks() -> list[Mutant]:
+    def add(name: str, fault: Callable[..., Any]) -> Mutant:
+        return Mutant(name, ops.sparse_delta_blocks, fault)
+
+    def moved(column: int, by: int) -> Callable[..., Any]:
+        def fault(run: Callable[..., Any], dy: Tensor, x: Tensor, table: Tensor, *rest: Any) -> Tensor:
+            table = table.clone()
+            table[-1, column] += by
+            return run(dy, x, table, *rest)
+
+        return fault
+
+    return [
+        add("the last block forgotten", lambda run, dy, x, t, *rest: run(dy, x, t[:-1], *rest)),
+        add("a block's rows elsewhere", moved(0, -16)),
+        add("a block's columns elsewhere", moved(1, -16)),
+        add("a block's entries shifted", moved(2, -1)),
+        add("first row forgotten", lambda run, dy, x, *rest: run(_zeroed(dy, 0), x, *rest)),
+        add("last row forgotten", lambda run, dy, x, *rest: run(dy, _zeroed(x, -1), *rest)),
+        add("rows after the first part forgotten", lambda run, dy, x, *rest: run(dy[:128], x[:128], *rest)),
+        add("scaled", lambda run, dy, *rest: run(dy, *rest) / dy.shape[0]),
+    ]
+
+
+def _adamw8() -> list[Mutant]:
+    def given(column: int, change: Callable[[Any], Any]) -> Callable[..., Any]:
+        def fault(run: Callable[..., Any], *arguments: Any) -> None:
+            run(*arguments[:column], change(arguments[column]), *arguments[column + 1 :])
+
+        return fault
+
+    def after(column: int, change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def fault(run: Callable[..., Any], *arguments: Any) -> None:
+            run(*arguments)
+            for tensor in arguments[column]:
+                tensor.copy_(change(tensor))
+
+        return fault
+
+    def add(name: str, fault: Callable[..., Any]) -> Mutant:
+        return Mutant(name, adamw_ops.sparse_adamw8_, fault)
+
+    return [
+        add("codes swapped", given(10, lambda codes: codes.flip(0).contiguous())),
+        add("a maximum of another block", given(8, lambda maxima: [m.roll(1) for m in maxima])),
+        add("maxima shared", given(9, lambda maxima: [m.fill_(float(m.max())) for m in maxima])),
+        add("maxima not written", given(8, lambda maxima: [m.clone() for m in maxima])),
+        add("a byte off", after(2, lambda t: t + 1)),
+        add("bytes cut instead of rounded", after(3, lambda t: t - (t % 2))),
+        add("no bias correction", given(12, torch.ones_like)),
+        add("base shifted", given(7, lambda bases: [b.roll(1) for b in bases])),
+        add("not stochastic", given(13, lambda _: None)),
+        add("the last of a layer forgotten", after(2, lambda t: torch.cat((t[:-1], t.new_zeros(1))))),
+    ]
+
+
+MUTANTS = [*_dvalues(), *_blocks(), *_weights(), *_adamw(), *_adamw8()]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
@@ -178,9 +241,9 @@ def test_operator(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
         check_operator(mutant.operator.name)
 
 
-@pytest.mark.parametrize("name", [*sparse_checks.CHECKS, "sparse_adamw_"])
+@pytest.mark.parametrize("name", [*sparse_checks.CHECKS, "sparse_adamw_", "sparse_adamw8_"])
 def test_planting_itself_breaks_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutants.plant(monkeypatch, Mutant("none", getattr(ops, name), lambda run, *given: run(*given)))
+    mutants.plant(monkeypatch, Mutant("none", OPERATORS[name], lambda run, *given: run(*given)))
     check_operator(name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import peftfast.functional as F
 from peftfast.nn import NF4Linear, RoSALinear, SparseDeltaLinear
 from peftfast.nn.sparse_delta import SparseDeltaNF4Linear, layer_of
-from peftfast.optim import SparseAdamW, eight_bit
+from peftfast.optim import SparseAdamW
 from peftfast.optim.sparse_adamw import age_dtype, ages_of
 from peftfast.reference import sparse_delta as definition
 from tests.support.lora_checks import BF16, F16, F32
@@ -362,16 +362,21 @@ def test_a_step_bumps_the_version_of_what_it_writes() -> None:
         y.backward()
 
 
-def test_one_call_steps_all_layers() -> None:
+@pytest.mark.parametrize("bits", [32, 8])
+def test_one_call_steps_all_layers(bits: int) -> None:
+    """And nothing else of the size of the states is computed beside it."""
     from tests.support.counting import Calls
 
     layers = [pair()[1] for _ in range(4)]
-    optimiser = SparseAdamW([layer.delta_values for layer in layers])
+    optimiser = SparseAdamW([layer.delta_values for layer in layers], state_bits=bits)
     for layer in layers:
         layer(some_x()).sum().backward()
+    optimiser.step()
     with Calls() as calls:
         optimiser.step()
-    assert calls.compute["sparse_adamw_"] == 1
+    name = "sparse_adamw_" if bits == 32 else "sparse_adamw8_"
+    assert calls.compute[name] == 1
+    assert not [other for other in calls.compute if other != name and not other.startswith("_record_function")]
 
 
 def test_optimiser_state_resumes() -> None:
@@ -437,16 +442,16 @@ def test_ages() -> None:
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_eight_bit_code(signed: bool) -> None:
-    table = eight_bit.code(signed, torch.device("cpu"))
+    table = definition.state_codes()[0 if signed else 1]
     assert table.numel() == 256 and torch.equal(table, table.sort().values) and (table == 0).sum() == 1
     generator = torch.Generator().manual_seed(0)
     values = torch.exp2(torch.rand(1000, generator=generator) * -20) * (
         1 if not signed else torch.randn(1000, generator=generator).sign()
     )
     values[512:768] = 0.0
-    bytes_, largest = eight_bit.compress(values, signed)
+    bytes_, largest = definition.compress_states(values, table)
     assert bytes_.dtype == torch.uint8 and bytes_.shape == values.shape and largest.numel() == 4
-    found = eight_bit.decompress(bytes_, largest, signed)
+    found = definition.expand_states(bytes_, largest, table)
     large = values.abs() > 2.0**-19
     assert ((found - values).abs()[large] <= 0.062 * values.abs()[large]).all()
     assert (found[512:768] == 0).all() and (found.sign() * values.sign() >= 0).all()

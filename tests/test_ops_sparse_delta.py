@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from peftfast.ops import native
+from peftfast.ops import sparse_adamw as adamw_ops
 from peftfast.ops import sparse_delta as ops
 from peftfast.reference import philox
 from peftfast.reference import sparse_delta as definition
@@ -34,10 +35,75 @@ def test_on_each_instruction_set(name: str, isa: str) -> None:
         checks.CHECKS[name](case)
 
 
+@pytest.mark.parametrize("side", [32, 64, 128, 256])
+def test_larger_blocks_on_each_instruction_set(side: int, isa: str) -> None:
+    for dtype, out in ((F32, F32), (BF16, F32), (F16, F16)):
+        checks.check_blocks(Case(M=300, N=2 * side, K=3 * side, dtype=dtype, out=out, data=side), side)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("side", "dtype"), [(32, F32), (128, F32), (256, BF16)])
+def test_triton_larger_blocks(side: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one block where it is larger than a program's."""
+    monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
+    checks.check_blocks(Case(M=70, N=side, K=2 * side, dtype=dtype), side)
+
+
+@pytest.mark.parametrize("asked", ["cpu", on_triton])
+def test_blocks_outside_touch_nothing(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTFAST_BACKEND", asked)
+    dy, x = torch.ones(4, 32, device=DEVICE), torch.ones(4, 32, device=DEVICE)
+    most = 2**62
+    bad = [
+        [-16, 0, 0, 16],
+        [32, 0, 0, 16],
+        [8, 0, 0, 16],
+        [0, 1, 0, 16],
+        [0, 32, 0, 16],
+        [0, most, 0, 16],
+        [0, 0, -1, 16],
+        [0, 0, 1, 16],
+    ]
+    bad += [[0, 0, 0, 15], [0, 0, 0, 17], [0, 0, 0, most // 4], [0, 0, 0, -16], [0, 0, most, 16]]
+    found = ops.sparse_delta_blocks(dy, x, torch.tensor(bad, device=DEVICE), 16, 256, F32)
+    assert (found == 0).all()
+    good = torch.tensor([*bad, [16, 16, 0, 16]], device=DEVICE)
+    assert (ops.sparse_delta_blocks(dy, x, good, 16, 256, F32) == 4).all()
+
+
 @pytest.mark.parametrize("seeded", [False, True])
 def test_adamw_on_each_instruction_set(seeded: bool, isa: str) -> None:
     for data in range(4):
         checks.check_adamw(data, seeded)
+        checks.check_adamw8(data, seeded)
+
+
+def test_state_bytes_on_each_instruction_set(isa: str) -> None:
+    checks.check_state_bytes()
+
+
+@pytest.mark.interpreter
+def test_state_bytes_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
+    checks.check_state_bytes()
+
+
+@pytest.mark.parametrize("asked", ["cpu", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_states_in_bytes_of_a_block_that_is_not_finite(
+    value: float, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NaN or an infinity in a gradient shows in its own block, as the definition has it, and in no other."""
+    monkeypatch.setenv("PEFTFAST_BACKEND", asked)
+    given, expected = checks.adamw8_inputs(0, False), checks.adamw8_inputs(0, False)
+    for lists in (given, expected):
+        lists[1][4][300] = value
+    adamw_ops.sparse_adamw8_(*given)
+    adamw_ops._reference_adamw8(*expected)
+    for column in checks.WRITTEN8:
+        for one, other in zip(given[column], expected[column], strict=True):
+            assert torch.equal(one.nan_to_num(nan=123.0), other.nan_to_num(nan=123.0))
+    assert not given[8][4][1].isfinite() and given[8][4][[0, 2, 3, 4]].isfinite().all()
 
 
 @pytest.mark.parametrize("name", checks.CHECKS)
@@ -68,6 +134,7 @@ def test_triton_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_adamw(seeded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
     checks.check_adamw(11, seeded)
+    checks.check_adamw8(11, seeded)
 
 
 @pytest.mark.parametrize("asked", ["cpu", on_triton])
@@ -101,13 +168,16 @@ def _everything(case: Case) -> list[torch.Tensor]:
     dy, x, indices = checks.dvalues_inputs(case)
     weight, indices, values, base = checks.weight_inputs(case)
     lists = checks.adamw_inputs(1, True)
-    ops.sparse_adamw_(*lists)
+    small = checks.adamw8_inputs(1, True)
+    adamw_ops.sparse_adamw_(*lists)
+    adamw_ops.sparse_adamw8_(*small)
     ops.sparse_delta_write_(weight, indices, base, values)
     return [
         ops.sparse_delta_dvalues(dy, x, indices, F32),
         ops.sparse_delta_patch(weight, indices, values),
         weight,
         *(t for column in checks.WRITTEN for t in lists[column]),
+        *(t for column in checks.WRITTEN8 for t in small[column]),
     ]
 
 
@@ -176,7 +246,12 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
     def adamw(position: int, change: Callable[[Any], Any]) -> Callable[[], Any]:
         given = [list(item) if isinstance(item, list) else item for item in lists]
         given[position] = change(given[position])
-        return lambda: ops.sparse_adamw_(*given)
+        return lambda: adamw_ops.sparse_adamw_(*given)
+
+    def adamw8(position: int, change: Callable[[Any], Any]) -> Callable[[], Any]:
+        given = checks.adamw8_inputs(0, True)
+        given[position] = change(given[position])
+        return lambda: adamw_ops.sparse_adamw8_(*given)
 
     def first(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
         return lambda column: [change(column[0]), *column[1:]]
@@ -205,6 +280,14 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
             "block_n: expected a power",
             lambda: ops.sparse_delta_dvalues_tiled(dy, x, at, *tiled[:3], 12, 16, F32),
         ),
+        "blocks": (
+            "blocks: expected contiguous int64",
+            lambda: ops.sparse_delta_blocks(dy, x, at[None].long(), 16, 256, F32),
+        ),
+        "block size": (
+            "block_size: expected one of",
+            lambda: ops.sparse_delta_blocks(dy, x, torch.zeros(1, 4, dtype=torch.int64, device=DEVICE), 24, 576, F32),
+        ),
         "weight": ("weight: expected a contiguous", lambda: ops.sparse_delta_patch_(weight.T, at, values)),
         "values length": ("values: expected", lambda: ops.sparse_delta_patch(weight, at, values[:1])),
         "values dtype": ("values: expected", lambda: ops.sparse_delta_patch(weight, at, values.double())),
@@ -218,6 +301,10 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "adamw hyper": ("hyper: expected", adamw(8, lambda t: t[:6])),
         "adamw corrections": ("corrections: expected", adamw(9, lambda t: t[:1])),
         "adamw seed": ("seed: expected one int64", adamw(10, lambda _: torch.zeros(1, device=DEVICE))),
+        "adamw8 states": ("exp_avg: expected a contiguous torch.uint8", adamw8(2, first(lambda t: t.float()))),
+        "adamw8 maxima": ("exp_avg_max: expected a contiguous", adamw8(8, first(lambda t: t[:-1]))),
+        "adamw8 counts": ("exp_avg_sq_max: expected 5", adamw8(9, lambda column: column[:4])),
+        "adamw8 codes": ("codes: expected", adamw8(10, lambda t: t[:1])),
         "adamw ids": ("ids: expected 32-bit", adamw(11, lambda ids: [-1, *ids[1:]])),
     }
 
@@ -233,19 +320,30 @@ def bad_native_calls() -> list[tuple[str, Callable[[], Any]]]:
     x, out = torch.ones(4, 5), torch.ones(2)
     at, weight = torch.tensor([1, 7]), torch.ones(3, 5)
     adam = [t[0] for t in checks.adamw_inputs(0, False)[:8]]
+    adam[4:4] = [None, None, None]
     tail = (*checks.adamw_inputs(0, False)[8:10], None, 0)
+    small = [t[0] for t in checks.adamw8_inputs(0, False)[:10]]
+    codes = definition.state_codes()
     return [
         ("x: expected 4 rows", lambda: cpu.sparse_delta_dvalues(x, x[:3], at, out)),
         ("x: expected dtype", lambda: cpu.sparse_delta_dvalues(x, x.half(), at, out)),
         ("dy: expected contiguous rows", lambda: cpu.sparse_delta_dvalues(x.T, x.T, at, out)),
         ("out: expected 2 elements", lambda: cpu.sparse_delta_dvalues(x, x, at, out[:1])),
         ("indices: expected dtype", lambda: cpu.sparse_delta_dvalues(x, x, at.float(), out)),
+        ("blocks: expected dtype", lambda: cpu.sparse_delta_blocks(x, x, weight.float(), 16, out)),
+        ("block_size: expected a multiple", lambda: cpu.sparse_delta_blocks(x, x, at.new_zeros(1, 4), 8, out)),
         ("values: expected 2 elements", lambda: cpu.sparse_delta_patch(weight, at, out[:1], weight.clone())),
         ("out: expected 15", lambda: cpu.sparse_delta_patch(weight, at, out, weight[:2])),
         ("base: expected dtype", lambda: cpu.sparse_delta_write(weight, at, out.half(), None)),
-        ("age: expected dtype", lambda: cpu.sparse_adamw(*adam[:4], adam[4].long(), *adam[5:], *tail)),
-        ("expected all or none", lambda: cpu.sparse_adamw(*adam[:5], adam[5], None, None, *tail)),
+        ("age: expected dtype", lambda: cpu.sparse_adamw(*adam[:7], adam[7].long(), *adam[8:], *tail)),
+        ("expected all or none", lambda: cpu.sparse_adamw(*adam[:9], None, None, *tail)),
         ("hyper: expected 7", lambda: cpu.sparse_adamw(*adam, tail[0][:6], *tail[1:])),
+        ("exp_avg: expected dtype", lambda: cpu.sparse_adamw(*adam[:4], *small[8:], codes, *adam[7:], *tail)),
+        ("expected all or none", lambda: cpu.sparse_adamw(*small[:4], *small[8:], None, *adam[7:], *tail)),
+        (
+            "exp_avg_sq_max: expected",
+            lambda: cpu.sparse_adamw(*small[:4], small[8], small[9][:0], codes, *adam[7:], *tail),
+        ),
         ("tensor_id", lambda: cpu.sparse_adamw(*adam, *tail[:3], 2**32)),
     ]
 

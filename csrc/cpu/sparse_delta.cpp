@@ -22,8 +22,6 @@ struct SparseKernels {
                 int64_t begin, int64_t end);
     void (*write)(void* weight, DType dtype, int64_t count, const Indices& indices, const void* base,
                   const float* values, int64_t begin, int64_t end);
-    void (*adamw)(const AdamBuffers& buffers, const sparse::AdamHyper& hyper, const AdamWeight& weight, int64_t begin,
-                  int64_t end);
 };
 
 }  // namespace peftfast::cpu
@@ -112,15 +110,6 @@ void sparse_delta_write(void* weight, DType dtype, int64_t count, const Indices&
     const SparseKernels& kernels = kernels_in_use();
     parallel_for(pool, indices.count, 8192, [&](int64_t begin, int64_t end) {
         kernels.write(weight, dtype, count, indices, base, values, begin, end);
-    });
-}
-
-void sparse_adamw(const AdamBuffers& buffers, const sparse::AdamHyper& hyper, const AdamWeight& weight,
-                  ParallelFor pool) {
-    const SparseKernels& kernels = kernels_in_use();
-    // Groups of 16, the widest vector: where a range is cut moves no element between a vector and a tail.
-    parallel_for(pool, (buffers.count + 15) / 16, 256, [&](int64_t begin, int64_t end) {
-        kernels.adamw(buffers, hyper, weight, begin * 16, end * 16 < buffers.count ? end * 16 : buffers.count);
     });
 }
 

@@ -2,7 +2,8 @@
 // write nothing.
 #pragma once
 
-#include "../sparse_delta.h"
+#include "../narrow.h"
+#include "../philox.h"
 #include "cpu/parallel.h"
 
 namespace peftfast::cpu {
@@ -24,6 +25,11 @@ struct Rows {
 void sparse_delta_dvalues(const Rows& dy, const Rows& x, DType dtype, const Indices& indices, void* out,
                           DType out_dtype, ParallelFor pool);
 
+// The same of square blocks of dyᵀ x: table [blocks][4] as reference.sparse_delta_blocks has it, out of `count`
+// elements. A block that lies outside, of the operands or of out, is left alone.
+void sparse_delta_blocks(const Rows& dy, const Rows& x, DType dtype, const int64_t* table, int64_t blocks, int64_t side,
+                         void* out, int64_t count, DType out_dtype, ParallelFor pool);
+
 // out = weight with values added at the support; out may be weight itself.
 void sparse_delta_patch(const void* weight, DType dtype, int64_t count, const Indices& indices, const float* values,
                         void* out, ParallelFor pool);
@@ -31,30 +37,5 @@ void sparse_delta_patch(const void* weight, DType dtype, int64_t count, const In
 // weight[index] = round(base + value), or base where values is null.
 void sparse_delta_write(void* weight, DType dtype, int64_t count, const Indices& indices, const void* base,
                         const float* values, ParallelFor pool);
-
-struct AdamBuffers {
-    float *values, *exp_avg, *exp_avg_sq;
-    const float* grads;
-    void* age;  // int16 or int32
-    bool wide_age;
-    int64_t count;
-    const float* corrections;  // [2, ages]
-    int64_t ages;
-};
-
-// What the step writes besides its states: null where the delta lies in no weight.
-struct AdamWeight {
-    void* data;
-    DType dtype;
-    int64_t count;
-    Indices indices;
-    const void* base;
-    bool stochastic;
-    uint64_t seed;
-    uint32_t tensor_id;
-};
-
-void sparse_adamw(const AdamBuffers& buffers, const sparse::AdamHyper& hyper, const AdamWeight& weight,
-                  ParallelFor pool);
 
 }  // namespace peftfast::cpu

@@ -248,12 +248,16 @@ def _sparse_delta_cases(random: torch.Generator, device: str) -> dict[str, list[
         by_tiles = (dy, x, indices, order, tiles.int(), starts, side, side, torch.float32)
         add("sparse_delta_dvalues", _budgeted(name, sparse_delta.sparse_delta_dvalues, gradient, device))
         add("sparse_delta_dvalues_tiled", _budgeted(name, tiled, by_tiles, device))
+        blocks = torch.tensor([[0, 16, 0, 32], [16, 0, 16, 32]])
+        squares = (*(torch.randn(600, 32, generator=random).to(dtype) for _ in "yx"), blocks, 16, 512, torch.float32)
+        add("sparse_delta_blocks", _budgeted(name, sparse_delta.sparse_delta_blocks, squares, device))
         patched = sparse_delta.sparse_delta_patch(weight, indices, values)
         add("sparse_delta_patch", _exact(name, (weight, indices, values), patched))
         add("sparse_delta_patch_", _exact(name, (weight, indices, values), patched, written=0))
         written = sparse_delta.sparse_delta_write(weight, indices, base, values)
         add("sparse_delta_write_", _exact(name, (weight, indices, base, values), written, written=0))
         add("sparse_adamw_", _adamw_case(name, random, indices, weight, base))
+        add("sparse_adamw8_", _adamw8_case(name, random, indices, weight, base))
     return cases
 
 
@@ -271,6 +275,22 @@ def _adamw_case(name: str, random: torch.Generator, indices: Tensor, weight: Ten
     expected = sparse_delta.sparse_adamw_write(new, base, indices, weight, seed, 3)
     lists = ([value], [grad], [first], [second], [age], [weight], [indices], [base])
     return _exact(name, (*lists, hyper, corrections, seed, [3]), expected, written=5)
+
+
+def _adamw8_case(name: str, random: torch.Generator, indices: Tensor, weight: Tensor, base: Tensor) -> Case:
+    """The same with states in 8 bits, of whole blocks and of a part of one; exp_avg's bytes are what is compared."""
+    count = indices.numel()
+    codes = sparse_delta.state_codes()
+    value, grad, first = (torch.randn(count, generator=random) for _ in range(3))
+    (first, first_max), (second, second_max) = (
+        sparse_delta.compress_states(state, code) for state, code in zip((first, grad.abs()), codes, strict=True)
+    )
+    age = torch.arange(count, dtype=torch.int16)
+    hyper = sparse_delta.adam_hyper(1e-2, 0.9, 0.99, 1e-8, 0.1)
+    corrections = sparse_delta.adam_corrections(0.9, 0.99, 40)
+    expected = sparse_delta.sparse_adamw8(value, grad, first, second, first_max, second_max, age, hyper, corrections)[1]
+    lists = ([value], [grad], [first], [second], [age], [weight], [indices], [base], [first_max], [second_max])
+    return _exact(name, (*lists, codes, hyper, corrections, None, [3]), expected, written=2)
 
 
 def _zo_linear_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:

@@ -51,20 +51,15 @@ def _taken(matrix: Tensor, numbers: slice | Tensor) -> Tensor:
 
 
 def _slab_dvalues(dy: Tensor, x: Tensor, pattern: SparsePattern, sliced: bool, dtype: torch.dtype) -> Tensor:
-    """The gradient of a structured support by dense products. ``sliced``: x holds the pattern's columns only."""
-    slabs = pattern.slabs()
+    """The gradient of a structured support by dense products, of all blocks in one launch. ``sliced``: x holds the columns alone that
+    the pattern takes."""
+    if pattern.structure == "blocks":
+        table = pattern.blocks(sliced)
+        return ops.sparse_delta.sparse_delta_blocks(dy, x, table, pattern.block_size, pattern.count, dtype)
+    taken = pattern.taken()
     if pattern.structure == "rows":
-        return _wide_product(_taken(dy, slabs[0][2]).T, x).reshape(-1).to(dtype)
-    if pattern.structure == "columns":
-        return _wide_product(dy.T, x if sliced else _taken(x, slabs[0][2])).reshape(-1).to(dtype)
-    # One product for each row of blocks, whose blocks side by side are its slab.
-    out = torch.empty(pattern.count, dtype=dtype, device=dy.device)
-    offset = 0
-    for first, last, columns in slabs:
-        slab = _wide_product(dy[:, first:last].T, _taken(x, columns))
-        out[offset : offset + slab.numel()].copy_(slab.reshape(-1))
-        offset += slab.numel()
-    return out
+        return _wide_product(_taken(dy, taken).T, x).reshape(-1).to(dtype)
+    return _wide_product(dy.T, x if sliced else _taken(x, taken)).reshape(-1).to(dtype)
 
 
 def dvalues(dy: Tensor, x: Tensor, pattern: SparsePattern, dtype: torch.dtype) -> Tensor:
@@ -85,8 +80,8 @@ def dvalues(dy: Tensor, x: Tensor, pattern: SparsePattern, dtype: torch.dtype) -
 
 @cache_signature
 class SparseDeltaLinearFunction(torch.autograd.Function):
-    """x (W + Δ)ᵀ + b on a matrix x. Saved: x only where Δ or W needs a gradient (of a support of columns those of x alone); W itself,
-    never the patched weight, which is made again in the backward.
+    """x (W + Δ)ᵀ + b on a matrix x. Saved: x only where Δ or W needs a gradient (of a support of columns or blocks those columns of x
+    alone that it takes); W itself, never the patched weight, which is made again in the backward.
 
     ``resident``: W holds the delta already, so that both products are plain ones. ``observer`` is handed dy and x in the backward.
     """
@@ -126,12 +121,13 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         absmax, code, block_size, shape, *nested = quantisation
         needs_x, needs_weight, needs_values = ctx.needs_input_grad[:3]
         ctx.set_materialize_grads(False)
-        ctx.sliced = pattern.structure == "columns" and not needs_weight and observer is None
+        ctx.sliced = pattern.structure in ("columns", "blocks") and not needs_weight and observer is None
         kept = x if needs_values or needs_weight else None
         if kept is not None and ctx.sliced:
-            taken = _taken(x, pattern.slabs()[0][2])
-            # A view would keep all of x: side by side or not, these columns are copied.
-            kept = taken.clone() if taken.shape != x.shape else x
+            taken = _taken(x, pattern.taken())
+            # A view would keep all of x: side by side or not, these columns are copied. Of blocks that take them all, nothing is.
+            ctx.sliced = taken.shape != x.shape
+            kept = taken.clone() if ctx.sliced else x
         ctx.save_for_backward(
             kept,
             weight if needs_x else None,

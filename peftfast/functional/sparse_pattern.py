@@ -103,27 +103,37 @@ class SparsePattern:
     def _replaced(self, indices: Tensor, parts: Tensor | None) -> SparsePattern:
         return trusted(indices, self.shape, self.structure, parts, self.block_size)
 
-    def slabs(self) -> list[tuple[int, int, slice | Tensor]]:
-        """A structured support as products: (first row, last row + 1, columns) of each, rows and columns of "rows" being (0, 0, rows).
-        Numbers that lie side by side are a slice. Settled once: it asks the device, which a backward must not."""
-        if "_slabs" not in self.__dict__:
-            object.__setattr__(self, "_slabs", self._find_slabs())
-        return self.__dict__["_slabs"]
+    def taken(self) -> slice | Tensor:
+        """The rows that a support of rows takes, or the columns that one of columns or blocks takes: a slice where they lie side by
+        side. Settled once: it asks the device, which a backward must not."""
+        if "_taken" not in self.__dict__:
+            parts = self.parts
+            if parts is None:
+                raise ValueError("structure: expected a structured pattern")
+            if self.structure == "blocks":
+                across = self.shape[1] // self.block_size
+                side = torch.arange(self.block_size, device=parts.device)
+                parts = ((parts % across).unique()[:, None] * self.block_size + side).reshape(-1)
+            object.__setattr__(self, "_taken", _side_by_side(parts))
+        return self.__dict__["_taken"]
 
-    def _find_slabs(self) -> list[tuple[int, int, slice | Tensor]]:
-        parts = self.parts
-        if parts is None:
-            return []
-        if self.structure != "blocks":
-            return [(0, 0, _side_by_side(parts))]
-        side = self.block_size
-        across = self.shape[1] // side
-        rows, counts = torch.unique_consecutive(parts // across, return_counts=True)
-        found = []
-        for row, columns in zip(rows.tolist(), (parts % across).split(counts.tolist()), strict=True):
-            chosen = (columns[:, None] * side + torch.arange(side, device=parts.device)).reshape(-1)
-            found.append((row * side, (row + 1) * side, _side_by_side(chosen)))
-        return found
+    def blocks(self, sliced: bool) -> Tensor:
+        """int64 ``[blocks, 4]``: the first row and first column of each block, where its first entry lies among the values, and how far
+        apart its rows lie there. ``sliced``: columns are numbered among :meth:`taken`. Kept: 32 bytes a block."""
+        if "_blocks" not in self.__dict__:
+            if self.structure != "blocks" or self.parts is None:
+                raise ValueError("structure: expected a pattern of blocks")
+            side, across = self.block_size, self.shape[1] // self.block_size
+            row, column = self.parts // across, self.parts % across
+            _, group, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
+            first = counts.cumsum(0) - counts  # blocks before each row of blocks, whose entries lie row by row
+            within = torch.arange(row.numel(), device=row.device) - first[group]
+            start = first[group] * side * side + within * side
+            stride = counts[group] * side
+            packed = torch.unique(column, return_inverse=True)[1]
+            tables = tuple(torch.stack((row * side, of * side, start, stride), 1) for of in (column, packed))
+            object.__setattr__(self, "_blocks", tables)
+        return self.__dict__["_blocks"][sliced]
 
     def tiles(self, block_n: int, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The support by tiles of the weight, int32: the positions of ``indices`` sorted by tile ``[S]``, the tiles that hold any, and

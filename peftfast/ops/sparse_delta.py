@@ -1,12 +1,10 @@
-"""Operators of a sparse delta on a frozen weight: its gradient, its addition to a weight, and the optimiser's step. Shapes and meaning
-stand in ``peftfast.reference.sparse_delta``.
+"""Operators of a sparse delta on a frozen weight: its gradient and its addition to a weight; ``sparse_adamw`` has the optimiser's step.
+Shapes and meaning stand in ``peftfast.reference.sparse_delta``.
 
 What depends on the values of ``indices`` (order, range) is checked by whoever makes them, once, since it costs a pass and, on a GPU, a
 synchronisation. Handed wrong indices all the same, an operator reads and writes nothing outside its tensors.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,10 +27,9 @@ from .backends import (
 from .dispatch import Implementation, Operator, Verdict, reference, require
 
 INDEX_DTYPES = (torch.int32, torch.int64)
-AGE_DTYPES = (torch.int16, torch.int32)
 
 
-def _check_indices(indices: Tensor, like: Tensor) -> None:
+def check_indices(indices: Tensor, like: Tensor) -> None:
     require(
         indices.dtype in INDEX_DTYPES and indices.dim() == 1 and indices.is_contiguous(),
         lambda: (
@@ -42,7 +39,7 @@ def _check_indices(indices: Tensor, like: Tensor) -> None:
     require(indices.device == like.device, lambda: f"indices: expected on {like.device}, got on {indices.device}")
 
 
-def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int, like: Tensor) -> None:
+def check_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int, like: Tensor) -> None:
     require(
         tensor.dtype == dtype and tuple(tensor.shape) == (size,) and tensor.is_contiguous(),
         lambda: (
@@ -52,7 +49,7 @@ def _check_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int, like
     require(tensor.device == like.device, lambda: f"{name}: expected on {like.device}, got on {tensor.device}")
 
 
-def _check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor) -> None:
     require(
         weight.is_floating_point() and weight.is_contiguous(),
         lambda: f"weight: expected a contiguous floating tensor, got {weight.dtype} with strides {weight.stride()}",
@@ -66,7 +63,7 @@ def _values_dtype(weight: Tensor) -> torch.dtype:
 # Gradient of the values.
 
 
-def _check_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
+def _check_operands(dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
     for name, tensor in (("dy", dy), ("x", x)):
         require(
             tensor.dim() == 2 and tensor.is_floating_point(),
@@ -80,8 +77,12 @@ def _check_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -
             f"x: expected {dy.shape[0]} rows of {dy.dtype} on {dy.device}, got {x.shape[0]} of {x.dtype} on {x.device}"
         ),
     )
-    _check_indices(indices, dy)
     require(dtype.is_floating_point, lambda: f"dtype: expected a floating dtype, got {dtype}")
+
+
+def _check_dvalues(dy: Tensor, x: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
+    _check_operands(dy, x, dtype)
+    check_indices(indices, dy)
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -166,9 +167,9 @@ def _check_tiled(
     dtype: torch.dtype,
 ) -> None:
     _check_dvalues(dy, x, indices, dtype)
-    _check_vector("order", order, torch.int32, indices.numel(), dy)
-    _check_vector("tiles", tiles, torch.int32, tiles.numel(), dy)
-    _check_vector("starts", starts, torch.int32, tiles.numel() + 1, dy)
+    check_vector("order", order, torch.int32, indices.numel(), dy)
+    check_vector("tiles", tiles, torch.int32, tiles.numel(), dy)
+    check_vector("starts", starts, torch.int32, tiles.numel() + 1, dy)
     for name, block in (("block_n", block_n), ("block_k", block_k)):
         require(
             block >= 16 and block & (block - 1) == 0,
@@ -211,13 +212,70 @@ sparse_delta_dvalues_tiled = Operator(
 )
 
 
+# The same of square blocks of the weight, all in one launch.
+
+
+def _check_blocks(dy: Tensor, x: Tensor, blocks: Tensor, block_size: int, count: int, dtype: torch.dtype) -> None:
+    _check_operands(dy, x, dtype)
+    require(
+        blocks.dtype == torch.int64
+        and blocks.dim() == 2
+        and blocks.shape[1] == 4
+        and blocks.is_contiguous()
+        and blocks.device == dy.device,
+        lambda: (
+            f"blocks: expected contiguous int64 [blocks, 4] on {dy.device}, got {blocks.dtype} {tuple(blocks.shape)}"
+        ),
+    )
+    require(
+        block_size in configs.BLOCK_SIZES,
+        lambda: f"block_size: expected one of {configs.BLOCK_SIZES}, got {block_size}",
+    )
+    require(count >= 0, lambda: f"count: expected at least 0, got {count}")
+
+
+def _cpu_blocks(dy: Tensor, x: Tensor, blocks: Tensor, block_size: int, count: int, dtype: torch.dtype) -> Tensor:
+    out = torch.zeros(count, dtype=dtype)
+    rows = _rows_contiguous(dy), _rows_contiguous(x)
+    torch.ops.peftfast_cpu.sparse_delta_blocks.default(*rows, blocks, block_size, out)
+    return out
+
+
+def _triton_blocks(dy: Tensor, x: Tensor, blocks: Tensor, block_size: int, count: int, dtype: torch.dtype) -> Tensor:
+    config = configs.block(dtype_name(dy.dtype), block_size, device_of(dy))
+    with on_device(dy):
+        rows = _rows_contiguous(dy), _rows_contiguous(x)
+        return kernels("sparse_delta").sparse_delta_blocks(*rows, blocks, block_size, count, dtype, config)
+
+
+def _cpu_accepts_blocks(dy: Tensor, x: Tensor, *arguments: Any) -> Verdict:
+    return _with_dtype(takes_cpu(dy, x), arguments[-1])
+
+
+def _triton_accepts_blocks(dy: Tensor, x: Tensor, *arguments: Any) -> Verdict:
+    return _with_dtype(takes_triton(dy, x), arguments[-1])
+
+
+sparse_delta_blocks = Operator(
+    "sparse_delta_blocks",
+    "(Tensor dy, Tensor x, Tensor blocks, int block_size, int count, ScalarType dtype) -> Tensor",
+    check=_check_blocks,
+    fake=lambda dy, x, blocks, block_size, count, dtype: dy.new_empty(count, dtype=dtype),
+    implementations=(
+        Implementation("cpu", cpu_available, _cpu_accepts_blocks, _cpu_blocks),
+        Implementation("triton", triton_available, _triton_accepts_blocks, _triton_blocks),
+        reference(definition.sparse_delta_blocks),
+    ),
+)
+
+
 # The delta in a weight: added, or written.
 
 
 def _check_patch(weight: Tensor, indices: Tensor, values: Tensor) -> None:
-    _check_weight(weight)
-    _check_indices(indices, weight)
-    _check_vector("values", values, _values_dtype(weight), indices.numel(), weight)
+    check_weight(weight)
+    check_indices(indices, weight)
+    check_vector("values", values, _values_dtype(weight), indices.numel(), weight)
 
 
 def _cpu_patch(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
@@ -279,11 +337,11 @@ sparse_delta_patch_ = Operator(
 
 
 def _check_write(weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None) -> None:
-    _check_weight(weight)
-    _check_indices(indices, weight)
-    _check_vector("base", base, weight.dtype, indices.numel(), weight)
+    check_weight(weight)
+    check_indices(indices, weight)
+    check_vector("base", base, weight.dtype, indices.numel(), weight)
     if values is not None:
-        _check_vector("values", values, _values_dtype(weight), indices.numel(), weight)
+        check_vector("values", values, _values_dtype(weight), indices.numel(), weight)
 
 
 def _cpu_write(weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None) -> None:
@@ -311,212 +369,5 @@ sparse_delta_write_ = Operator(
         Implementation("cpu", cpu_available, _cpu_accepts_weight, _cpu_write),
         Implementation("triton", triton_available, _triton_accepts_weight, _triton_write),
         reference(_reference_write),
-    ),
-)
-
-
-# The optimiser's step, for all layers at once. A layer whose delta lies in no weight has empty weight, indices and base.
-
-Tensors = Sequence[Tensor]
-
-
-def _check_adamw(
-    values: Tensors,
-    grads: Tensors,
-    exp_avg: Tensors,
-    exp_avg_sq: Tensors,
-    age: Tensors,
-    weights: Tensors,
-    indices: Tensors,
-    bases: Tensors,
-    hyper: Tensor,
-    corrections: Tensor,
-    seed: Tensor | None,
-    ids: Sequence[int],
-) -> None:
-    for name, given in (
-        ("grads", grads),
-        ("exp_avg", exp_avg),
-        ("exp_avg_sq", exp_avg_sq),
-        ("age", age),
-        ("weights", weights),
-        ("indices", indices),
-        ("bases", bases),
-        ("ids", ids),
-    ):
-        require(
-            len(given) == len(values),
-            lambda name=name, given=given: f"{name}: expected {len(values)} as of values, got {len(given)}",  # type: ignore[misc]
-        )
-    _check_vector("hyper", hyper, torch.float32, 7, hyper)
-    require(
-        corrections.dtype == torch.float32
-        and corrections.dim() == 2
-        and corrections.shape[0] == 2
-        and corrections.shape[1] > 0
-        and corrections.is_contiguous()
-        and corrections.device == hyper.device,
-        lambda: (
-            f"corrections: expected contiguous float32 [2, ages], got {corrections.dtype} {tuple(corrections.shape)}"
-        ),
-    )
-    for k, value in enumerate(values):
-        size = value.numel()
-        _check_vector("values", value, torch.float32, size, hyper)
-        for name, tensor in (("grads", grads[k]), ("exp_avg", exp_avg[k]), ("exp_avg_sq", exp_avg_sq[k])):
-            _check_vector(name, tensor, torch.float32, size, value)
-        require(
-            age[k].dtype in AGE_DTYPES,
-            lambda k=k: f"age: expected int16 or int32, got {age[k].dtype}",  # type: ignore[misc]
-        )
-        _check_vector("age", age[k], age[k].dtype, size, value)
-        require(0 <= ids[k] < 1 << 32, lambda k=k: f"ids: expected 32-bit words, got {ids[k]}")  # type: ignore[misc]
-        _check_indices(indices[k], value)
-        if weights[k].numel():
-            _check_weight(weights[k])
-            _check_vector("indices", indices[k], indices[k].dtype, size, weights[k])
-            _check_vector("bases", bases[k], weights[k].dtype, size, weights[k])
-    if seed is not None:
-        require(
-            seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == hyper.device,
-            lambda: f"seed: expected one int64 element on {hyper.device}, got {seed.dtype} {tuple(seed.shape)}",
-        )
-
-
-def _cpu_adamw(
-    values: Tensors,
-    grads: Tensors,
-    exp_avg: Tensors,
-    exp_avg_sq: Tensors,
-    age: Tensors,
-    weights: Tensors,
-    indices: Tensors,
-    bases: Tensors,
-    hyper: Tensor,
-    corrections: Tensor,
-    seed: Tensor | None,
-    ids: Sequence[int],
-) -> None:
-    step = torch.ops.peftfast_cpu.sparse_adamw.default
-    for k, value in enumerate(values):
-        target = (weights[k], indices[k], bases[k]) if weights[k].numel() else (None, None, None)
-        step(value, grads[k], exp_avg[k], exp_avg_sq[k], age[k], *target, hyper, corrections, seed, ids[k])
-
-
-_tables: OrderedDict[Any, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
-_KEPT_TABLES = 16
-
-
-def _table(rows: list[tuple[int, ...]], block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """A row of addresses and sizes for each layer, and the layer and the first element of each program, on the device. Kept while the
-    addresses stay: the caching allocator mostly gives a step's gradients the places of the step before."""
-    key = (device, block, tuple(rows))
-    if key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
-    layer = [k for k, row in enumerate(rows) for _ in range(0, row[8], block)]
-    first = [start for row in rows for start in range(0, row[8], block)]
-    host = (
-        torch.tensor(rows, dtype=torch.int64),
-        torch.tensor(layer, dtype=torch.int32),
-        torch.tensor(first, dtype=torch.int64),
-    )
-    table = (host[0].to(device), host[1].to(device), host[2].to(device))
-    _tables[key] = table
-    while len(_tables) > _KEPT_TABLES:
-        _tables.popitem(last=False)
-    return table
-
-
-def _groups(weights: Tensors, indices: Tensors, age: Tensors, values: Tensors) -> dict[tuple[Any, ...], list[int]]:
-    """Layers that one launch can serve: weight, index and age of the same dtypes."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for k, value in enumerate(values):
-        if value.numel():
-            dtype = weights[k].dtype if weights[k].numel() else None
-            groups.setdefault((dtype, indices[k].dtype, age[k].dtype), []).append(k)
-    return groups
-
-
-def _row(lists: Sequence[Tensors], k: int, tensor_id: int) -> tuple[int, ...]:
-    """values, grads, exp_avg, exp_avg_sq, age, weight, indices, base; how many active and how many weights; the id."""
-    return (*(given[k].data_ptr() for given in lists), lists[0][k].numel(), lists[5][k].numel(), tensor_id)
-
-
-def _triton_adamw(*arguments: Any) -> None:
-    *lists, hyper, corrections, seed, ids = arguments
-    values, age, weights, indices = lists[0], lists[4], lists[5], lists[6]
-    if not values:
-        return
-    config = configs.adamw(device_of(hyper))
-    with on_device(hyper):
-        for (dtype, index_dtype, age_dtype), members in _groups(weights, indices, age, values).items():
-            rows = [_row(lists, k, ids[k]) for k in members]
-            table, layer, first = _table(rows, config.block, hyper.device)
-            kernels("sparse_delta").sparse_adamw_(
-                table, layer, first, hyper, corrections, seed, dtype, index_dtype, age_dtype, config
-            )
-
-
-_CUDA_BLOCK = 1024  # active weights of one thread block, csrc/cuda/sparse_delta.h
-
-
-def _cuda_adamw(*arguments: Any) -> None:
-    *lists, hyper, corrections, seed, ids = arguments
-    values, age, weights, indices = lists[0], lists[4], lists[5], lists[6]
-    if not values:
-        return
-    with on_device(hyper):
-        for (dtype, index_dtype, age_dtype), members in _groups(weights, indices, age, values).items():
-            table, layer, first = _table([_row(lists, k, ids[k]) for k in members], _CUDA_BLOCK, hyper.device)
-            # The dtypes travel as empty tensors: the table holds bare addresses.
-            weight_like = torch.empty(0, dtype=dtype or torch.float32, device=hyper.device)
-            index_like = torch.empty(0, dtype=index_dtype, device=hyper.device)
-            age_like = torch.empty(0, dtype=age_dtype, device=hyper.device)
-            torch.ops.peftfast_cuda.sparse_adamw.default(
-                table, layer, first, hyper, corrections, seed, weight_like, index_like, age_like
-            )
-
-
-def _reference_adamw(*arguments: Any) -> None:
-    values, grads, exp_avg, exp_avg_sq, age, weights, indices, bases, hyper, corrections, seed, ids = arguments
-    for k, value in enumerate(values):
-        states = (value, exp_avg[k], exp_avg_sq[k], age[k])
-        new = definition.sparse_adamw(value, grads[k], *states[1:], hyper, corrections)
-        for state, result in zip(states, new, strict=True):
-            state.copy_(result)
-        if weights[k].numel():
-            written = (value, bases[k], indices[k], weights[k], seed, ids[k])
-            weights[k].copy_(definition.sparse_adamw_write(*written))
-
-
-def _cpu_accepts_adamw(values: Tensors, *arguments: Any) -> Verdict:
-    return takes_cpu(*values, *arguments[4], arguments[7])
-
-
-def _triton_accepts_adamw(values: Tensors, *arguments: Any) -> Verdict:
-    ok, reason = takes_triton(*values, *arguments[4], arguments[7])
-    if ok and any(t.data_ptr() % 16 for t in (*values, *(t for given in arguments[:4] for t in given)) if t.numel()):
-        return False, "a tensor does not start at a multiple of 16 bytes"
-    return ok, reason
-
-
-def _cuda_accepts_adamw(values: Tensors, *arguments: Any) -> Verdict:
-    if values and not values[0].is_cuda:
-        return False, f"the CUDA library serves CUDA tensors, these are on {values[0].device.type}"
-    return _triton_accepts_adamw(values, *arguments)
-
-
-sparse_adamw_ = Operator(
-    "sparse_adamw_",
-    "(Tensor(a!)[] values, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] age, "
-    "Tensor(e!)[] weights, Tensor[] indices, Tensor[] bases, Tensor hyper, Tensor corrections, Tensor? seed, int[] ids) -> ()",
-    check=_check_adamw,
-    fake=lambda *_: None,
-    implementations=(
-        Implementation("cpu", cpu_available, _cpu_accepts_adamw, _cpu_adamw),
-        Implementation("triton", triton_available, _triton_accepts_adamw, _triton_adamw),
-        Implementation("cuda", native.cuda_available, _cuda_accepts_adamw, _cuda_adamw),
-        reference(_reference_adamw),
     ),
 )

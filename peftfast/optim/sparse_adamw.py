@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ..nn.sparse_delta import SparseDeltaLinear, layer_of
-from ..ops.sparse_delta import sparse_adamw_
-from ..reference.sparse_delta import adam_corrections, adam_hyper
-from . import eight_bit
+from ..ops.sparse_adamw import sparse_adamw8_, sparse_adamw_
+from ..reference.sparse_delta import adam_corrections, adam_hyper, compress_states, state_codes
 
 _OLDEST_SHORT = 2**15 - 1
 
 
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) with an age for every weight, so that weights which joined the support later are corrected for their own
-    number of steps, as in SpIEL (arXiv 2401.16405). Bit for bit :func:`peftfast.reference.sparse_delta.sparse_adamw`.
+    number of steps, as in SpIEL (arXiv 2401.16405). Bit for bit :func:`peftfast.reference.sparse_delta.sparse_adamw`, with states in
+    8 bits ``sparse_adamw8`` there.
 
     A merged :class:`peftfast.nn.SparseDeltaLinear` has its weight written from base + Δ in the same pass. Weight decay is that of Δ,
     which draws the weights back to the base. State: ``exp_avg`` and ``exp_avg_sq`` in float32 or 8 bits, ``age`` in int16, or int32
@@ -31,8 +31,8 @@ class SparseAdamW(torch.optim.Optimizer):
         stochastic_rounding: round weights in bfloat16 up with the probability of the part cut off; float32 weights need none, float16
             ones are refused.
         seed: of that rounding.
-        state_bits: 32, or 8: exp_avg and exp_avg_sq as bytes with a float32 for 256 of them, decoded to float32 for the time of a step,
-            layer by layer. An approximation, and no longer the reference's bits.
+        state_bits: 32, or 8: exp_avg and exp_avg_sq as bytes with a float32 for 256 of them, decoded and encoded within the step, at
+            most 6 % from the float32 they stand for.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -60,6 +60,7 @@ class SparseAdamW(torch.optim.Optimizer):
         }
         self._corrections: dict[Any, Tensor] = {}
         self._hypers: dict[Any, Tensor] = {}
+        self._codes: dict[torch.device, Tensor] = {}
         self._seed = torch.tensor([seed], dtype=torch.int64)
         super().__init__(params, defaults)
 
@@ -93,10 +94,7 @@ class SparseAdamW(torch.optim.Optimizer):
             self._seed += 1
         for group, devices in work:
             for device, members in devices.items():
-                # States in 8 bits are decoded for one layer at a time, so that no more than its own are there in float32.
-                parts = [[member] for member in members] if group["state_bits"] == 8 else [members]
-                for part in parts:
-                    self._step_members(group, device, part)
+                self._step_members(group, device, members)
         # Operators write past autograd: whoever saved a parameter for a backward must see that it changed.
         for _, devices in work:
             for members in devices.values():
@@ -127,7 +125,9 @@ class SparseAdamW(torch.optim.Optimizer):
     def _step_members(
         self, group: dict[str, Any], device: torch.device, members: list[tuple[int, Tensor, SparseDeltaLinear | None]]
     ) -> None:
-        lists: list[list[Tensor]] = [[] for _ in range(8)]
+        small = group["state_bits"] == 8
+        names = ("exp_avg_max", "exp_avg_sq_max") if small else ()
+        lists: list[list[Tensor]] = [[] for _ in range(8 + len(names))]
         ids = []
         nothing = torch.empty(0, device=device)
         for number, parameter, layer in members:
@@ -135,32 +135,40 @@ class SparseAdamW(torch.optim.Optimizer):
             if not state:
                 self._start(state, parameter, group)
             row = [parameter.detach().reshape(-1), parameter.grad.detach().reshape(-1).contiguous()]  # type: ignore[union-attr]
-            row += [_state(state, name) for name in ("exp_avg", "exp_avg_sq")]
-            row.append(state["age"].reshape(-1))
+            row += [state[name].reshape(-1) for name in ("exp_avg", "exp_avg_sq", "age")]
             if layer is not None and layer.base_values is not None:
                 row += [layer.weight.detach(), layer.delta_indices, layer.base_values]
             else:
                 row += [nothing, nothing.to(torch.int32), nothing]
+            row += [state[name] for name in names]
             for given, tensor in zip(lists, row, strict=True):
                 given.append(tensor)
             ids.append(number)
         corrections = self._corrections_for(group["betas"], device)
         seed = self._seed.to(device) if group["stochastic_rounding"] else None
-        sparse_adamw_(*lists, self._hyper_for(group, device), corrections, seed, ids)
-        if group["state_bits"] == 8:
-            for (_, parameter, _), first, second in zip(members, lists[2], lists[3], strict=True):
-                _keep(self.state[parameter], first, second)
+        numbers = (self._hyper_for(group, device), corrections, seed, ids)
+        if small:
+            sparse_adamw8_(*lists, self._codes_on(device), *numbers)
+        else:
+            sparse_adamw_(*lists, *numbers)
 
     def _start(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
         if not parameter.is_contiguous():
             raise ValueError("params: expected contiguous parameters")
         if group["state_bits"] == 8:
-            nothing = torch.zeros(parameter.numel(), device=parameter.device)
-            _keep(state, nothing, nothing)
+            codes = self._codes_on(parameter.device)
+            zeros = torch.zeros(parameter.numel(), device=parameter.device)
+            for name, code in zip(("exp_avg", "exp_avg_sq"), codes, strict=True):
+                state[name], state[f"{name}_max"] = compress_states(zeros, code)
         else:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["age"] = torch.zeros_like(parameter, dtype=age_dtype(group["betas"]))
+
+    def _codes_on(self, device: torch.device) -> Tensor:
+        if device not in self._codes:
+            self._codes[device] = state_codes().to(device)
+        return self._codes[device]
 
     def _corrections_for(self, betas: tuple[float, float], device: torch.device) -> Tensor:
         key = (*betas, device)
@@ -200,17 +208,6 @@ class SparseAdamW(torch.optim.Optimizer):
                     state["exp_avg"], state["exp_avg_sq"] = (
                         state[n].to(torch.uint8) for n in ("exp_avg", "exp_avg_sq")
                     )
-
-
-def _state(state: dict[str, Any], name: str) -> Tensor:
-    if f"{name}_max" in state:
-        return eight_bit.decompress(state[name], state[f"{name}_max"], name == "exp_avg")
-    return state[name].reshape(-1)
-
-
-def _keep(state: dict[str, Any], first: Tensor, second: Tensor) -> None:
-    for name, tensor in (("exp_avg", first), ("exp_avg_sq", second)):
-        state[name], state[f"{name}_max"] = eight_bit.compress(tensor, name == "exp_avg")
 
 
 def ages_of(betas: tuple[float, float]) -> int:

@@ -9,7 +9,17 @@ from peftfast.configs import philox as philox_configs
 from peftfast.configs import sparse_delta as sparse_configs
 from peftfast.configs import zeroth_order as zo_configs
 from peftfast.configs.device import Device
-from peftfast.kernels import lora, lora_dora, lora_terms, nf4, philox, sparse_delta, zeroth_order, zeroth_order_linear
+from peftfast.kernels import (
+    lora,
+    lora_dora,
+    lora_terms,
+    nf4,
+    philox,
+    sparse_adamw,
+    sparse_delta,
+    zeroth_order,
+    zeroth_order_linear,
+)
 from peftfast.kernels import nf4_linear as nf4_linear_kernels
 from peftfast.kernels import nf4_quantize as nf4_quantize_kernels
 
@@ -148,6 +158,12 @@ def sparse_delta_tiled(dtype: str, arch: int, M: int = 2048, N: int = 4096, K: i
     sparse_delta.sparse_delta_tiled(dy, x, indices, order, tiles, starts, torch.float32, config)
 
 
+def sparse_delta_blocks(dtype: str, arch: int, side: int, M: int = 2048, N: int = 4096, K: int = 11264) -> None:
+    config = sparse_configs.block(dtype, side, DEVICES[arch])
+    dy, x, blocks = _empty(M, N, dtype=dtype), _empty(M, K, dtype=dtype), _empty(64, 4, dtype=torch.int64)
+    sparse_delta.sparse_delta_blocks(dy, x, blocks, side, 64 * side * side, torch.float32, config)
+
+
 def sparse_delta_scatter(dtype: str, arch: int, write: bool, values: bool = True, wide: bool = False) -> None:
     config = sparse_configs.scatter(DEVICES[arch])
     weight = _empty(4096, 11008, dtype=dtype)
@@ -159,13 +175,19 @@ def sparse_delta_scatter(dtype: str, arch: int, write: bool, values: bool = True
         sparse_delta.sparse_delta_patch_(weight, indices, given, config)
 
 
-def sparse_adamw(
-    dtype: str | None, arch: int, stochastic: bool = False, index: str = "int32", age: str = "int16"
+def sparse_adamw_step(
+    dtype: str | None,
+    arch: int,
+    stochastic: bool = False,
+    index: str = "int32",
+    age: str = "int16",
+    small: bool = False,
 ) -> None:
-    sparse_delta.sparse_adamw_(
-        _empty(200, 11, dtype=torch.int64),
+    sparse_adamw.sparse_adamw_(
+        _empty(200, 13, dtype=torch.int64),
         _empty(65536, dtype=torch.int32),
         _empty(65536, dtype=torch.int64),
+        _empty(2, 256, dtype=torch.float32) if small else None,
         _empty(7, dtype=torch.float32),
         _empty(2, 32769, dtype=torch.float32),
         _seed(stochastic),

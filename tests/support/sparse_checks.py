@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfast.functional import SparsePattern
+from peftfast.ops import sparse_adamw as adamw_ops
 from peftfast.ops import sparse_delta as ops
 from peftfast.reference import sparse_delta as definition
 from tests.support.budget import assert_within_budget
@@ -98,6 +100,25 @@ def check_tiled(case: Case, block: int = 16) -> None:
     assert_within_budget(f"tiled {case}", actual, composed, exact)
 
 
+def check_blocks(case: Case, side: int = 16) -> None:
+    """Some blocks of a weight of whole ones, their entries laid out as a pattern has them, behind a gap."""
+    generator = generator_of(case)
+    n, k = -(-case.N // side) * side, -(-case.K // side) * side
+    dy, x = _matrix(case, case.M, n, generator), _matrix(case, case.M, k, generator)
+    every = n // side * (k // side)
+    parts = torch.randperm(every, generator=generator)[: max(1, every // 2)].sort().values
+    pattern = SparsePattern.from_blocks(parts, side, (n, k)).to(DEVICE)
+    table, count = pattern.blocks(False).clone(), pattern.count + 5
+    table[:, 2] += 5
+    exact, composed = (
+        torch.cat((torch.zeros(5, device=DEVICE), dense.reshape(-1)[pattern.indices.long()].to(dense.dtype)))
+        for dense in (dy.double().T @ x.double(), (dy.float().T @ x.float()).to(case.out))
+    )
+    actual = ops.sparse_delta_blocks(dy, x, table, side, count, case.out)
+    assert actual.dtype == case.out and (actual[:5] == 0).all()
+    assert_within_budget(f"blocks of {side} {case}", actual, composed.to(case.out), exact)
+
+
 def weight_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """weight, indices, values and base; sums that lie on, below and above the middle of neighbouring 16-bit numbers among them."""
     generator = generator_of(case)
@@ -177,15 +198,78 @@ def adamw_inputs(data: int, seeded: bool, weights: bool = True) -> list[Any]:
 
 
 WRITTEN = {0: "values", 2: "exp_avg", 3: "exp_avg_sq", 4: "age", 5: "weights"}
+WRITTEN8 = {**WRITTEN, 8: "exp_avg_max", 9: "exp_avg_sq_max"}
+
+
+def _assert_written(name: str, actual: list[Any], expected: list[Any], columns: dict[int, str]) -> None:
+    for column, what in columns.items():
+        for layer, (one, other) in enumerate(zip(actual[column], expected[column], strict=True)):
+            assert_equal(f"{name} {what} of layer {layer}", one, other)
 
 
 def check_adamw(data: int, seeded: bool) -> None:
     actual, expected = adamw_inputs(data, seeded), adamw_inputs(data, seeded)
-    ops.sparse_adamw_(*actual)
-    ops._reference_adamw(*expected)
-    for column, name in WRITTEN.items():
-        for layer, (one, other) in enumerate(zip(actual[column], expected[column], strict=True)):
-            assert_equal(f"adamw {name} of layer {layer}", one, other)
+    adamw_ops.sparse_adamw_(*actual)
+    adamw_ops._reference_adamw(*expected)
+    _assert_written("adamw", actual, expected, WRITTEN)
+
+
+def adamw8_inputs(data: int, seeded: bool) -> list[Any]:
+    """The same layers, their states in 8 bits; a block of zeros among them, gradients over many octaves, and of some none at all."""
+    *lists, hyper, corrections, seed, ids = adamw_inputs(data, seeded)
+    generator = torch.Generator().manual_seed(900 + data)
+    for grad in lists[1]:
+        octaves = torch.randint(-26, 1, (grad.numel(),), generator=generator).float()
+        grad.mul_(torch.exp2(octaves).to(DEVICE))
+        grad[torch.rand(grad.numel(), generator=generator).to(DEVICE) < 0.1] = 0.0
+    codes, maxima = definition.state_codes().to(DEVICE), []
+    for column, code in zip((2, 3), codes, strict=True):
+        states = [state.clone() for state in lists[column]]
+        states[-1][256:512] = 0.0
+        lists[1][-1][256:300] = 0.0
+        compressed = [definition.compress_states(state, code) for state in states]
+        lists[column] = [one for one, _ in compressed]
+        maxima.append([largest for _, largest in compressed])
+    return [*lists, *maxima, codes, hyper, corrections, seed, ids]
+
+
+def check_adamw8(data: int, seeded: bool) -> None:
+    actual, expected = adamw8_inputs(data, seeded), adamw8_inputs(data, seeded)
+    for _ in range(2):
+        adamw_ops.sparse_adamw8_(*actual)
+        adamw_ops._reference_adamw8(*expected)
+    _assert_written("adamw8", actual, expected, WRITTEN8)
+
+
+def check_state_bytes() -> None:
+    """Every byte, every middle between two and its neighbours, both signs: a step keeps of a gradient what the definition keeps.
+    With both betas 0 the states are g and g², in blocks that each hold their maximum, 1."""
+    codes = definition.state_codes()
+    middles = ((codes[:, 1:] + codes[:, :-1]) / 2).abs().reshape(-1)
+    telling = torch.cat((codes.abs().reshape(-1), middles))
+    telling = telling[telling <= 1]
+    steps = torch.arange(-2, 3)[:, None]
+    near = (telling.view(torch.int32)[None] + steps).clamp(min=0).view(torch.float32).reshape(-1)
+    near = torch.cat((near, near.sqrt(), torch.tensor([0.0, -0.0, 2.0**-149, 2.0**-22, 2.0**-126])))
+    near = torch.cat((near, -near)).clamp(-1, 1)
+    near = torch.nn.functional.pad(near, (0, -near.numel() % 255)).reshape(-1, 255)
+    grads = torch.nn.functional.pad(near, (1, 0), value=1.0).reshape(-1)
+    count, blocks = grads.numel(), grads.numel() // 256
+
+    def inputs() -> list[Any]:
+        small = [torch.zeros(count, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+        lists = [torch.zeros(count, device=DEVICE), grads.to(DEVICE), *small]
+        lists += [torch.zeros(count, dtype=torch.int16, device=DEVICE), torch.empty(0, device=DEVICE)]
+        lists += [torch.empty(0, dtype=torch.int32, device=DEVICE), torch.empty(0, device=DEVICE)]
+        lists += [torch.zeros(blocks, device=DEVICE) for _ in range(2)]
+        hyper = definition.adam_hyper(1.0, 0.0, 0.0, 1e-8, 0.0).to(DEVICE)
+        return [*([one] for one in lists), codes.to(DEVICE), hyper, torch.ones(2, 4, device=DEVICE), None, [0]]
+
+    actual, expected = inputs(), inputs()
+    adamw_ops.sparse_adamw8_(*actual)
+    adamw_ops._reference_adamw8(*expected)
+    _assert_written("state bytes", actual, expected, WRITTEN8)
+    assert len(actual[2][0].unique()) == 255 and len(actual[3][0].unique()) >= 250
 
 
 def random_cases(count: int, seed: int) -> list[Case]:
@@ -212,6 +296,7 @@ def random_cases(count: int, seed: int) -> list[Case]:
 
 CHECKS = {
     "sparse_delta_dvalues": check_dvalues,
+    "sparse_delta_blocks": check_blocks,
     "sparse_delta_patch": check_patch,
     "sparse_delta_patch_": check_patch_,
     "sparse_delta_write_": check_write,
