@@ -76,10 +76,13 @@ def test_resumed_is_as_never_stopped(llama, texts, tmp_path, monkeypatch, capsys
     assert "is over" in error_line(capsys)
 
 
-def test_killed_while_training_and_resumed(llama, texts, tmp_path, capsys):  # noqa: F811
+@pytest.mark.parametrize("method", ["lora", "spiel", "mezo"])
+def test_killed_while_training_and_resumed(llama, texts, tmp_path, capsys, full, method):  # noqa: F811
     """SIGKILL between two saves, in a process of its own."""
+    if method != "lora" and not full:
+        pytest.skip("only with --full: seven seconds a method")
     out = tmp_path / "out"
-    argv = command(llama, texts, out, "--max-steps", "100000", "--save-steps", "1")
+    argv = command(llama, texts, out, "--max-steps", "100000", "--save-steps", "1", "--r", "2", "--method", method)
     process = subprocess.Popen(
         [sys.executable, "-m", "peftfast", *argv],
         cwd=ROOT,
@@ -99,7 +102,8 @@ def test_killed_while_training_and_resumed(llama, texts, tmp_path, capsys):  # n
     step = checkpoint.marker(out)["step"]
     assert step >= 1, said
     # A run of that many steps, and one more from the checkpoint on: --max_steps may be another one.
-    argv = command(llama, texts, out, "--max-steps", str(step + 1), "--save-steps", "1", "--resume")
+    argv = command(llama, texts, out, "--max-steps", str(step + 1), "--save-steps", "1", "--r", "2", "--method", method)
+    argv.append("--resume")
     assert main(argv) == 0
     assert f"resumed from step {step}" in capsys.readouterr().out
     assert not (out / checkpoint.FOLDER).exists()

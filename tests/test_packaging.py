@@ -168,3 +168,49 @@ def test_build_variable_is_checked(checkout: Path) -> None:
     assert "expected none, cpu, cuda or cpu,cuda, got 'gpu'" in build("gpu")
     if torch.version.cuda is None:
         assert "is built without CUDA" in build("cuda")
+
+
+# torch of a CUDA build, and an nvcc that notes how it is called; the C++ part is not compiled.
+CUDA_BUILD = """
+import sys, types
+import torch
+torch.version.cuda = "13.0"
+from setuptools.command import build_ext
+def rest(self, ext):
+    print("objects", len(ext.extra_objects), [source for source in ext.sources if source.endswith(".cu")])
+build_ext.build_ext.build_extension = rest
+sys.argv = ["setup.py", "-q", "build_ext", "--build-temp", sys.argv[1]]
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__name__": "__main__", "__file__": "setup.py"})
+"""
+NVCC = """#!/bin/sh
+case "$*" in *--dryrun*) echo "#$ TOP=/nowhere" >&2; exit 0;; esac
+echo "$*" >> "$NOTES"
+case "$*" in *"$FAILS"*) echo "error: planted" >&2; exit 2;; esac
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands for nvcc")
+def test_cuda_sources_are_compiled_side_by_side(checkout: Path, tmp_path: Path) -> None:
+    nvcc, notes = tmp_path / "nvcc", tmp_path / "notes"
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    sources = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+
+    def build(**variables: str) -> subprocess.CompletedProcess[str]:
+        notes.unlink(missing_ok=True)
+        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_HOME", "MAX_JOBS")}
+        environment |= {"PEFTFAST_BUILD": "cuda", "PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(notes)}
+        environment |= {"FAILS": "no such file", **variables}
+        command = [sys.executable, "-c", CUDA_BUILD, str(tmp_path / "temp")]
+        return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+
+    done = build(MAX_JOBS=str(2 * len(sources)), PEFTFAST_CUDA_ARCHITECTURES="90a;100")
+    assert done.returncode == 0, done.stderr
+    assert f"objects {len(sources)} []" in done.stdout
+    called = notes.read_text().splitlines()
+    assert sorted(line.split(" -c ")[1].split()[0].rpartition("/")[2] for line in called) == sources
+    for line in called:
+        assert "--threads 2 " in line and "code=sm_90a" in line and "code=sm_100" in line and "sm_80" not in line
+        assert "code=compute_100" in line
+    assert build(FAILS="sparse_delta.cu").returncode != 0
+    assert "MAX_JOBS: expected a whole number of at least 1, got '0'" in build(MAX_JOBS="0").stderr

@@ -54,10 +54,16 @@ def patch(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Pat
         warnings.warn(f"peftfast.patch: {reason}", UserWarning, stacklevel=2)
         return before
     from . import peft, shira
+    from .peft_call import log_once
 
     peft.patch(model, groups)
     shira.patch(model)
-    return report(model)
+    after = report(model)
+    for row in after.layers:
+        # A layer whose class is not exchanged asks no guards when it is called.
+        if row.reason and not row.patched:
+            log_once(row.reason)
+    return after
 
 
 def unpatch(model: nn.Module) -> None:

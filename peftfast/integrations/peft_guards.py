@@ -62,6 +62,14 @@ def _parameter_reason(name: str, parameter: Tensor | None) -> str:
     return ""
 
 
+def dense_reason(weight: Tensor) -> str:
+    """A subclass of Tensor, as torchao's, computes what it likes in F.linear; a kernel would read its storage."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return ""
+    kind = type(weight)
+    return f"the base weight is a {kind.__module__.partition('.')[0]}.{kind.__name__}, not a plain tensor"
+
+
 def has_dora(layer: Any, name: str) -> bool:
     """Whether an adapter of a layer is DoRA as PEFT has it; another variant is refused by :func:`why_stock`."""
     variant = layer.lora_variant.get(name)
@@ -95,15 +103,15 @@ def why_stock(layer: Any, names: list[str]) -> str:
         return f"the base layer is {type(base).__module__.partition('.')[0]}'s {type(base).__name__}"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: the weight is stored transposed"
-    if _hooked(base):
-        return "a hook on the base layer"
+    # Before the hooks: DeepSpeed and accelerate set some of their own where the weight is not there.
     reason = _parameter_reason("the base weight", base.weight) or _parameter_reason("the base bias", base.bias)
     if reason:
         return reason
-    if four_bit:
-        reason = bnb.why_not_served(base)
-        if reason:
-            return reason
+    if _hooked(base):
+        return "a hook on the base layer"
+    reason = bnb.why_not_served(base) if four_bit else dense_reason(base.weight)
+    if reason:
+        return reason
     dora = False
     for name in names:
         if name in layer.lora_variant:

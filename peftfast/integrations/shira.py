@@ -26,7 +26,7 @@ from . import bitsandbytes as bnb
 from .patch_report import LayerReport
 from .peft import _RESTORE, _adapter_layers
 from .peft_call import log_once
-from .peft_guards import DTENSOR, FSDP, _hooked, _parameter_reason, peft_version_reason
+from .peft_guards import DTENSOR, FSDP, _hooked, _parameter_reason, dense_reason, peft_version_reason
 
 logger = logging.getLogger("peftfast")
 
@@ -89,16 +89,16 @@ def _why_stock(layer: Any) -> str:
         return f"the base layer is {type(base).__module__.partition('.')[0]}'s {type(base).__name__}"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: the weight is stored transposed"
-    if _hooked(base):
-        return "a hook on the base layer"
+    # Before the hooks: DeepSpeed and accelerate set some of their own where the weight is not there.
     reason = _parameter_reason("the base weight", base.weight) or _parameter_reason("the base bias", base.bias)
     if reason:
         return reason
-    if four_bit:
-        reason = bnb.why_not_served(base)
-        if reason:
-            return reason
-    elif base.weight.dtype not in FLOAT_DTYPES:
+    if _hooked(base):
+        return "a hook on the base layer"
+    reason = bnb.why_not_served(base) if four_bit else dense_reason(base.weight)
+    if reason:
+        return reason
+    if not four_bit and base.weight.dtype not in FLOAT_DTYPES:
         return f"the base weight is {base.weight.dtype}"
     for name in names:
         values = layer.shira_weight[name]
