@@ -274,6 +274,23 @@ def test_lora_ga_is_pefts(direction: str, scale: str) -> None:
             torch.testing.assert_close(own.abs(), there.abs(), rtol=0, atol=part * float(there.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["eva", "corda", "lora-ga", "eora", "lq-lora", "lora-sb"])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_data_that_say_nothing(name: str, value: float) -> None:
+    """Inputs of zeros or of no number: an end and a reason or a whole adapter, and no endless loop."""
+    dtype = torch.float32
+    batch = {"x": torch.full((12, 48), value, dtype=dtype), "labels": torch.zeros(12, dtype=torch.int64)}
+    model = Mlp(dtype)
+    try:
+        handle = peftfast.adapt(model, name, target_modules=TARGETS, batches=[batch], r=4)
+    except (ValueError, RuntimeError):  # RuntimeError: torch's own, of an SVD of no numbers
+        assert type(model.up) is nn.Linear and not hasattr(model, "peftfast_handle")
+        return
+    assert all(bool(p.isfinite().all()) for p in handle.adapter_parameters())
+    if value == 0.0:
+        assert bool(handle.model(**batches(1, dtype)[0]).logits.isfinite().all())
+
+
 def test_data_is_asked_for() -> None:
     for name in ("eva", "corda", "lora-ga", "eora", "lq-lora", "lora-sb"):
         with pytest.raises(ValueError, match=f"batches: {name} reads data"):

@@ -97,6 +97,9 @@ def build(targets: Targets, options: Options) -> None:
     visit_inputs(targets, "eva: inputs", visit)
     _check_seen(targets, {name: one.total for name, one in moments.items()})
     most = {name: min(round(options.r * options.rho), *_sides(module)) for name, module in targets.modules.items()}
+    for name in targets.modules:
+        if not bool(moments[name].products.isfinite().all()):
+            raise ValueError(f"batches: the inputs of {name} are not finite")
     found = {name: moments[name].principal(most[name]) for name in targets.modules}
     ranks = ranks_by_variance({name: parts for name, (_, parts, _) in found.items()}, options.r * len(found))
 
