@@ -86,6 +86,7 @@ def ranks_by_variance(ratios: dict[str, Tensor], budget: int) -> dict[str, int]:
     "goes on until its directions rest; of one batch both are the same. A layer that gets no rank stays as it was.",
     reads_data=True,
     demo={"r": 16, "lora_alpha": 16.0},
+    learning_rate=5e-4,
 )
 def build(targets: Targets, options: Options) -> None:
     moments: dict[str, _Moments] = {}
