@@ -25,8 +25,6 @@ from tests.support.shared_checks import check_shared
 UP, DOWN = 64 + 48, 40 + 64  # N + K of the two layers
 
 
-
-
 def test_ssf(tmp_path: Path) -> None:
     def forward(layer: nn.Module, x: Tensor, p: dict[str, Tensor], shared: dict[str, Tensor]) -> Tensor:
         return (functional.linear(x, layer.weight, layer.bias)) * p["scale"] + p["shift"]

@@ -51,7 +51,9 @@ class Options:
         if self.target_r > self.init_r:
             raise ValueError(f"target_r: expected at most init_r = {self.init_r}, got {self.target_r}")
         if self.tinit >= self.total_steps - self.tfinal:
-            raise ValueError(f"tinit: expected less than total_steps - tfinal = {self.total_steps - self.tfinal}, got {self.tinit}")
+            raise ValueError(
+                f"tinit: expected less than total_steps - tfinal = {self.total_steps - self.tfinal}, got {self.tinit}"
+            )
 
 
 class AdaLoRALinear(FactoredLinear):
@@ -156,9 +158,7 @@ class AdaLoRARuntime(Runtime):
         return {"means": self.means, "uncertainties": self.uncertainties, "masks": self.masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.means, self.uncertainties, self.masks = (
-            dict(state[name]) for name in ("means", "uncertainties", "masks")
-        )
+        self.means, self.uncertainties, self.masks = (dict(state[name]) for name in ("means", "uncertainties", "masks"))
 
 
 def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -193,7 +193,9 @@ def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _read(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     names = {"total_steps": "total_step"}
-    options = {name: config[names.get(name, name)] for name in Options.__dataclass_fields__ if names.get(name, name) in config}
+    options = {
+        name: config[names.get(name, name)] for name in Options.__dataclass_fields__ if names.get(name, name) in config
+    }
     for name, accepted in {"fan_in_fan_out": (False,), "bias": ("none",)}.items():
         if name in config and config[name] not in accepted:
             raise ValueError(f"directory: {name}={config[name]!r} is not served; expected {accepted[0]!r}")

@@ -38,6 +38,7 @@ class DyLoRALinear(FactoredLinear):
     """y = x (W + (alpha / b) B[:, :b] A[:b])ᵀ; b is :attr:`rank`, in training the runtime's draw."""
 
     rank_now: Tensor
+    position: Tensor
 
     def __init__(self, linear: nn.Linear, options: Options) -> None:
         super().__init__(linear, dropout=options.lora_dropout)
@@ -45,6 +46,7 @@ class DyLoRALinear(FactoredLinear):
         self.lora_A = self.new_parameter(options.r, self.in_features)
         self.lora_B = self.new_parameter(self.out_features, options.r)
         self.register_buffer("rank_now", torch.tensor(options.r, device=self.weight.device), persistent=False)
+        self.register_buffer("position", torch.arange(1, options.r + 1, device=self.weight.device), persistent=False)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @property
@@ -67,8 +69,7 @@ class DyLoRALinear(FactoredLinear):
 
     def _masked(self) -> Factors:
         """The same at full rank with the rank as data, so that a compiled step serves all ranks."""
-        position = torch.arange(1, self.lora_A.shape[0] + 1, device=self.rank_now.device)
-        a, b = self.lora_A, self.lora_B
+        position, a, b = self.position, self.lora_A, self.lora_B
         if self.frozen and self.training:
             newest = position == self.rank_now
             a, b = torch.where(newest[:, None], a, a.detach()), torch.where(newest, b, b.detach())

@@ -54,6 +54,7 @@ class IncreLoRALinear(FactoredLinear):
 
     rank: Tensor
     reserve: Tensor
+    position: Tensor
 
     def __init__(self, linear: nn.Linear, options: Options) -> None:
         if is_four_bit(linear):
@@ -68,12 +69,13 @@ class IncreLoRALinear(FactoredLinear):
         device = self.weight.device
         self.register_buffer("rank", torch.tensor(options.init_r, device=device))
         self.register_buffer("reserve", torch.tensor(options.incre_r if options.advance else 0, device=device))
+        self.register_buffer("position", torch.arange(room, device=device), persistent=False)
         self.scored = True
         self.score: Tensor | None = None
 
     def singular_values(self) -> Tensor:
         """E as it acts, ``[room, 1]``, the scaling included."""
-        position = torch.arange(self.lora_E.shape[0], device=self.lora_E.device)[:, None]
+        position = self.position[:, None]
         fixed = torch.where(position < self.rank + self.reserve, RESERVED, 0.0).to(self.lora_E.dtype)
         acting = torch.where(position < self.rank, self.lora_E, fixed)
         return acting * (self.lora_alpha / (self.rank + 1e-5)).to(acting.dtype)
@@ -123,7 +125,7 @@ class IncreLoRARuntime(Runtime):
             return None
         terms = []
         for layer in self.layers.values():
-            used = torch.arange(layer.lora_E.shape[0], device=layer.rank.device) < layer.rank + layer.reserve
+            used = layer.position < layer.rank + layer.reserve
             both = used[:, None] & used
             for gram in (layer.lora_A @ layer.lora_A.T, layer.lora_B.T @ layer.lora_B):
                 identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
@@ -154,7 +156,7 @@ class IncreLoRARuntime(Runtime):
         rooms = {path: int(self.layers[path].rank) + given.incre_r <= given.max_r for path in scores}
         for path in largest(scores, min(given.top_h, -(-left // given.incre_r)), rooms):
             layer = self.layers[path]
-            position = torch.arange(layer.lora_E.shape[0], device=layer.rank.device)
+            position = layer.position
             first = layer.rank.clone()
             layer.rank += given.incre_r
             grown = (position >= first) & (position < layer.rank)

@@ -44,7 +44,9 @@ class TransformedLinear(FactoredLinear):
         self._plain_bias = base.bias
         if bias is not None:
             like = base.bias if base.bias is not None else base.compute_dtype if self.four_bit else base.weight
-            base.bias = nn.Parameter(bias.to(like if isinstance(like, torch.dtype) else like.dtype), requires_grad=False)
+            base.bias = nn.Parameter(
+                bias.to(like if isinstance(like, torch.dtype) else like.dtype), requires_grad=False
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:

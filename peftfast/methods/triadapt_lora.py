@@ -48,27 +48,36 @@ class TriAdaptLinear(FactoredLinear):
 
     rank: Tensor
     block: Tensor
+    position: Tensor
 
     def __init__(self, linear: nn.Linear, options: Options) -> None:
         super().__init__(linear)
         room = options.max_r
         self.lora_alpha = options.lora_alpha
-        self.lora_A, self.lora_B = self.new_parameter(room, self.in_features), self.new_parameter(self.out_features, room)
+        self.lora_A, self.lora_B = (
+            self.new_parameter(room, self.in_features),
+            self.new_parameter(self.out_features, room),
+        )
         self.lower, self.upper = self.new_parameter(room, room), self.new_parameter(room, room)
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
         position = torch.arange(room, device=self.weight.device)
+        self.register_buffer("position", position, persistent=False)
         grown = torch.div(position - options.init_r, options.incre_r, rounding_mode="floor") + 1
-        self.register_buffer("block", grown.clamp(min=0), persistent=False)  # the growth that brings a component, 0: there at first
+        self.register_buffer(
+            "block", grown.clamp(min=0), persistent=False
+        )  # the growth that brings a component, 0: there at first
         self.register_buffer("rank", torch.tensor(options.init_r, device=self.weight.device))
 
     def core(self) -> Tensor:
         """L + U with zeros where nothing has grown."""
         row, column = self.block[:, None], self.block
-        used = torch.arange(len(column), device=column.device) < self.rank
+        used = self.position < self.rank
         both = used[:, None] & used
         zero = torch.zeros_like(self.lower)
-        return torch.where(both & (row >= column), self.lower, zero) + torch.where(both & (row <= column), self.upper, zero)
+        return torch.where(both & (row >= column), self.lower, zero) + torch.where(
+            both & (row <= column), self.upper, zero
+        )
 
     def factors(self) -> Factors:
         scaling = (self.lora_alpha / (self.rank + 1e-5)).to(self.lora_A.dtype)
@@ -118,7 +127,7 @@ class TriAdaptRuntime(Runtime):
         rooms = {path: rank + given.incre_r <= given.max_r for path, rank in self.ranks.items()}
         for path in largest(scores, self.growing(step, left), rooms):
             layer = self.layers[path]
-            position = torch.arange(given.max_r, device=layer.rank.device)
+            position = layer.position
             first = layer.rank.clone()
             layer.rank += given.incre_r
             grown = (position >= first) & (position < layer.rank)

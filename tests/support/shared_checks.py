@@ -69,7 +69,9 @@ def compare_steps(
                 assert one.grad is None or not one.grad.any(), name
                 continue
             assert one.grad is not None, name
-            torch.testing.assert_close(one.grad, other, rtol=10 * tolerance, atol=10 * tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
+            torch.testing.assert_close(
+                one.grad, other, rtol=10 * tolerance, atol=10 * tolerance, msg=lambda m: f"{name}: {m}"
+            )  # noqa: B023
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad()
@@ -105,7 +107,9 @@ def check_shared(
     before = [p.detach().clone() for p in trained(handle).values()]
     plain, values = formula_model(handle, forward_of)
     compare_steps(handle, plain, values, penalty, 2e-5 if four_bit else 1e-9, steps=2 if four_bit else 5)
-    assert any(float((p - q).detach().abs().max()) > 0.01 for p, q in zip(trained(handle).values(), before, strict=True))
+    assert any(
+        float((p - q).detach().abs().max()) > 0.01 for p, q in zip(trained(handle).values(), before, strict=True)
+    )
     if files:
         check_files(handle, tmp_path, four_bit=four_bit, tolerance=1e-5 if four_bit else 1e-9)
     return handle
