@@ -231,7 +231,9 @@ def _fill(handle: AdapterHandle, tensors: dict[str, Tensor]) -> None:
 
 @register(
     "adalora",
-    paper=Paper("AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", "Zhang et al.", 2023, "2303.10512"),
+    paper=Paper(
+        "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", "Zhang et al.", 2023, "2303.10512"
+    ),
     formula="y = x (W + (alpha / init_r) B diag(E) A)^T, E pruned by importance to a falling budget; "
     "loss + w mean(||A A^T - I||, ||B^T B - I||)",
     options=Options,
@@ -240,11 +242,12 @@ def _fill(handle: AdapterHandle, tensors: dict[str, Tensor]) -> None:
     fused="the layer, forward and backward, at rank init_r; diag(E) A, the penalty and the scores are torch's",
     peft="AdaLoraConfig",
     files=PeftFiles("ADALORA", _write, _read, _fill),
-    choices="As PEFT computes it. The penalty is handle.loss(). A step whose budget is the first one prunes nothing, where PEFT fails. A "
+    choices="As PEFT computes it. The penalty is handle.loss(). A step whose budget is the first one prunes nothing, "
+    "where PEFT fails. A "
     "pruned triplet stays in memory with a zero in E, and files leave it out.",
     demo={"init_r": 24, "target_r": 16, "lora_alpha": 24.0, "orth_reg_weight": 0.1},
     learning_rate=5e-3,
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> Runtime:
     targets.replace(lambda name, linear: AdaLoRALinear(linear, options))
     return AdaLoRARuntime(targets.replacements, options)

@@ -70,16 +70,22 @@ class CompacterLinear(Unmergeable, FactoredLinear):  # type: ignore[misc]
 
 @register(
     "compacter",
-    paper=Paper("Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", "Karimi Mahabadi, Henderson, Ruder", 2021, "2106.04647"),
+    paper=Paper(
+        "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers",
+        "Karimi Mahabadi, Henderson, Ruder",
+        2021,
+        "2106.04647",
+    ),
     formula="y = h + U gelu(D h + c) + d, h = W x + b; D and U each sum_i A_i kron (s_i t_i^T), A_i shared by all layers",
     options=Options,
     reduces_to="two thin products with computed factors behind the frozen layer (nf4 on a 4-bit base)",
     kind="layer",
     fused="the product on a 4-bit base; the bottleneck has a nonlinearity between its two matrices, so it is torch's",
-    choices="The adapter stands behind each layer that is chosen (in the paper behind attention's and the FFN's output layers). One set of "
+    choices="The adapter stands behind each layer that is chosen (in the paper behind attention's and the FFN's "
+    "output layers). One set of "
     "A_i serves D and U of all layers. U's s_i begin at 0, so that step 0 is the base. It cannot be merged.",
     learning_rate=3e-3,
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> None:
     first = next(iter(targets.modules.values()))
     like = FactoredLinear(first)

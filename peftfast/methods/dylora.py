@@ -69,7 +69,9 @@ class DyLoRALinear(FactoredLinear):
 
     def _masked(self) -> Factors:
         """The same at full rank with the rank as data, so that a compiled step serves all ranks."""
-        position, a, b = self.position, self.lora_A, self.lora_B
+        position = self.position
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
         if self.frozen and self.training:
             newest = position == self.rank_now
             a, b = torch.where(newest[:, None], a, a.detach()), torch.where(newest, b, b.detach())
@@ -109,17 +111,20 @@ class DyLoRARuntime(Runtime):
     "dylora",
     paper=Paper(
         "DyLoRA: Parameter Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation",
-        "Valipour et al.", 2022, "2210.07558",
+        "Valipour et al.",
+        2022,
+        "2210.07558",
     ),
     formula="y = x (W + (alpha / b) B[:, :b] A[:b])^T, b drawn from r_min to r for each step",
     options=Options,
     reduces_to="lora on slices; nf4 + lora on a 4-bit base",
     kind="moving",
-    fused="the layer at the drawn rank, forward and backward; in a compiled step at rank r with the rank as data, which is never compiled again",
+    fused="the layer at the drawn rank, forward and backward; in a compiled step at rank r with the rank as data, "
+    "which is never compiled again",
     choices="b is uniform and the same in all layers; the first step is at r. After a step the model is at the next step's rank: "
     "handle.runtime.set_rank(b) before evaluation, saving changes nothing.",
     demo={"r": 16, "r_min": 4},
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> Runtime:
     targets.replace(lambda name, linear: DyLoRALinear(linear, options))
     return DyLoRARuntime(targets.replacements, options)

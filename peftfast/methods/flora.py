@@ -130,7 +130,7 @@ class FLoRAConv2d(nn.Module):
     learning_rate=3e-3,
 )
 def build(targets: Targets, options: Options) -> None:
-    def make(name: str, module: nn.Module) -> nn.Module:
+    def make(name: str, module: Any) -> nn.Module:
         return FLoRAConv2d(module, options) if isinstance(module, nn.Conv2d) else FLoRALinear(module, options)
 
     targets.replace(make)

@@ -12,7 +12,8 @@ class OwnAge:
     """Lets components that come alive late take the steps that a fresh Adam would give them, under the optimiser that is there.
 
     A layer has room for all its components from the start; one that is not in use has no gradient, so its moments are 0, and they
-    count from the step at which it is first used. Adam divides them by 1 - beta^t for all components of a tensor alike, which for one of
+    count from the step at which it is first used. Adam divides them by 1 - beta^t for all components of a tensor
+    alike, which for one of
     age a < t makes its first steps sqrt(1 - beta2) / (1 - beta1) (1 - beta1^t) / sqrt(1 - beta2^t) times too long, 3.2 times
     at the usual betas. Each step is therefore rescaled to (1 - beta1^t) / (1 - beta1^a) sqrt((1 - beta2^a) / (1 - beta2^t)) of what
     the optimiser made of it: exact but for Adam's eps. Without an optimiser that has betas nothing is done.

@@ -41,7 +41,9 @@ class HUTLinear(TransformedLinear):
     "hut",
     paper=Paper(
         "HUT: A More Computation Efficient Fine-Tuning Method With Hadamard Updated Transformation",
-        "Zhang, Zhou, Chen", 2024, "2409.13501",
+        "Zhang, Zhou, Chen",
+        2024,
+        "2409.13501",
     ),
     formula="y = x W'^T + b, W' = W * (1 + M_A M_B) element by element; M_A = 0",
     options=Options,
@@ -49,9 +51,10 @@ class HUTLinear(TransformedLinear):
     kind="layer",
     fused="nothing but the decoding of a 4-bit base: an element-wise product with the weight is no low-rank term, so W' is formed by "
     "torch, and its gradient is dense",
-    choices="The transformation is written as 1 + M_A M_B with M_A = 0 and M_B Kaiming-uniform, so that step 0 is the base; biases stay frozen.",
+    choices="The transformation is written as 1 + M_A M_B with M_A = 0 and M_B Kaiming-uniform, so that step 0 is the "
+    "base; biases stay frozen.",
     demo={"r": 16},
     learning_rate=5e-3,
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> None:
     targets.replace(lambda name, linear: HUTLinear(linear, options))

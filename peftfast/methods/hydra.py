@@ -54,19 +54,31 @@ class HydraLinear(TransformedLinear):
             return base(input)
         a, b, shift = self._branches()
         return F.lora_linear(
-            input, base.nf4 if self.four_bit else base.weight, a, b, scaling=self.scaling, bias=base.bias, lora_bias=shift,
-            training=self.training, compute_dtype=base.compute_dtype if self.four_bit else None,
-        )  # fmt: skip
+            input,
+            base.nf4 if self.four_bit else base.weight,
+            a,
+            b,
+            scaling=self.scaling,
+            bias=base.bias,
+            lora_bias=shift,
+            training=self.training,
+            compute_dtype=base.compute_dtype if self.four_bit else None,
+        )
 
     def transformed(self) -> tuple[Tensor, Tensor | None]:
         a, b, shift = self._branches()
         bias = self.dense_bias()
-        return self.dense_weight() + self.scaling * b @ a, None if bias is None else bias + self.scaling * shift
+        return (
+            self.dense_weight() + self.scaling * b @ a,
+            None if bias is None or shift is None else bias + self.scaling * shift,
+        )
 
 
 @register(
     "hydra",
-    paper=Paper("Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning", "Kim et al.", 2023, "2309.06922"),
+    paper=Paper(
+        "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning", "Kim et al.", 2023, "2309.06922"
+    ),
     formula="y = h + (alpha / r) (B_p A_p x + B_s A_s h), h = W x + b; B_p = B_s = 0",
     options=Options,
     reduces_to="lora of rank 2 r with A = [A_p; A_s W]; nf4 + lora on a 4-bit base",
@@ -74,6 +86,6 @@ class HydraLinear(TransformedLinear):
     fused="the layer with both branches at once, forward and backward; A_s W (r N K) is torch's",
     choices="Both branches have the same rank and scaling. On a 4-bit base W is decoded once a step for A_s W.",
     demo={"r": 8, "lora_alpha": 8.0},
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> None:
     targets.replace(lambda name, linear: HydraLinear(linear, options))

@@ -90,8 +90,9 @@ class IncreLoRALinear(FactoredLinear):
 
     @torch.no_grad()
     def _take_score(self, weight: Tensor) -> None:
+        gradient: Any = weight.grad
         update = self.lora_B @ (self.lora_A * self.singular_values())
-        self.score = (update * weight.grad).abs().sum() / update.numel() ** 0.5
+        self.score = (update * gradient).abs().sum() / update.numel() ** 0.5
         weight.grad = None
 
 
@@ -181,7 +182,12 @@ class IncreLoRARuntime(Runtime):
 
 @register(
     "increlora",
-    paper=Paper("IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning", "Zhang et al.", 2023, "2308.12043"),
+    paper=Paper(
+        "IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning",
+        "Zhang et al.",
+        2023,
+        "2308.12043",
+    ),
     formula="y = x (W + (alpha / rank) B diag(E) A)^T; every interval the top_h layers of largest mean |dW * dL/dW| get incre_r more",
     options=Options,
     reduces_to="lora with A' = diag(E) A at max_r",
@@ -193,7 +199,7 @@ class IncreLoRARuntime(Runtime):
     exact=False,
     demo={"max_r": 32, "target_r": 16, "init_r": 4, "incre_r": 2, "top_h": 18, "interval": 2},
     learning_rate=5e-3,
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> Runtime:
     targets.replace(lambda name, linear: IncreLoRALinear(linear, options))
     return IncreLoRARuntime(targets.replacements, options)

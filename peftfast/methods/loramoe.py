@@ -55,7 +55,8 @@ class LoRAMoELinear(ExpertLinear, Recorded):
 
 
 def localized(importance: Tensor, ids: Tensor | None, types: int, delta: float) -> Tensor:
-    """σ²(Z) / μ(Z) of Z = I ∘ Q, Q ``[samples, E]`` the summed gates, I 1 + δ where the types of expert and sample agree, else 1 - δ."""
+    """σ²(Z) / μ(Z) of Z = I ∘ Q, Q ``[samples, E]`` the summed gates, I 1 + δ where the types of expert and sample
+    agree, else 1 - δ."""
     samples, experts = importance.shape
     ids = torch.zeros(samples, dtype=torch.int64, device=importance.device) if ids is None else ids
     kind = torch.arange(experts, device=importance.device) * types // experts
@@ -75,25 +76,31 @@ class LoRAMoERuntime(TaskRuntime):
         found = [record for layer in self.layers if (record := layer.taken()) is not None]
         if not found or not self.options.balance:
             return None
-        terms = [localized(*record, self.options.n_types, self.options.delta) for record in found]
+        given = self.options
+        terms = [localized(importance, ids, given.n_types, given.delta) for importance, ids in found]
         return self.options.balance * torch.stack(terms).mean()
 
 
 @register(
     "loramoe",
     paper=Paper(
-        "LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via MoE-Style Plugin", "Dou et al.", 2023, "2312.09979"
+        "LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via MoE-Style Plugin",
+        "Dou et al.",
+        2023,
+        "2312.09979",
     ),
     formula="y = x W^T + b + (alpha / r) sum_e g_e B_e A_e x, g = softmax(R x); loss + w var(Z) / mean(Z), Z = I * Q",
     options=Options,
     reduces_to="one factor of rank E r with gates between A and B",
     kind="layer",
-    fused="the product on a 4-bit base; every token takes every expert, so there are no rows to name: two products of torch with the gates "
+    fused="the product on a 4-bit base; every token takes every expert, so there are no rows to name: two products of "
+    "torch with the gates "
     "between them",
-    choices="handle.runtime.tasks(types) says a sample's type, else all are of type 0; experts are of the types in equal groups in order. The "
+    choices="handle.runtime.tasks(types) says a sample's type, else all are of type 0; experts are of the types in "
+    "equal groups in order. The "
     "loss is the mean over the layers with weight 0.01. The paper adapts the FFN's layers: target_modules says so.",
     demo={"experts": 6, "r": 4, "lora_alpha": 8.0},
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> TaskRuntime:
     current = Tasks()
     targets.replace(lambda name, linear: LoRAMoELinear(linear, options, current))

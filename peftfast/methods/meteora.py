@@ -19,7 +19,8 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Options:
-    """adapters: directories of PEFT LoRA adapters, frozen; empty: n_adapters untrained ones. n_adapters: how many there are; 0: as many as
+    """adapters: directories of PEFT LoRA adapters, frozen; empty: n_adapters untrained ones. n_adapters: how many
+    there are; 0: as many as
     directories. r: largest rank among them. lora_alpha: of untrained ones, scaling lora_alpha / r. top_k: adapters a token takes.
     train_adapters: whether they are trained too. gate_loss: weight of the routers' cross-entropy."""
 
@@ -115,7 +116,7 @@ def _load(layers: dict[str, nn.Module], adapters: tuple[str, ...]) -> None:
         kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
         if kind != "LORA":
             raise ValueError(f"adapters: {folder}: expected peft_type LORA, got {kind!r}")
-        config = LoraConfig.from_pretrained(folder)
+        config = LoraConfig.from_pretrained(str(folder))
         if config.use_dora or config.lora_bias:
             raise ValueError(f"adapters: {folder}: DoRA and LoRA biases are not served")
         tensors, used = load_file(folder / "adapter_model.safetensors"), 0
@@ -133,17 +134,22 @@ def _load(layers: dict[str, nn.Module], adapters: tuple[str, ...]) -> None:
 
 @register(
     "meteora",
-    paper=Paper("MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models", "Xu, Lai, Huang", 2024, "2405.13053"),
+    paper=Paper(
+        "MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models", "Xu, Lai, Huang", 2024, "2405.13053"
+    ),
     formula="y = x W^T + b + sum over the top k adapters of g_j s_j B_j A_j x, g = softmax of the top k of R x; loss + w CE(R x, task)",
     options=Options,
     reduces_to="lora with rows naming adapters, or one factor of all adapters with gates between A and B; nf4 + lora on a 4-bit base",
     kind="layer",
-    fused="one adapter a token, or weights small beside the adapters: the several-adapters kernel; else the adapters are two products of torch",
-    choices="Only the routers are trained, without biases; files hold the adapters too, at the largest rank. The cross-entropy with the rows' "
-    "tasks (adapter numbers, by handle.runtime.tasks) is the mean over layers and tokens with weight 1. A layer that an adapter does not "
+    fused="one adapter a token, or weights small beside the adapters: the several-adapters kernel; else the adapters "
+    "are two products of torch",
+    choices="Only the routers are trained, without biases; files hold the adapters too, at the largest rank. The "
+    "cross-entropy with the rows' "
+    "tasks (adapter numbers, by handle.runtime.tasks) is the mean over layers and tokens with weight 1. A layer that "
+    "an adapter does not "
     "have gets zeros for it. The demo has no adapters to embed and trains 4 of its own along with the routers.",
     demo={"n_adapters": 4, "r": 4, "lora_alpha": 8.0, "train_adapters": True},
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> TaskRuntime:
     current = Tasks()
     targets.replace(lambda name, linear: MeteoRALinear(linear, options, current))

@@ -33,7 +33,8 @@ LEAVING = ("down_proj", "fc2", "w2", "wo", "mlp.c_proj", "dense_4h_to_h", "outpu
 
 @dataclass(frozen=True)
 class Options:
-    """experts: in each FFN. top_k: of which a token takes. r, lora_alpha: of every LoRA, scaling lora_alpha / r. balance: weight of the loss.
+    """experts: in each FFN. top_k: of which a token takes. r, lora_alpha: of every LoRA, scaling lora_alpha / r.
+    balance: weight of the loss.
     entering, leaving: ends of the paths of an FFN's first and last layers."""
 
     experts: int = 8
@@ -75,7 +76,8 @@ class Router(Recorded):
 
 
 class MixEntering(ExpertLinear):
-    """x ``[..., K]`` -> ``[k, ..., N]``: W x + b + s B_e A_e x for each of a token's k experts. What follows in the FFN is element-wise."""
+    """x ``[..., K]`` -> ``[k, ..., N]``: W x + b + s B_e A_e x for each of a token's k experts. What follows in the
+    FFN is element-wise."""
 
     def __init__(self, linear: nn.Module, options: Options, router: Router | None) -> None:
         super().__init__(linear, options.experts, options.r, options.lora_alpha / options.r)
@@ -122,22 +124,29 @@ def _ends(path: str, ends: tuple[str, ...]) -> bool:
 
 @register(
     "mixlora",
-    paper=Paper("MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts", "Li et al.", 2024, "2404.15159"),
+    paper=Paper(
+        "MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts",
+        "Li et al.",
+        2024,
+        "2404.15159",
+    ),
     formula="FFN(x) = sum over the top k of g_e FFN_e(x), FFN_e with W + (alpha / r) B_e A_e in each layer; loss + w E sum_e f_e P_e",
     options=Options,
     reduces_to="lora with rows naming adapters, or one factor of all experts with a mask between A and B; nf4 + lora on a 4-bit base",
     kind="layer",
-    fused="LoRA on the layers outside the FFN; one expert a token, or weights small beside the experts: the several-adapters kernel; else the "
+    fused="LoRA on the layers outside the FFN; one expert a token, or weights small beside the experts: the "
+    "several-adapters kernel; else the "
     "experts are two products of torch, and the frozen product is shared by a token's experts",
-    choices="FFNs are recognised by their layers' names (options entering and leaving), in the model's order; between them everything must be "
+    choices="FFNs are recognised by their layers' names (options entering and leaving), in the model's order; between "
+    "them everything must be "
     "element-wise. f counts a token's first expert; the loss is the mean over the routers. Dropout is left out.",
     demo={"experts": 4, "r": 4, "lora_alpha": 8.0},
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> Runtime:
     router: list[Router] = []  # of the FFN that is open
     routers: list[Recorded] = []
 
-    def make(name: str, linear: nn.Module) -> nn.Module:
+    def make(name: str, linear: nn.Linear) -> nn.Module:
         if _ends(name, options.entering):
             layer = MixEntering(linear, options, router[0] if router else None)
             if not router:

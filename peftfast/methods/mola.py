@@ -71,7 +71,8 @@ def depths(paths: list[str]) -> dict[str, float]:
     options=Options,
     reduces_to="lora with rows naming adapters, or one factor of all experts with gates between A and B; nf4 + lora on a 4-bit base",
     kind="layer",
-    fused="one expert a token, or weights small beside the experts: the several-adapters kernel, forward and backward; else the experts "
+    fused="one expert a token, or weights small beside the experts: the several-adapters kernel, forward and "
+    "backward; else the experts "
     "are two products of torch, which cost less there than the frozen weight twice",
     choices="f counts all k choices of a token; the loss is the mean over the layers with weight 0.01. Depth is the first number in a "
     "layer's path.",

@@ -58,7 +58,8 @@ class MonarchLinear(FactoredLinear):
     reduces_to="lora of rank n r with structured A and B; nf4 + lora on a 4-bit base",
     kind="layer",
     fused="the layer, forward and backward, on the factors with their zeros",
-    choices="Scaling 1. The matrix class is Dao et al.'s (Monarch: Expressive Structured Matrices, 2022); the permutations are those of "
+    choices="Scaling 1. The matrix class is Dao et al.'s (Monarch: Expressive Structured Matrices, 2022); the "
+    "permutations are those of "
     "its butterfly product.",
     demo={"n_blocks": 4, "r": 8},
 )

@@ -41,7 +41,8 @@ class Options:
 
 
 class Pools(nn.Module):
-    """Shards of A ``[budget L l, K / l]`` and of B ``[budget L l, N / l]`` for the L layers of a kind; the first private L l are private."""
+    """Shards of A ``[budget L l, K / l]`` and of B ``[budget L l, N / l]`` for the L layers of a kind; the first
+    private L l are private."""
 
     def __init__(self, layer: FactoredLinear, layers: int, options: Options) -> None:
         super().__init__()
@@ -92,18 +93,23 @@ def _indices(number: int, layers: int, options: Options, generator: torch.Genera
 @register(
     "mos",
     paper=Paper(
-        "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards", "Wang et al.", 2024, "2410.00938"
+        "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of Shards",
+        "Wang et al.",
+        2024,
+        "2410.00938",
     ),
     formula="y = x (W + (alpha / r) B A)^T, A and B of r vectors, each l shards taken from pools that the layers of a kind share",
     options=Options,
     reduces_to="lora with gathered A and B; nf4 + lora on a 4-bit base",
     kind="layer",
     fused="the layer, forward and backward; the gathering (r (N + K)) and its adding up in the pools are torch's",
-    choices="Layers are of one kind when their paths differ only in numbers and their weights have one shape. The shards are drawn once, A's "
-    "and B's apart, the private ones in order; public shards recur within a layer only when there are too few. Pools of A are uniform as a "
+    choices="Layers are of one kind when their paths differ only in numbers and their weights have one shape. The "
+    "shards are drawn once, A's "
+    "and B's apart, the private ones in order; public shards recur within a layer only when there are too few. Pools "
+    "of A are uniform as a "
     "linear layer's weight, those of B zero.",
     demo={"r": 16, "budget": 4, "shards": 4, "private": 2},
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> None:
     targets.replace(lambda name, linear: MoSLinear(linear, options))
     kinds: dict[tuple[str, int, int], list[str]] = {}

@@ -55,23 +55,34 @@ class MTLoRALinear(Unmergeable, FactoredLinear):  # type: ignore[misc]
             for a, b in zip(self.task_A, self.task_B, strict=True)
         ]
         return F.multi_lora_linear(
-            input, base.nf4 if self.four_bit else base.weight, adapters, ids, bias=base.bias, training=self.training,
+            input,
+            base.nf4 if self.four_bit else base.weight,
+            adapters,
+            ids,
+            bias=base.bias,
+            training=self.training,
             compute_dtype=base.compute_dtype if self.four_bit else None,
-        )  # fmt: skip
+        )
 
 
 @register(
     "mtlora",
-    paper=Paper("MTLoRA: A Low-Rank Adaptation Approach for Efficient Multi-Task Learning", "Agiza, Neseem, Reda", 2024, "2403.20320"),
+    paper=Paper(
+        "MTLoRA: A Low-Rank Adaptation Approach for Efficient Multi-Task Learning",
+        "Agiza, Neseem, Reda",
+        2024,
+        "2403.20320",
+    ),
     formula="y = x (W + (alpha / r) B A + (alpha / r_task) B_t A_t)^T for a row of task t",
     options=Options,
     reduces_to="lora with rows naming adapters; nf4 + lora on a 4-bit base",
     kind="layer",
     fused="the layer with the shared term and each row's task's, forward and backward, as one adapter a task",
-    choices="A row is of one task, named by handle.runtime.tasks(task_ids), and gets the shared and its task's term in every layer that is "
+    choices="A row is of one task, named by handle.runtime.tasks(task_ids), and gets the shared and its task's term "
+    "in every layer that is "
     "chosen. The paper gives task terms to the last layer of each stage of a vision model alone and computes that layer once for each "
     "task: choose those layers by target_modules, and give a batch with a row for each task.",
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> Runtime:
     current = Tasks()
     targets.replace(lambda name, linear: MTLoRALinear(linear, options, current))

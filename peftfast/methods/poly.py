@@ -45,8 +45,10 @@ class HeadOptions(Options):
 class PolyLinear(Unmergeable, FactoredLinear):  # type: ignore[misc]
     """y = x (W + B_t A_t / r)ᵀ for a row of task t; head q of A_t is Σ_s w_tqs A_qs, of B_t the same with B.
 
-    poly_lora_A ``[heads, skills, K / heads, r]``, poly_lora_B ``[heads, skills, r, N / heads]``, module_logits ``[tasks, heads skills]``.
-    An example's factors are mixed once (skills r (N + K)), and all examples run through the several-adapters kernel, rows naming theirs.
+    poly_lora_A ``[heads, skills, K / heads, r]``, poly_lora_B ``[heads, skills, r, N / heads]``, module_logits
+    ``[tasks, heads skills]``.
+    An example's factors are mixed once (skills r (N + K)), and all examples run through the several-adapters kernel,
+    rows naming theirs.
     """
 
     def __init__(self, linear: nn.Linear, options: Options, current: Tasks) -> None:
@@ -89,9 +91,14 @@ class PolyLinear(Unmergeable, FactoredLinear):  # type: ignore[misc]
         adapters = [F.Adapter(a, b, 1.0 / self.r) for a, b in zip(*self.mixed(ids), strict=True)]
         base = self.base_layer
         return F.multi_lora_linear(
-            input, base.nf4 if self.four_bit else base.weight, adapters, rows, bias=base.bias, training=self.training,
+            input,
+            base.nf4 if self.four_bit else base.weight,
+            adapters,
+            rows,
+            bias=base.bias,
+            training=self.training,
             compute_dtype=base.compute_dtype if self.four_bit else None,
-        )  # fmt: skip
+        )
 
 
 def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -142,7 +149,8 @@ _CHOICES = (
 @register(
     "poly",
     paper=Paper("Combining Modular Skills in Multitask Learning", "Ponti et al.", 2022, "2202.13914"),
-    formula="y = x (W + B_t A_t / r)^T for a row of task t, A_t = sum_s w_ts A_s and B_t = sum_s w_ts B_s, w_t the normalised sigmoid of Z_t",
+    formula="y = x (W + B_t A_t / r)^T for a row of task t, A_t = sum_s w_ts A_s and B_t = sum_s w_ts B_s, w_t the "
+    "normalised sigmoid of Z_t",
     options=Options,
     reduces_to="lora with rows naming adapters; nf4 + lora on a 4-bit base",
     kind="layer",
@@ -150,7 +158,7 @@ _CHOICES = (
     peft="PolyConfig",
     files=PeftFiles("POLY", _write, _read, _fill),
     choices=_CHOICES,
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> Runtime:
     current = Tasks()
     targets.replace(lambda name, linear: PolyLinear(linear, options, current))

@@ -107,9 +107,14 @@ class ExpertLinear(Unmergeable, FactoredLinear):  # type: ignore[misc]
         """x ``[M, K]`` each row through W, and through the expert that rows ``[M]`` names."""
         base = self.base_layer
         return F.multi_lora_linear(
-            x, base.nf4 if self.four_bit else base.weight, self.adapters(), rows, bias=bias, training=self.training,
+            x,
+            base.nf4 if self.four_bit else base.weight,
+            self.adapters(),
+            rows,
+            bias=bias,
+            training=self.training,
             compute_dtype=base.compute_dtype if self.four_bit else None,
-        )  # fmt: skip
+        )
 
     def shrunk(self, x: Tensor, weights: Tensor) -> Tensor:
         """weights ``[..., M, E]`` times each expert's A x ``[..., M, E r]``."""

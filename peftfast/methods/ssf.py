@@ -45,7 +45,9 @@ class SSFLinear(TransformedLinear):
 
 @register(
     "ssf",
-    paper=Paper("Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", "Lian et al.", 2022, "2210.08823"),
+    paper=Paper(
+        "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning", "Lian et al.", 2022, "2210.08823"
+    ),
     formula="y = scale * (x W^T + b) + shift, feature by feature",
     options=Options,
     reduces_to="a product of the frozen layer (nf4 on a 4-bit base) and one pass over its output",
@@ -56,6 +58,6 @@ class SSFLinear(TransformedLinear):
     exact=False,
     demo={"init_std": 0.0},
     learning_rate=1e-2,
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> None:
     targets.replace(lambda name, linear: SSFLinear(linear, options))

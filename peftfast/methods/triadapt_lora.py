@@ -149,19 +149,24 @@ class TriAdaptRuntime(Runtime):
     "triadapt-lora",
     paper=Paper(
         "TriAdaptLoRA: Brain-Inspired Triangular Adaptive Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
-        "Liang, Wang, Zeng", 2025, "2501.08008",
+        "Liang, Wang, Zeng",
+        2025,
+        "2501.08008",
     ),
-    formula="y = x (W + (alpha / rank) B (L + U) A)^T, L and U lower and upper triangular by blocks; layers whose ||L + U|| rose most grow",
+    formula="y = x (W + (alpha / rank) B (L + U) A)^T, L and U lower and upper triangular by blocks; layers whose ||L "
+    "+ U|| rose most grow",
     options=Options,
     reduces_to="lora with A' = (L + U) A at max_r; nf4 + lora on a 4-bit base",
     kind="moving",
     fused="the layer, forward and backward, at the largest rank; (L + U) A (max_r^2 K) is torch's",
     choices="A and B begin at N(0, 0.02^2) and L and U at 0, also in what grows, so that neither step 0 nor a growth changes what is "
-    "computed. The norm is divided by the number of growths. A layer has room for max_r components, so that shapes, compiled code and the "
-    "optimiser's states stay; those not in use count among the trained numbers. A grown component steps as under an Adam of its own age.",
+    "computed. The norm is divided by the number of growths. A layer has room for max_r components, so that shapes, "
+    "compiled code and the "
+    "optimiser's states stay; those not in use count among the trained numbers. A grown component steps as under an "
+    "Adam of its own age.",
     demo={"max_r": 32, "target_r": 16, "init_r": 8, "incre_r": 2, "interval": 2},
     learning_rate=5e-3,
-)  # fmt: skip
+)
 def build(targets: Targets, options: Options) -> Runtime:
     targets.replace(lambda name, linear: TriAdaptLinear(linear, options))
     return TriAdaptRuntime(targets.replacements, options)

@@ -69,9 +69,7 @@ def compare_steps(
                 assert one.grad is None or not one.grad.any(), name
                 continue
             assert one.grad is not None, name
-            torch.testing.assert_close(
-                one.grad, other, rtol=10 * tolerance, atol=10 * tolerance, msg=lambda m: f"{name}: {m}"
-            )  # noqa: B023
+            torch.testing.assert_close(one.grad, other, rtol=10 * tolerance, atol=10 * tolerance)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad()
@@ -92,7 +90,7 @@ def check_shared(
     prepare: Callable[[AdapterHandle], None] | None = None,
     **options: Any,
 ) -> AdapterHandle:
-    """As ``check_layer_method``: step 0, count, outputs, gradients, the weights after five steps, and the files; merging is not asked."""
+    """As ``check_layer_method``: step 0, count, outputs, gradients, the weights after five steps, and the files; merging is not."""
     dtype = torch.float32 if four_bit else torch.float64
     handle = adapted(name, dtype=dtype, four_bit=four_bit, **options)
     assert list(handle.layers) == ["up", "down"], handle.skipped
