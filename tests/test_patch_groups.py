@@ -12,136 +12,27 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import peftfast
 from peftfast.configs import lora as configs
 from peftfast.functional import lora
-from peftfast.functional.lora import LoRALinearFunction
-from peftfast.functional.lora_group import LoRAGroupFunction
-from peftfast.functional.lora_projections import LoRAProjectionsFunction
 from peftfast.integrations import peft_call, peft_group_call, peft_groups
+from tests.support.patched_blocks import (
+    Attention,
+    Counts,
+    adapted,
+    attention,
+    check_same,
+    groups_in,
+    inputs,
+    patched_pair,
+    stack_of,
+    step,
+    waiting,
+)
 from tests.support.small_models import adapted as small_model
 from tests.support.small_models import text_batches
-from tests.test_patch import K, quantised, relative, stir
-
-GROUPED = (LoRAProjectionsFunction, LoRAGroupFunction)
-
-
-class Attention(nn.Module):
-    """q, k, v of x, or of x and of what it attends to; ``between`` is called with x and q before k is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(K, K), nn.Linear(K, 2 * K), nn.Linear(K, 2 * K)
-        self.o = nn.Linear(2 * K, K, bias=False)
-        self.order = "qkv"
-        self.between: Callable[[Tensor, Tensor], Any] = lambda x, q: None
-        self.other: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(x)
-        found: dict[str, Tensor] = {}
-        for i, name in enumerate(self.order):
-            source = x if name == "q" or self.other is None else self.other
-            found[name] = getattr(self, name)(source)
-            if i == 0:
-                self.between(x, found[name])
-        if "k" not in found:
-            return found["q"]
-        k, v = found["k"], found.get("v", torch.zeros(()))
-        return self.o(torch.tanh(k) * torch.sigmoid(v)) + found["q"]
-
-
-class Stack(nn.Module):
-    def __init__(self, blocks: int = 2) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Attention() for _ in range(blocks))
-        self.reentrant: bool | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
-def adapted(four_bit: bool = False, blocks: int = 2, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    stack = Stack(blocks)
-    if four_bit:
-        for block in stack.blocks:
-            quantised(block)
-        stack.is_loaded_in_4bit = True
-    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q", "k", "v", "o"]} | options
-    model = peft.get_peft_model(stack, peft.LoraConfig(**settings))
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return stir(model).train()
-
-
-def stack_of(model: nn.Module) -> Stack:
-    return model.base_model.model
-
-
-def attention(model: nn.Module, block: int = 0) -> Attention:
-    return stack_of(model).blocks[block]
-
-
-def inputs(rows: int = 20, seed: int = 5) -> Tensor:
-    return torch.randn(2, rows, K, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def step(model: nn.Module, x: Tensor | None = None, seed: int = 7) -> dict[str, Tensor]:
-    """Output and every gradient of one training step."""
-    x = inputs() if x is None else x.detach().clone().requires_grad_()
-    model.zero_grad()
-    torch.manual_seed(seed)
-    y = model(x)
-    y.square().mean().backward()
-    return {"y": y.detach(), "x": x.grad} | {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
-
-
-def patched_pair(four_bit: bool = False, warm: int = 1, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """Two equal models, patched, the first with groups that its first forward has shown."""
-    grouped, alone = adapted(four_bit, **options), adapted(four_bit, **options)
-    peftfast.patch(grouped)
-    peftfast.patch(alone, groups=False)
-    for _ in range(warm):
-        step(grouped)
-    return grouped, alone
-
-
-def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-5) -> None:
-    assert found.keys() == expected.keys()
-    for name in found:
-        if not expected[name].any():
-            assert not found[name].any(), name
-            continue
-        assert relative(found[name], expected[name]) < bound, name
-
-
-class Counts:
-    """How many times each Function ran."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: dict[str, int] = {"alone": 0, "together": 0}
-        for function in (LoRALinearFunction, *GROUPED):
-            plain = function.forward
-
-            def counted(*args: Any, plain: Any = plain) -> Any:
-                ys = plain(*args)
-                self.calls["together" if isinstance(ys, tuple) and len(ys) > 1 else "alone"] += 1
-                return ys
-
-            monkeypatch.setattr(function, "forward", staticmethod(counted))
-
-    def during(self, call: Callable[[], Any]) -> tuple[int, int]:
-        before = dict(self.calls)
-        call()
-        return self.calls["alone"] - before["alone"], self.calls["together"] - before["together"]
+from tests.test_patch import K, relative, stir
 
 
 @pytest.fixture
@@ -201,17 +92,13 @@ def test_masks_are_each_projection_s_own() -> None:
     peftfast.patch(model)
     step(model)
     taken: list[Any] = []
-    block.between = lambda x, q: taken.append([y.detach() for y, *_ in _waiting()])
+    block.between = lambda x, q: taken.append([y.detach() for y, *_ in waiting()])
     step(model)
     k, v = taken[0]
     assert not torch.equal(k, v)
     model.eval()
     step(model)
     assert torch.equal(*taken[1])
-
-
-def _waiting() -> list[Any]:
-    return [one for scope in peft_groups._local.scopes for e in scope.entries.values() for one in e.results.values()]
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen", "bert"])
@@ -328,15 +215,6 @@ def test_checkpointing(reentrant: bool, noisy: bool, counts: Counts) -> None:
     check_same(found, two(grouped))
 
 
-def _groups(model: nn.Module) -> list[Any]:
-    return [
-        g
-        for m in model.modules()
-        if peft_groups._BLOCK in m.__dict__
-        for g in m.__dict__[peft_groups._BLOCK].distinct()
-    ]
-
-
 def test_a_recomputation_of_a_forward_before_the_groups_were_known() -> None:
     """Re-entrant, with dropout, and something that draws between two siblings: the first forward ran alone, the second together, and
     both are computed anew in one backward pass. Each must find its own masks."""
@@ -361,7 +239,7 @@ def test_a_recomputation_of_a_forward_before_the_groups_were_known() -> None:
         drawn.clear()
         (losses[0] + losses[1]).backward()
     again = [int(seed) for seed in drawn]
-    assert len(_groups(model)) == 1 and _groups(model)[0].together
+    assert len(groups_in(model)) == 1 and groups_in(model)[0].together
     assert again == [int(seed) for seed in (*second, *first)]
 
 
@@ -601,7 +479,7 @@ def test_an_exception_leaves_nothing() -> None:
 
     def fail(x: Tensor, q: Tensor) -> None:
         alive.append(weakref.ref(x))
-        alive.extend(weakref.ref(y) for y, *_ in _waiting())
+        alive.extend(weakref.ref(y) for y, *_ in waiting())
         raise KeyError("on the way")
 
     attention(grouped).between = fail
@@ -638,8 +516,8 @@ def test_nothing_outlives_the_block(order: str) -> None:
 
     def remember(x: Tensor, q: Tensor) -> None:
         seen.append(weakref.ref(x))
-        seen.extend(weakref.ref(y) for y, *_ in _waiting())
-        assert len(_waiting()) == 2
+        seen.extend(weakref.ref(y) for y, *_ in waiting())
+        assert len(waiting()) == 2
 
     attention(grouped).between = remember
     with torch.no_grad():
@@ -761,7 +639,7 @@ def test_unpatch_and_groups_off_take_everything_back() -> None:
     assert not any(module._forward_hooks_always_called for module in model.modules())
 
 
-def test_the_report_names_the_groups() -> None:
+def test_the_report_names_thegroups_in() -> None:
     model = adapted()
     report = peftfast.patch(model)
     assert not report.groups
@@ -807,118 +685,3 @@ def test_where_it_does_not_pay_the_layers_run_alone(counts: Counts, monkeypatch:
     expected = step(alone)
     assert counts.during(lambda: check_same(step(grouped), expected))[1] == 0
     assert set(asked) == {("cpu", 40, True)}
-
-
-FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "seeds of each other": lambda m: _edited(m, 1, lambda seeds: seeds.roll(1)),
-    "no mask": lambda m: _edited(m, 1, lambda seeds: None),
-    "another rate": lambda m: _edited(m, 2, lambda ps: tuple(p / 2 for p in ps)),
-    "scalings of each other": lambda m: _edited(m, 3, lambda s: (*s[1:], s[0])),
-    "no bias": lambda m: _edited(m, 4, lambda plain: plain._replace(biases=())),
-    "weights of each other": lambda m: _edited(m, 4, lambda plain: plain._replace(weights=_swapped(plain.weights))),
-    "a factor of another": lambda m: _edited(m, 6, torch.zeros_like),
-    "results of each other": lambda m: _swap_results(m),
-}
-
-
-def _swapped(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tensors[0], tensors[2], tensors[1]
-
-
-def _edited(monkeypatch: pytest.MonkeyPatch, at: int, edit: Callable[[Any], Any]) -> None:
-    plain = LoRAProjectionsFunction.forward
-
-    def faulty(ctx: Any, *args: Any) -> Any:
-        return plain(ctx, *(edit(one) if i == at else one for i, one in enumerate(args)))
-
-    monkeypatch.setattr(LoRAProjectionsFunction, "forward", staticmethod(faulty))
-
-
-def _swap_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = LoRAProjectionsFunction.forward
-    monkeypatch.setattr(LoRAProjectionsFunction, "forward", staticmethod(lambda *args: _swapped(plain(*args))))
-
-
-def _pair_differs() -> bool:
-    options = {"lora_dropout": 0.4, "alpha_pattern": {"v": 3}}
-    grouped, alone = patched_pair(blocks=1, **options)
-    try:
-        check_same(step(grouped), step(alone))
-    except AssertionError:
-        return True
-    return False
-
-
-@pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_planted_faults_in_the_forward_are_noticed(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if fault is not None:
-        FAULTS[fault](monkeypatch)
-    assert _pair_differs() is (fault is not None)
-
-
-@pytest.mark.parametrize("at", range(8))
-def test_planted_faults_in_the_backward_are_noticed(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """dx, every dA and every dB, wrong in turn, and the rows of dx shifted."""
-    plain = LoRAProjectionsFunction.backward
-    position = (0, 5, 6, 7, 8, 9, 10, 0)[at]
-
-    def faulty(ctx: Any, *dys: Any) -> Any:
-        grads = list(plain(ctx, *dys))
-        grads[position] = grads[position].roll(1, 0) if at == 7 else grads[position] * 1.01
-        return tuple(grads)
-
-    monkeypatch.setattr(LoRAProjectionsFunction, "backward", staticmethod(faulty))
-    assert _pair_differs()
-
-
-def _always_equal(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(peft_groups, name, lambda *_: None)
-
-
-GUARDS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], None]]] = {
-    "state": (
-        lambda m: m.setattr(peft_groups, "numbers_of", lambda layer, verdict: ((1.0,), (0.0,))),
-        lambda: test_state_that_changes("scaling", "between siblings"),
-    ),
-    "modes": (lambda m: _always_equal(m, "_key_of"), test_grad_mode_and_autocast_that_differ_between_siblings),
-    "end of the block": (
-        lambda m: m.setattr(peft_groups, "_close", lambda scopes, first, failed: None),
-        lambda: test_nothing_outlives_the_block("qk"),
-    ),
-    "older than the change": (
-        lambda m: m.setattr(peft_groups.Block, "together", lambda self, group, delicate: group.together),
-        test_a_recomputation_of_a_forward_before_the_groups_were_known,
-    ),
-}
-
-
-@pytest.mark.parametrize("guard", GUARDS)
-def test_planted_faults_in_the_guards_are_noticed(guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant, check = GUARDS[guard]
-    plant(monkeypatch)
-    try:
-        with pytest.raises((AssertionError, RuntimeError)):
-            check()
-    finally:
-        peft_groups._local.__dict__.pop("scopes", None)
-
-
-def test_the_token_of_a_living_graph_holds_a_change_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it a checkpoint that is not re-entrant would count other tensors in its recomputation."""
-    monkeypatch.setattr(peft_groups._Scope, "mark", lambda self, y: None)
-    monkeypatch.setattr(peft_groups.Block, "together", lambda self, group, delicate: group.together)
-    model = adapted(blocks=1)
-    peftfast.patch(model)
-    stack_of(model).reentrant = False
-    losses = [model(inputs(seed=seed)).sum() for seed in (1, 2)]
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        (losses[0] + losses[1]).backward()
-
-
-def test_a_layer_s_result_may_be_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    for backend in ("", "reference"):
-        monkeypatch.setenv("PEFTFAST_BACKEND", backend)
-        grouped, alone = patched_pair(blocks=1)
-        for model in (grouped, alone):
-            attention(model).between = lambda x, q: torch.relu_(q)
-        check_same(step(grouped), step(alone))

@@ -191,8 +191,8 @@ def _served_alone(layer: Any, verdict: Verdict, x: Tensor) -> bool:
 
 
 def _seeds(x: Tensor, ps: tuple[float, ...]) -> Tensor | None:
-    """An int64 for each projection. Drawn one by one, as the layers alone would: what follows in the generator's sequence is the same. A
-    CPU's generator gives the same for one draw of several."""
+    """An int64 for each projection, drawn one by one, as the layers alone would: what follows in the generator's sequence is the same.
+    A CPU's generator gives the same for one draw of several."""
     if not any(ps):
         return None
     if all(ps) and x.is_cpu:
