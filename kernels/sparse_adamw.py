@@ -66,7 +66,7 @@ def _state_byte(part, SIGNED: tl.constexpr):
         steps += _over(fraction, 0x6102E2) + _over(fraction, 0x756064)
         steps = tl.where(size <= (94 << 23) + 0x1837F0, 0, tl.maximum(steps, 1))
         byte = tl.where(negative, 0, steps)
-    return tl.where(size > 0x7F800000, 255, byte).to(tl.uint8)
+    return tl.where(size > 0x7F800000, 255, byte)
 
 
 @triton.jit
@@ -86,11 +86,11 @@ def _write_states(row_ptr, column: tl.constexpr, states, offs, first, count, mas
     spread = tl.broadcast_to(most[:, None], (parts, _STATE_BLOCK)).reshape(BLOCK)
     unit = tl.where(spread == 0, 1.0, spread.to(tl.float32, bitcast=True))
     byte = _state_byte(tl.div_rn(states, unit), column == 2)
-    tl.store(_address(row_ptr, column, tl.uint8, True) + offs, byte, mask=mask)
+    tl.store(_address(row_ptr, column, tl.uint8, True) + offs, byte.to(tl.uint8), mask=mask)
     offs_blocks = first // _STATE_BLOCK + tl.arange(0, parts)
     blocks = (count + _STATE_BLOCK - 1) // _STATE_BLOCK
     largest_ptrs = _address(row_ptr, column + 9, tl.float32, True) + offs_blocks
-    tl.store(largest_ptrs, most.to(tl.float32, bitcast=True), mask=offs_blocks < blocks)
+    tl.store(largest_ptrs, narrow(most.to(tl.float32, bitcast=True), tl.float32), mask=offs_blocks < blocks)
 
 
 @triton.jit

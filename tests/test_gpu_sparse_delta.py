@@ -24,9 +24,12 @@ def test_operators(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTFAST_BACKEND", asked)
     for case in (*checks.TELLING, *checks.random_cases(40, seed=5)):
         checks.check_dvalues(case)
+        checks.check_blocks(case)
+    checks.check_state_bytes()
     for data in range(3):
         for seeded in (False, True):
             checks.check_adamw(data, seeded)
+            checks.check_adamw8(data, seeded)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
