@@ -14,6 +14,7 @@ from .registry import Paper, PeftFiles, above_zero, at_least_one, probability, r
 
 PREFIX = "base_model.model."
 PARTS = ("lora_A", "lora_E", "lora_B")
+MASK = "rank_mask"
 
 
 @dataclass(frozen=True)
@@ -192,15 +193,21 @@ def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
-    names = {"total_steps": "total_step"}
+    renamed = {"total_steps": "total_step"}
     options = {
-        name: config[names.get(name, name)] for name in Options.__dataclass_fields__ if names.get(name, name) in config
+        name: config[renamed.get(name, name)]
+        for name in Options.__dataclass_fields__
+        if renamed.get(name, name) in config
     }
     for name, accepted in {"fan_in_fan_out": (False,), "bias": ("none",)}.items():
         if name in config and config[name] not in accepted:
             raise ValueError(f"directory: {name}={config[name]!r} is not served; expected {accepted[0]!r}")
     end = ".lora_E"
-    return options, [key.removesuffix(end).removeprefix(PREFIX) for key in tensors if key.endswith(end)]
+    names = [key.removesuffix(end).removeprefix(PREFIX) for key in tensors if key.endswith(end)]
+    for key, kept in (config.get("rank_pattern") or {}).items():
+        path = key.removesuffix(".default").removesuffix(end)
+        tensors[f"{PREFIX}{path}.{MASK}"] = torch.tensor(kept, dtype=torch.bool)  # for _fill, which sees tensors alone
+    return options, names
 
 
 @torch.no_grad()
@@ -211,8 +218,8 @@ def _fill(handle: AdapterHandle, tensors: dict[str, Tensor]) -> None:
     for path, layer in handle.layers.items():
         parts = {part: tensors[f"{PREFIX}{path}.{part}"] for part in PARTS}
         rank = parts["lora_E"].shape[0]
-        pattern = runtime.pattern.get(f"{path}.lora_E") if rank != r else None
-        mask = torch.ones(r, dtype=torch.bool) if pattern is None else torch.tensor(pattern)
+        pattern = tensors.get(f"{PREFIX}{path}.{MASK}")
+        mask = torch.ones(r, dtype=torch.bool) if pattern is None else pattern
         if mask.shape != (r,) or int(mask.sum()) != rank:
             raise ValueError(f"directory: {path}: expected {int(mask.sum())} triplets of {r}, got {rank}")
         layer.lora_E.zero_()  # type: ignore[operator, union-attr]
