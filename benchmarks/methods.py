@@ -19,7 +19,7 @@ from . import machine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results" / "methods.json"
 PAGE = ROOT / "docs" / "methods.md"
-STEPS, BATCH_SIZE, HELD_OUT, PROBE_STEPS = 30, 16, 400, 2
+STEPS, BATCH_SIZE, HELD_OUT, PROBE_STEPS = 20, 16, 300, 2
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def _lora_dora_expand_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """z = base + scaling * (s wᵀ + lora_bias), y = gain * z + bias [+ plain - base]; y and z contiguous; one tile a program,
-    N fastest."""
+    """delta = scaling * (s wᵀ + lora_bias), inner = base - bias, z = inner + delta, y = (plain or base) + (gain - 1) * inner + gain *
+    delta, which is base's own bits where the gain is 1 and delta 0; y and z contiguous; one tile a program, N fastest."""
     blocks_n = tl.cdiv(N, BLOCK_C)
     offs_m = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % blocks_n * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -63,15 +63,19 @@ def _lora_dora_expand_kernel(
         accumulator = multiply_add(s_tile, convert(w_tile, s_ptr.dtype.element_ty), accumulator)
     if lora_bias_ptr is not None:
         accumulator += widen(tl.load(lora_bias_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
-    z = base + accumulator * scaling
+    delta = accumulator * scaling
+    inner = base
+    if bias_ptr is not None:
+        inner = base - widen(tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
     out = offs_m[:, None] * N + offs_n[None, :]
-    tl.store(z_ptr + out, narrow(z, z_ptr.dtype.element_ty), mask=mask)
-    y = widen(tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0))[None, :] * z
+    tl.store(z_ptr + out, narrow(inner + delta, z_ptr.dtype.element_ty), mask=mask)
+    y = base
     if plain_ptr is not None:
         plain_tile = plain_ptr + offs_m[:, None] * stride_plainm + offs_n[None, :].to(tl.int64) * stride_plainn
-        y += widen(tl.load(plain_tile, mask=mask, other=0.0)) - base
-    if bias_ptr is not None:
-        y += widen(tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
+        y = widen(tl.load(plain_tile, mask=mask, other=0.0))
+    gain = widen(tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
+    y += (gain - 1.0) * inner
+    y += gain * delta
     tl.store(y_ptr + out, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -160,8 +164,9 @@ def lora_dora_expand(
     dtype: torch.dtype,
     config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """z = base + scaling * (s wᵀ + lora_bias) in base's dtype and y = gain * z + bias [+ plain - base] of ``dtype``: base and
-    plain ``[M, N]``, s ``[M, R]``, w ``[N, R]`` of any strides, vectors ``[N]`` contiguous."""
+    """z = base - bias + delta in base's dtype and y = (plain or base) + (gain - 1) * (base - bias) + gain * delta of
+    ``dtype``, with delta = scaling * (s wᵀ + lora_bias): base and plain
+    ``[M, N]``, s ``[M, R]``, w ``[N, R]`` of any strides, vectors ``[N]`` contiguous."""
     M, N = base.shape
     y = torch.empty((M, N), dtype=dtype, device=base.device)
     z = torch.empty((M, N), dtype=base.dtype, device=base.device)

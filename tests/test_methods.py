@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftfast
-from peftfast.__main__ import main
 from peftfast.methods import registry
 from peftfast.methods.adapting import Runtime, Targets
 from peftfast.methods.factored import FactoredLinear, Factors
@@ -30,7 +29,6 @@ from tests.support.method_checks import (
     check_steps,
     plain_model,
     stir,
-    trained,
 )
 
 TARGETS = ["up", "down"]
@@ -425,52 +423,3 @@ def test_optimisers_are_not_put_on_a_model() -> None:
         if method.build is None:
             with pytest.raises(ValueError, match="not put on a model by adapt"):
                 peftfast.adapt(Mlp(), name)
-
-
-def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods"]) == 0
-    listed = capsys.readouterr().out
-    assert all(f"\n{name} " in listed for name in methods())
-    assert main(["methods", "lora-xs"]) == 0
-    assert "2405.17604" in capsys.readouterr().out
-    assert main(["methods", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == len(methods())
-    assert main(["methods", "lora-sx"]) == 2
-    assert "did you mean lora-xs" in capsys.readouterr().err
-    assert get("lora").name == "lora" and trained(adapted("lora", r=1))
-
-
-def test_page_of_methods(tmp_path: Path) -> None:
-    """The page in the tree names every method as it is; a row with a result shows it, one without says so."""
-    from benchmarks.methods import PAGE, page, read
-
-    text = PAGE.read_text(encoding="utf-8")
-    for name, method in methods().items():
-        assert f"### {name}\n" in text and method.formula in text, (
-            f"{name}: run python -m benchmarks.methods --page-only"
-        )
-    row = {
-        "trained": 12,
-        "accuracy": 0.5,
-        "final_loss": 1.0,
-        "milliseconds": 7.0,
-        "peak_bytes": None,
-        "saved_bytes": 3_000_000,
-    }
-    row |= {"options": {"r": 4}, "learning_rate": 0.01}
-    results = {"setting": {"steps": 1, "batch_size": 2, "held_out": 3}, "rows": {"lora": row}}
-    assert "| [lora](#lora) | 12 | 50.0 % | 1.000 | 7 | not known | 3 MB |" in page(results)
-    assert "| [lora-xs](#lora-xs) | not measured |" in page(results)
-    assert "Nothing has been measured" in page(read(tmp_path / "none.json"))
-
-
-def test_demo_trains_a_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--quick", "--steps", "2", "--batch-size", "4", "--max-length", "16", "--out", str(tmp_path)]
-    assert main(["demo", "--method", "lora-xs", *small]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [one["arm"] for one in results["arms"]] == ["lora", "lora-xs"]
-    assert [one["trained"] for one in results["arms"]] == [663552, 36 * 256]
-    assert "lora-xs(r=16" in capsys.readouterr().out
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
-    assert main(["demo", "--method", "nothing", *small]) == 2
-    assert "--method: no method 'nothing'" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from peftfast.methods import (
 )
 from peftfast.methods.factored import FactoredLinear, Factors
 from peftfast.nn import LoRALinear
-from tests import test_methods, test_methods_core, test_methods_initialised
+from tests import test_methods, test_methods_core, test_methods_initialised, test_methods_quantised_start
 from tests.support import method_checks
 
 
@@ -47,7 +47,7 @@ def _half(found: Factors) -> Factors:
     return found._replace(scaling=found.scaling / 2)
 
 
-core, first = test_methods_core, test_methods_initialised
+core, first, quantised = test_methods_core, test_methods_initialised, test_methods_quantised_start
 MUTANTS: dict[str, tuple[tuple[Any, str, Any], Callable[[Path], None]]] = {
     "lora-xs: scaling": (_factors(lora_xs.LoRAXSLinear, lambda layer, f: _half(f)), test_methods.test_lora_xs),
     "lora-xs: core transposed": (
@@ -137,20 +137,20 @@ MUTANTS: dict[str, tuple[tuple[Any, str, Any], Callable[[Path], None]]] = {
     "lora-ga: size": (_result(lora_ga, "factors", lambda found: (found[0], 2 * found[1])), first.test_lora_ga),
     "loftq: never quantised again": (
         _seeing(loftq, "decoded", lambda w, block, nested: (w * 1.01, block, nested)),
-        lambda path: first.test_loftq(3, path),
+        lambda path: quantised.test_loftq(3, path),
     ),
     "eora: not projected": (
         _seeing(loftq, "eigenspace_factors", lambda e, m, r: (e, torch.eye(len(m)), r)),
-        first.test_eora,
+        quantised.test_eora,
     ),
-    "lq-lora: not weighted": (_seeing(lq_lora, "weighted_svd", lambda m, w, r: (m, None, r)), first.test_lq_lora),
+    "lq-lora: not weighted": (_seeing(lq_lora, "weighted_svd", lambda m, w, r: (m, None, r)), quantised.test_lq_lora),
     "lq-lora: budget of half the bits": (
         _seeing(lq_lora, "assign", lambda costs, storage, budget: (costs, storage, 2 * budget)),
-        first.test_lq_lora,
+        quantised.test_lq_lora,
     ),
     "Fisher: squared sum": (
         _result(passes, "fisher", lambda found: {name: f.sqrt() for name, f in found.items()}),
-        lambda path: first.test_fisher_information(),
+        lambda path: quantised.test_fisher_information(),
     ),
     "merge: scaling left out": (
         (FactoredLinear, "merged_weight", lambda self: self.dense_weight() + self.factors().b @ self.factors().a),

@@ -100,6 +100,10 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "bias forgotten": changed(a6=nothing),
         "scaling missing": changed(a7=lambda _: 1.0),
         "z without the adapter": lambda run, base, *rest: (run(base, *rest)[0], base.clone()),
+        "z with the bias": lambda run, *given: (
+            lambda y, z: (y, z if given[6] is None else (z + given[6].to(z.dtype)))
+        )(*run(*given)),
+        "the gain on all of base": lambda run, *given: run(*given[:6], None, *given[7:]),
         "z scaled": lambda run, base, *rest: (lambda y, z: (y, y.to(z.dtype)))(*run(base, *rest)),
         "bias scaled": lambda run, *given: run(
             *given[:6], None if given[6] is None else given[6] * given[5], *given[7:]

@@ -11,7 +11,7 @@ from torch.library import opcheck
 from peftfast.ops import lora_dora as dora
 from peftfast.ops import lora_terms as terms
 from peftfast.ops import native
-from tests.support.lora_checks import BF16, DTYPES, F32, LARGE_RANKS
+from tests.support.lora_checks import BF16, DEVICE, DTYPES, F32, LARGE_RANKS
 from tests.support.terms_checks import CHECKS, OPERATORS, TELLING, TermsCase, arguments, random_cases
 
 OPCHECKS = [
@@ -208,3 +208,17 @@ def test_native_contract(name: str) -> None:
     message, call = NATIVE[name]
     with pytest.raises(RuntimeError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_dora_of_nothing_is_the_base_to_the_bit(backend: str, dtype: torch.dtype, dropped: bool) -> None:
+    """A gain of 1 and a delta of 0: the bias, which is taken out of base for the gain, leaves no rounding behind."""
+    generator = torch.Generator().manual_seed(4)
+    base, plain = (torch.randn(5, 37, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    s, w = torch.randn(5, 4, generator=generator).to(dtype).to(DEVICE), torch.zeros(37, 4, device=DEVICE)
+    bias = torch.randn(37, generator=generator).to(DEVICE)
+    given = (base, plain if dropped else None, s, w, None, torch.ones(37, device=DEVICE), bias, 2.0, dtype)
+    y, z = dora.lora_dora_expand(*given)
+    assert torch.equal(y, plain if dropped else base)
+    torch.testing.assert_close(z.float(), base.float() - bias, rtol=0.0, atol=0.05 if dtype == BF16 else 1e-6)

@@ -362,3 +362,27 @@ def test_dora_begins_where_the_base_is() -> None:
     magnitude = torch.linalg.norm(weight, dim=1)
     a, b = torch.randn(8, 300), torch.zeros(200, 8)
     assert torch.equal(row_gain(weight, a, b, 2.0, magnitude, torch.float32), torch.ones(200))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "4-bit"])
+def test_dora_s_first_output_is_the_base_s_to_the_bit(kind: str, p: float) -> None:
+    """With the base's bias in it, which the gain does not multiply; under dropout too, and as PEFT's."""
+    model = adapted(four_bit=kind == "4-bit", use_dora=True, lora_dropout=p)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    model = model.to(dtype) if kind != "4-bit" else model
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(8), dtype=torch.float32).to(dtype)
+    layer = layer_of(model)
+    if kind == "bfloat16":
+        # Its magnitude is rounded to 16 bits: a gain of 1 is 1 only where the norm is so too.
+        with torch.no_grad():
+            layer.base_layer.weight.copy_(torch.eye(K).roll(3, 1).repeat(2, 1) * 2.0)
+        layer.lora_magnitude_vector["default"].weight.data = torch.linalg.norm(
+            layer.base_layer.weight.float(), dim=1
+        ).to(dtype)
+    with torch.no_grad():
+        layer.base_layer.bias.normal_()
+    expected = layer.base_layer(x)
+    peftfast.patch(model)
+    assert peftfast.report(model).reasons == {}
+    assert torch.equal(layer(x), expected)

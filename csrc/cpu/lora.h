@@ -45,8 +45,9 @@ struct Terms {
 // One pass over x, whatever the number of terms.
 void lora_shrink(const Matrix& x, const Terms& terms, const Matrix& out, ParallelFor pool);
 
-// What DoRA adds to an expand: with z = base + adapters, out = gain * z + bias, and + plain - base where plain has
-// data; z is written where it has data. gain and bias are rows of N, bias may have no data.
+// What DoRA makes of an expand of one term delta: with inner = base - bias, z = inner + delta and
+// out = base + (gain - 1) * inner + gain * delta, plain in the place of the first base where it has data. z is written
+// where it has data. gain and bias are rows of N, bias may have no data.
 struct Dora {
     Matrix gain, bias, plain, z;
 };

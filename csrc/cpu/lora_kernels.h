@@ -202,8 +202,36 @@ static void combine(const float* sums, int64_t parts, int64_t part_size, int64_t
     }
 }
 
-// base + keep(scale * delta) for `count` columns of one row, and what DoRA makes of it; delta is a whole register block
-// wide.
+// DoRA's z and out for `count` columns of one row. Where the gain is 1 and delta 0, out has the bits of what it starts
+// from.
+static void finish_dora_row(const Expansion& e, const float* base, const float* delta, float scaling, int64_t row,
+                            int64_t column, int64_t count) {
+    constexpr int64_t kBlock = kExpandVecs * kWidth;
+    const Vec scale = vec_set(scaling), minus_one = vec_set(-1.0f);
+    float z[kBlock], out[kBlock], plain[kBlock];
+    const float* start = base;
+    if (e.plain.data) {
+        for (int64_t i = count; i < kBlock; ++i) plain[i] = 0.0f;
+        widen(e.plain.data, e.plain.dtype, row * e.plain.stride_row + column * e.plain.stride_column,
+              e.plain.stride_column, count, plain);
+        start = plain;
+    }
+    for (int64_t i = 0; i < kBlock; i += kWidth) {
+        const Vec term = vec_mul(vec_load(delta + i), scale), gain = vec_load(e.gain + column + i);
+        Vec inner = vec_load(base + i);
+        if (e.gain_bias) inner = vec_fma(vec_load(e.gain_bias + column + i), minus_one, inner);
+        vec_store(z + i, vec_add(inner, term));
+        const Vec sum = vec_fma(vec_add(gain, minus_one), inner, vec_load(start + i));
+        vec_store(out + i, vec_fma(gain, term, sum));
+    }
+    if (e.z.data) {
+        narrow(z, count, e.z.data, e.z.dtype, row * e.z.stride_row + column * e.z.stride_column, e.z.stride_column);
+    }
+    narrow(out, count, e.out.data, e.out.dtype, row * e.out.stride_row + column * e.out.stride_column,
+           e.out.stride_column);
+}
+
+// base + keep(scale * delta) for `count` columns of one row; delta is a whole register block wide.
 static void finish_row(const Expansion& e, const float* delta, float scaling, const uint8_t* bits, int64_t bit_column,
                        int64_t row, int64_t column, int64_t count) {
     constexpr int64_t kBlock = kExpandVecs * kWidth;
@@ -212,27 +240,11 @@ static void finish_row(const Expansion& e, const float* delta, float scaling, co
     for (int64_t i = count; i < kBlock; ++i) base[i] = 0.0f;
     widen(e.base.data, e.base.dtype, row * e.base.stride_row + column * e.base.stride_column, e.base.stride_column,
           count, base);
+    if (e.gain) return finish_dora_row(e, base, delta, scaling, row, column, count);
     for (int64_t i = 0; i < kBlock; i += kWidth) {
         Vec term = vec_mul(vec_load(delta + i), scale);
         if (bits) term = vec_keep(term, bits, bit_column + i);
         vec_store(sum + i, vec_add(vec_load(base + i), term));
-    }
-    if (e.gain) {
-        if (e.z.data) {
-            narrow(sum, count, e.z.data, e.z.dtype, row * e.z.stride_row + column * e.z.stride_column,
-                   e.z.stride_column);
-        }
-        for (int64_t i = 0; i < kBlock; i += kWidth) {
-            const Vec start = e.gain_bias ? vec_load(e.gain_bias + column + i) : vec_zero();
-            vec_store(sum + i, vec_fma(vec_load(e.gain + column + i), vec_load(sum + i), start));
-        }
-        if (e.plain.data) {
-            float plain[kBlock];
-            for (int64_t i = count; i < kBlock; ++i) plain[i] = 0.0f;
-            widen(e.plain.data, e.plain.dtype, row * e.plain.stride_row + column * e.plain.stride_column,
-                  e.plain.stride_column, count, plain);
-            for (int64_t i = 0; i < count; ++i) sum[i] += plain[i] - base[i];
-        }
     }
     narrow(sum, count, e.out.data, e.out.dtype, row * e.out.stride_row + column * e.out.stride_column,
            e.out.stride_column);

@@ -60,12 +60,12 @@ class Arm:
     schedule: torch.optim.lr_scheduler.LRScheduler
     random_state: list[Tensor]
     report: Any = None
-    handle: Any = None  # of peftfast.adapt, whose penalty and steps belong to the training
     peak: int | None = None
     saved: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     accuracy: float = 0.0
+    handle: Any = None  # of peftfast.adapt, whose penalty and steps belong to the training
 
     @property
     def milliseconds(self) -> float:

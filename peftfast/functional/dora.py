@@ -22,13 +22,21 @@ def forget_norms(weight: Tensor) -> None:
     _norms.pop(weight, None)
 
 
-def _row_norms(weight: Tensor, dense: Tensor, dtype: torch.dtype) -> Tensor:
-    if torch.compiler.is_compiling() or weight.is_inference():
+def _unrounded(weight: Tensor | NF4Weight, dense: Tensor) -> Tensor:
+    """A magnitude begins as the norm of the weight in its own dtype, not of what a product in 16 bits rounds it to."""
+    if isinstance(weight, NF4Weight) and weight.dtype != dense.dtype:
+        return nf4_dequantize(weight, weight.dtype)
+    return dense
+
+
+def _row_norms(weight: Tensor | NF4Weight, dense: Tensor, dtype: torch.dtype) -> Tensor:
+    held = weight.packed if isinstance(weight, NF4Weight) else weight
+    if torch.compiler.is_compiling() or held.is_inference():
         return torch.linalg.vector_norm(dense.to(dtype), dim=1)
-    key = (weight._version, weight.data_ptr(), dtype)
-    known = _norms.get(weight)
+    key = (held._version, held.data_ptr(), dtype)
+    known = _norms.get(held)
     if known is None or known[0] != key:
-        known = _norms[weight] = (key, torch.linalg.vector_norm(dense.to(dtype), dim=1))
+        known = _norms[held] = (key, torch.linalg.vector_norm(_unrounded(weight, dense).to(dtype), dim=1))
     return known[1]
 
 
@@ -49,15 +57,14 @@ def row_gain(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.no_grad():
         dense = nf4_dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight.detach()
-        held = weight.packed if isinstance(weight, NF4Weight) else weight
         a, b = lora_a.detach().to(wide), lora_b.detach().to(wide)
         if dense.shape[1] <= max(SHORT_ROW, 2 * a.shape[0]):
-            norm = weight_norm(dense.to(wide), a, b, scaling)
+            norm = weight_norm(_unrounded(weight, dense).to(wide), a, b, scaling)
         else:
             crossed = ops.lora.lora_shrink(dense, a, None, 0.0, 2.0 * scaling, wide)
             squares = crossed + (b @ (a @ a.T)) * scaling**2
             total = (squares * b) @ squares.new_ones(b.shape[1])  # a product: torch sums short rows slowly
-            plain = _row_norms(held, dense, wide)
+            plain = _row_norms(weight, dense, wide)
             # Where B is 0, as DoRA begins, the norm is W's own to the bit, and the gain exactly 1.
             norm = torch.where(total == 0, plain, (plain * plain + total).clamp_min_(0.0).sqrt_())
     return magnitude.to(wide) / norm

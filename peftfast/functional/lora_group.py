@@ -128,10 +128,11 @@ class LoRAGroupFunction(torch.autograd.Function):
                 results.append(_expand(y, own_s, b, *rest))
                 products.append(None)
                 continue
-            base, plain = functional.linear(cast, weight), None
+            bias = None if bias is None else bias.to(dtype)
+            base, plain = functional.linear(cast, weight, bias), None
             seed = _alone(seeds, part.terms.start, ps[0])
             if seed is not None:
-                plain = base
+                plain, bias = base, None
                 base = functional.linear(ops.lora_dora.lora_dropout_add(None, x, seed, ps[0], dtype), weight)
             y, z = ops.lora_dora.lora_dora_expand(
                 base, plain, own_s, b[0], part.factors[0][2], given["gain"], bias, scalings[0], plan.out_dtype

@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 _MODULES = {
-    "AdapterHandle": ".adapting",
+    "AdapterHandle": ".handle",
     "S2FT": ".s2ft",
     "SpIEL": ".spiel",
     "load_shira": ".shira",

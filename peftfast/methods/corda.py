@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import LoRALinear
-from .adapting import Targets
+from .adapting import Targets, Unsuitable
 from .initialised import check_rank, dense_weight, placeholder, residual_lora, scaling_of
 from .lora import LoRAOptions
 from .passes import _check_seen, visit_inputs, wide
@@ -41,7 +41,8 @@ def covariances(targets: Targets) -> dict[str, Tensor]:
 
     def visit(name: str, x: Tensor, batch: dict[str, Any]) -> None:
         sequences = wide(x.unsqueeze(0) if x.dim() < 3 else x.reshape(-1, *x.shape[-2:]))
-        sequences = sequences / sequences.amax((1, 2), keepdim=True).abs()
+        largest = sequences.amax((1, 2), keepdim=True).abs()
+        sequences = sequences / torch.where(largest == 0, torch.ones_like(largest), largest)
         flat = sequences.reshape(-1, x.shape[-1])
         found = flat.T @ flat
         sums[name] = found if name not in sums else sums[name].add_(found)
@@ -53,10 +54,13 @@ def covariances(targets: Targets) -> dict[str, Tensor]:
 
 
 def damped_inverse(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """(C + d mean(diag C) I, its inverse), d = 0.01 doubled until the inverse is one (‖C C⁻¹ - I‖ < 0.05)."""
+    """(C + d mean(diag C) I, its inverse), d = 0.01 doubled until the inverse is one (‖C C⁻¹ - I‖ < 0.05). Unsuitable: C is zero or not
+    finite."""
+    if not bool(covariance.isfinite().all()) or not bool(covariance.any()):
+        raise Unsuitable("its inputs are zero or not finite")
     unit = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
     damp = FIRST_DAMP
-    while True:
+    while True:  # ends: the damped matrix comes ever nearer to a multiple of I
         damped = covariance + unit * covariance.diagonal().mean() * damp
         inverse = torch.linalg.inv(damped)
         if torch.dist(damped @ inverse, unit) < INVERSE_ERROR:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapting import Targets
+from .adapting import Targets, Unsuitable
 from .factored import FactoredLinear, Factors
 from .initialised import check_rank
 from .registry import Paper, above_zero, at_least_one, register
@@ -91,9 +91,7 @@ class LoLDULinear(FactoredLinear):
         p, lower, upper = torch.linalg.lu(self.dense_weight())
         diagonal = upper.diagonal()[:r]
         if bool((diagonal == 0).any()):
-            raise ValueError(
-                "target_modules: loldu divides by the diagonal of U, which has a zero in a weight of low rank"
-            )
+            raise Unsuitable("loldu divides by the diagonal of U, which has a zero: the weight is of low rank")
         scaling = options.lora_alpha / options.r
         self.register_buffer("frozen_B", p @ lower[:, :r])
         self.register_buffer("frozen_A", (upper[:r] / diagonal[:, None]).contiguous())

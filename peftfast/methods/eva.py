@@ -86,6 +86,7 @@ def ranks_by_variance(ratios: dict[str, Tensor], budget: int) -> dict[str, int]:
     "goes on until its directions rest; of one batch both are the same. A layer that gets no rank stays as it was.",
     reads_data=True,
     demo={"r": 16, "lora_alpha": 16.0},
+    learning_rate=5e-4,
 )
 def build(targets: Targets, options: Options) -> None:
     moments: dict[str, _Moments] = {}
@@ -97,6 +98,9 @@ def build(targets: Targets, options: Options) -> None:
     visit_inputs(targets, "eva: inputs", visit)
     _check_seen(targets, {name: one.total for name, one in moments.items()})
     most = {name: min(round(options.r * options.rho), *_sides(module)) for name, module in targets.modules.items()}
+    for name in targets.modules:
+        if not bool(moments[name].products.isfinite().all()):
+            raise ValueError(f"batches: the inputs of {name} are not finite")
     found = {name: moments[name].principal(most[name]) for name in targets.modules}
     ranks = ranks_by_variance({name: parts for name, (_, parts, _) in found.items()}, options.r * len(found))
 

@@ -94,6 +94,8 @@ class EoraOptions(LoRAOptions):
 def eigenspace_factors(error: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(A ``[r, K]``, B ``[N, r]``) of the rank-r matrix nearest ``error`` ``[N, K]`` as inputs see it, whose second moment is
     ``moment``: the SVD of error Q Λ^(1/2), its right side times the inverse, of moment = Q Λ Qᵀ."""
+    if not bool(moment.isfinite().all()) or not bool(moment.any()):
+        raise Unsuitable("its inputs are zero or not finite")
     values, vectors = torch.linalg.eigh(moment.double())
     values = values.clamp(min=float(values[-1]) * SMALLEST_EIGENVALUE)
     root = values.sqrt()

@@ -61,7 +61,7 @@ def build(targets: Targets, options: LoRAOptions) -> None:
     kind="layer",
     fused="the layer, forward and backward",
     peft="LoraConfig(use_rslora=True)",
-    demo={"r": 16, "lora_alpha": 4.0},
+    demo={"r": 16, "lora_alpha": 8.0},
 )
 def build_rslora(targets: Targets, options: LoRAOptions) -> None:
     _lora(targets, options, use_rslora=True)

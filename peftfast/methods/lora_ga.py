@@ -78,7 +78,7 @@ def factors(gradient: Tensor, weight: Tensor, options: Options) -> tuple[Tensor,
     "Files as for pissa.",
     reads_data=True,
     demo={"r": 16, "lora_alpha": 16.0},
-    learning_rate=5e-4,
+    learning_rate=1e-4,
 )
 def build(targets: Targets, options: Options) -> None:
     if targets.restoring:

@@ -53,7 +53,7 @@ CONFIGURATIONS = tuple((block, nested) for block in BLOCKS for nested in (True, 
 def weighted_svd(matrix: Tensor, weights: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """(L1 ``[N, r]``, L2 ``[r, K]``) of the product nearest ``matrix`` where errors are weighted by ``weights`` ``[N, K]``, taken
     as the product of the roots of their row and column means."""
-    if weights is None:
+    if weights is None or not bool(weights.any()):
         u, s, v = truncated_svd(matrix, rank)
         return u * s.sqrt(), s.sqrt()[:, None] * v
     least = weights.mean() * SMALLEST_WEIGHT

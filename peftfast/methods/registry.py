@@ -32,7 +32,7 @@ Methods that read data go through ``targets.data("my-method")``, which yields di
 and raises where the caller gave none. When an adapter is read from files, ``targets.restoring`` is
 True: ``build`` then makes layers of the right shapes without data, and their tensors are copied in afterwards.
 
-What goes on during a training is a :class:`~peftfast.methods.adapting.Runtime` that ``build`` returns: ``step`` after each optimiser
+What goes on during a training is a :class:`~peftfast.methods.handle.Runtime` that ``build`` returns: ``step`` after each optimiser
 step, ``loss`` for a penalty, ``optimizer`` for a method with one of its own, ``state_dict``. What several layers use is hung into
 the model by ``targets.share(name, module)``. Operations on saved deltas (``kind="deltas"``) and optimisers have no ``build``: the
 decorated function is the operation itself; an optimiser that ``adapt`` can prepare a model for decorates its ``build`` and names the

@@ -142,15 +142,17 @@ def lora_dora_expand(
     scaling: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """DoRA's expand: z = base + scaling * (s wᵀ + lora_bias) in base's dtype and y = gain * z + bias of ``dtype``; ``gain`` is ``[N]``.
-    Where dropout makes base x̂ Wᵀ, ``plain`` is x Wᵀ and y = plain + (gain - 1) * base + gain * (z - base) + bias."""
+    """DoRA's expand: with delta = scaling * (s wᵀ + lora_bias) and inner = base - bias, z = inner + delta in base's dtype and
+    y = base + (gain - 1) * inner + gain * delta of ``dtype``. base is x Wᵀ + bias as the frozen layer gives it, ``gain`` is ``[N]``;
+    so y is base itself, to the bit, where the gain is 1 and delta 0, as DoRA begins. Where dropout makes base x̂ Wᵀ, without a bias,
+    ``plain`` is x Wᵀ + bias and takes the place of the first base."""
     delta = s @ w.to(s.dtype).T
     if lora_bias is not None:
         delta = delta + lora_bias.to(s.dtype)
     delta, factor = (delta * scaling).to(base.dtype), gain.to(base.dtype)
-    z = base + delta
-    y = factor * z if plain is None else plain.to(base.dtype) + (factor - 1) * base + factor * delta
-    return (y if bias is None else y + bias.to(base.dtype)).to(dtype), z
+    inner = base if bias is None else base - bias.to(base.dtype)
+    y = (base if plain is None else plain.to(base.dtype)) + (factor - 1) * inner + factor * delta
+    return y.to(dtype), inner + delta
 
 
 def lora_gain_grads(dy: Tensor, z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
