@@ -20,6 +20,7 @@ from tests.support.method_checks import (
     adapted,
     batches,
     check_files,
+    check_four_bit,
     check_layer_method,
     check_merging,
     check_steps,
@@ -110,6 +111,17 @@ def test_sara(tmp_path: Path) -> None:
     for bad in ({"density": 0.0}, {"rank_weight": -1.0}, {"total_steps": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             adapted("sara", **bad)
+
+
+def test_four_bit_bases(tmp_path: Path) -> None:
+    check_four_bit("sara", tmp_path, sparse, density=0.1, rank_weight=0.0)
+    halved = adapted("hft", dtype=torch.float32, four_bit=True)
+    halved.model(**batches(1, torch.float32)[0]).loss.backward()
+    (layer,) = halved.layers.values()
+    assert layer.delta_values.grad.abs().max() > 0
+    for name in ("dsee", "sltrain"):
+        with pytest.raises(ValueError, match="dense"):
+            adapted(name, dtype=torch.float32, four_bit=True)
 
 
 def test_top_of_all() -> None:
@@ -234,6 +246,7 @@ def test_spt(tmp_path: Path) -> None:
 
 def test_hft(tmp_path: Path) -> None:
     handle = adapted("hft")
+    assert len(handle.layers) == 1 and "not trained" in next(iter(handle.skipped.values()))
     (name,) = handle.layers
     assert handle.trainable == Mlp().get_submodule(name).weight.numel()
     check_sparse(handle, tmp_path)
