@@ -209,12 +209,13 @@ def _dy_grads(case: Case, device: Device) -> LoraConfig:
 _HEURISTICS = dict(zip(OPS, (_shrink, _expand, _weight_grad, _dy_grads), strict=True))
 
 
-def group_pays(device_type: str, rows: int, dropout: bool) -> bool:
+def group_pays(device_type: str, rows: int, dropout: bool, rank: int) -> bool:
     """Whether layers that get the same x run faster together than one after the other.
 
     On a GPU x is read from memory once instead of three times, forward and backward, and a third of the calls is made; not measured.
     On a CPU x lies in a cache, and what is saved is Python alone. Three layers of 512 x 512, r = 16, bfloat16, forward and backward,
     together over alone: 0.96 with 512 rows and nothing dropped; 0.98 to 1.04 with 32 to 256 rows; 1.07 with 64 x 64 and 16 rows, 1.11
-    with 16 x 16 and 2 rows (Zen 5, AVX-512, one thread, 2026-11-21).
+    with 16 x 16 and 2 rows (Zen 5, AVX-512, one thread, 2026-11-21). From LIBRARY_RANKS on a layer alone has its passes from torch's
+    library, which a group has not.
     """
-    return device_type != "cpu" or (rows >= 512 and not dropout)
+    return device_type != "cpu" or (rows >= 512 and not dropout and rank < LIBRARY_RANKS)

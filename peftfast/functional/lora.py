@@ -43,9 +43,8 @@ def _add_product(
     return base
 
 
-def _as_one(x: Tensor, dtype: torch.dtype, rank: int) -> bool:
-    """Whether the passes on x run as one operator of the C++ library: a plain CPU tensor of the compute dtype, and nobody who watches
-    operators or asked for a backend. The result is the same, bit for bit; what is saved is the way through Python between them."""
+def _plain_on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x is a plain CPU tensor of the compute dtype, and nobody watches operators or asked for a backend."""
     return (
         not torch.compiler.is_compiling()
         and x.is_cpu
@@ -54,9 +53,13 @@ def _as_one(x: Tensor, dtype: torch.dtype, rank: int) -> bool:
         and type(x) in _PLAIN
         and x.numel() > 0
         and undisturbed()
-        # The passes that the library takes over are operators of their own.
-        and not ops.lora_library.serves(x.shape[:-1].numel(), rank, dtype)[0]
     )
+
+
+def _as_one(x: Tensor, dtype: torch.dtype, rank: int) -> bool:
+    """Whether the passes on x run as one operator of the C++ library. The result is the same, bit for bit; what is saved is the way
+    through Python between them. The passes that torch's library takes over are operators of their own."""
+    return _plain_on_cpu(x, dtype) and not ops.lora_library.serves(x.shape[:-1].numel(), rank, dtype)[0]
 
 
 def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:

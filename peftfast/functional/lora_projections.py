@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
-from .lora import _as_one, shaped, unviewed
+from .lora import _plain_on_cpu, shaped, unviewed
 from .lora_group import _expand, _shrink
 from .precision import autocast_off
 
@@ -82,7 +82,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         count = len(ps)
         weights, _, _, biases, lora_biases = plain
         a, b = factors[:count], factors[count:]
-        if _as_one(x, x.dtype) and x.is_contiguous():
+        if _plain_on_cpu(x, x.dtype) and x.is_contiguous():
             *ys, s = torch.ops.peftfast_cpu.lora_group_forward.default(
                 x, weights, biases, a, b, lora_biases, seeds, ps, scalings
             )
@@ -116,7 +116,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         needs_x, needs_a, needs_b = ctx.needs
         nothing = (None,) * count
         # Not `None in dys`, which compares every tensor with None, at 15 us each.
-        if all([dy is not None and dy.dtype is ctx.dtype for dy in dys]) and _as_one(dys[0], ctx.dtype):  # type: ignore[arg-type]
+        if all([dy is not None and dy.dtype is ctx.dtype for dy in dys]) and _plain_on_cpu(dys[0], ctx.dtype):  # type: ignore[arg-type]
             dys = tuple([dy.contiguous() for dy in dys])  # type: ignore[union-attr]
             dx = _base_gradient(dys, weights) if needs_x else None
             found = torch.ops.peftfast_cpu.lora_group_backward.default(

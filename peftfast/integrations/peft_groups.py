@@ -181,7 +181,8 @@ class _Scope:
         if found is not None:
             numbers = [numbers_of(member, verdict) for member, verdict in zip(group.members, found, strict=True)]
             dropout = any([any(own[1]) for own in numbers])
-            pays = configs.group_pays(x.device.type, x.shape[:-1].numel(), dropout)
+            rank = max([a.shape[0] for verdict in found for _, a, *_ in verdict.adapters])
+            pays = configs.group_pays(x.device.type, x.shape[:-1].numel(), dropout, rank)
             if pays and self.block.together(group, torch.is_grad_enabled() or dropout):
                 ys = group.shared.run(x, found, numbers)
                 y = ys[index]
