@@ -684,4 +684,4 @@ def test_where_it_does_not_pay_the_layers_run_alone(counts: Counts, monkeypatch:
     grouped, alone = patched_pair(blocks=1, lora_dropout=0.2)
     expected = step(alone)
     assert counts.during(lambda: check_same(step(grouped), expected))[1] == 0
-    assert set(asked) == {("cpu", 40, True)}
+    assert set(asked) == {("cpu", 66, True, 4)}
