@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
