@@ -124,6 +124,37 @@ def test_bias_and_dropout_stay_with_the_kernel(seen: list[str]) -> None:
     assert seen == ["shrink"]
 
 
+def test_autocast_casts_nothing(seen: list[str]) -> None:
+    """The operators' dtypes are those asked for: inside autocast the library's products would be of its dtype."""
+    x, _, a, b, dy = tensors(80, 48, BF16, BF16)
+
+    def run() -> list[Tensor]:
+        s = ops.lora_shrink(x, a, None, 0.0, 0.3, BF16)
+        base = dy.clone()
+        ops.lora_expand_(base, s, b, None, None, 0.0, 0.3)
+        return [s, base, *ops.lora_dy_grads(dy, s, b, 0.3, BF16), ops.lora_weight_grad(s, x, None, 0.0, 0.3, BF16)]
+
+    expected = run()
+    with torch.autocast("cpu", torch.float16):
+        found = run()
+    assert [t.dtype for t in found] == [BF16] * 5
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
+
+
+def test_memory_that_was_never_written_is_not_read() -> None:
+    """What the library multiplies by 0 is not added, were it NaN."""
+    given = tensors(80, 48, BF16, BF16)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert all(t.isfinite().all() for t in gradients(given, 0.0))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+
+
 @pytest.mark.parametrize("fault", ["scaling", "rows of w", "last rank"])
 def test_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = library._product

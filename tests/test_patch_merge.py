@@ -255,3 +255,32 @@ def test_copies_and_unpatching() -> None:
     for model in (stock, patched):
         model.unmerge_adapter()
     assert_same(stored(layer_of(patched).base_layer), stored(layer_of(stock).base_layer))
+
+
+def test_a_bias_that_no_merge_wrote_stays_as_it_is() -> None:
+    _, patched = pair()
+    base = layer_of(patched).base_layer
+    base.bias = nn.Parameter(torch.zeros(N), requires_grad=False)
+    patched.merge_adapter()
+    base.bias.data.add_(1.0)
+    patched.unmerge_adapter()
+    assert torch.equal(base.bias, torch.ones(N))
+
+
+def test_dora_merged_between_forward_and_backward() -> None:
+    """PEFT gives the parameter the merged weight behind autograd's back: the gradient is that of the weight of the forward."""
+    grads = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, use_dora=True, init_lora_weights=False, target_modules=["0"])
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(96, 64)), config)
+        with torch.no_grad():
+            model.base_model.model[0].lora_magnitude_vector["default"].weight.mul_(1.5)
+        if patched:
+            peftfast.patch(model)
+        x = torch.randn(7, 96, requires_grad=True)
+        loss = model(x).square().sum()
+        model.merge_adapter()
+        loss.backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-4, rtol=1e-4)

@@ -44,7 +44,8 @@ def _add_product(
 
 
 def _plain_on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether x is a plain CPU tensor of the compute dtype, and nobody watches operators or asked for a backend."""
+    """Whether x is a plain CPU tensor of the compute dtype, and nobody watches operators or asked for a backend. Not under autocast,
+    in which a backward pass may run: it would cast the library's products."""
     return (
         not torch.compiler.is_compiling()
         and x.is_cpu
@@ -52,6 +53,7 @@ def _plain_on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
         and dtype in FLOAT_DTYPES
         and type(x) in _PLAIN
         and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
         and undisturbed()
     )
 

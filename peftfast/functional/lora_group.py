@@ -156,6 +156,9 @@ class LoRAGroupFunction(torch.autograd.Function):
             kept[start + 6] = None  # bias
             if not dora:
                 kept[start + 7] = None
+            elif kept[start] is not None:
+                # What it is now: PEFT merges DoRA by giving the parameter other data, of which autograd knows nothing.
+                kept[start] = kept[start].detach()
         for t in range(len(plan.ps)):
             if not ctx.needs_input_grad[0]:
                 kept[at + 3 * t] = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +22,6 @@ from .peft_guards import has_dora, why_stock, why_stock_for
 
 _VERSION = operator.attrgetter("_version")
 _NEEDS = operator.attrgetter("requires_grad")
-_FORWARD = itertools.repeat("forward")
 
 Numbers = tuple[Any, ...]  # scalings, dropout probabilities, then what is compared alone
 
@@ -97,10 +96,10 @@ class _Known:
 
 
 class Shared:
-    """What the calls of a group share."""
+    """What the calls of a group share. It keeps no member alive."""
 
     def __init__(self, members: tuple[Any, ...]) -> None:
-        self.members = members
+        self._members = [weakref.ref(member) for member in members]
         self.hooks = [
             hooks
             for member in members
@@ -111,19 +110,25 @@ class Shared:
                 member._backward_pre_hooks,
             )
         ]
-        self.own = [member.__dict__ for member in members]
         self.known: _Known | None = None
+
+    def members(self) -> list[Any]:
+        """None where one is no more."""
+        return [member() for member in self._members]
 
     def verdicts(self, x: Tensor) -> tuple[Verdict, ...] | None:
         """The members' verdicts, where all may run together on x."""
-        if torch.is_grad_enabled() and not x.requires_grad:
-            # Two heads on features may be trained by a backward pass each, and one node cannot be run twice. Where x needs a gradient
-            # the graph behind x is in the same case.
+        if torch.is_grad_enabled() and x.grad_fn is None:
+            # Two heads on features may be trained by a backward pass each, and one node cannot be run twice. Where there is a graph
+            # behind x, it is in the same case.
             return None
-        if any(self.hooks) or any(map(operator.contains, self.own, _FORWARD)):
+        if any(self.hooks):
             return None
         found = []
-        for member in self.members:
+        members = self.members()
+        for member in members:
+            if member is None or "forward" in member.__dict__:
+                return None
             verdict = _verdict_of(member)
             if verdict is None:
                 return None
@@ -135,10 +140,10 @@ class Shared:
             return None
         if known.takes(x):
             return known.verdicts
-        for member, verdict in zip(self.members, found, strict=True):
+        for member, verdict in zip(members, found, strict=True):
             if why_stock_for(member, x) or (verdict.nf4 is not None and _served_alone(member, verdict, x)):
                 return None
-        kinds = {_dtypes(member, verdict, x) for member, verdict in zip(self.members, found, strict=True)}
+        kinds = {_dtypes(member, verdict, x) for member, verdict in zip(members, found, strict=True)}
         return known.verdicts if len(kinds) == 1 else None
 
     def run(self, x: Tensor, verdicts: tuple[Verdict, ...], numbers: Sequence[Numbers]) -> tuple[Tensor, ...]:
@@ -154,7 +159,8 @@ class Shared:
 
     def _general(self, x: Tensor, verdicts: tuple[Verdict, ...], numbers: Sequence[Numbers]) -> tuple[Tensor, ...]:
         projections, terms = [], []
-        for member, verdict, (scalings, ps, *_) in zip(self.members, verdicts, numbers, strict=True):
+        members = self.members()
+        for member, verdict, (scalings, ps, *_) in zip(members, verdicts, numbers, strict=True):
             # Each layer draws its own seeds, as it does alone: what follows in the generator's sequence is the same.
             seeds: Any = draw_seed(x, len(ps)).split(1) if any(ps) else (None,) * len(ps)
             own = [
@@ -167,7 +173,7 @@ class Shared:
             weight = verdict.weight if verdict.nf4 is None else verdict.nf4
             projections.append((weight, verdict.bias, None if magnitude is None else magnitude.weight))
             terms.append(own)
-        dtype, out_dtype = _dtypes(self.members[0], verdicts[0], x)
+        dtype, out_dtype = _dtypes(members[0], verdicts[0], x)
         return apply_group(x, projections, terms, None, True, dtype, out_dtype)
 
 

@@ -17,6 +17,7 @@ import itertools
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,20 +49,40 @@ class Group:
     """Layers of a block that get the same tensor, in the order of their first calls."""
 
     def __init__(self, members: tuple[Any, ...]) -> None:
-        self.members = members
+        self._members = [weakref.ref(member) for member in members]
         self.index = {id(member): i for i, member in enumerate(members)}
         self.together = self.before = False
         self.wanted = True
         self.misses = 0
         self.shared = Shared(members)
 
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """Those that are still alive; where one is not, the block is about to forget the group."""
+        return tuple([member for one in self._members if (member := one()) is not None])
+
 
 class Block:
-    """What is known of a block: its patched layers, and those of them that form groups. A copy or a pickle does not hold it."""
+    """What is known of a block: its patched layers, and those of them that form groups. A copy or a pickle does not hold it.
+
+    It keeps no layer alive: one that is replaced, as ``merge_and_unload`` does, is gone at once with all that it holds, and what is
+    known here goes with it.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        # The layers themselves are kept: an id may be used again.
-        self.children = {id(layer): layer for layer in _own_layers(module)}
+        self._module = weakref.ref(module)
+        own = weakref.ref(self)
+
+        def lost(key: int) -> Callable[[Any], None]:
+            def forget(_: Any) -> None:
+                block = own()
+                if block is not None:
+                    block.forget(key)
+
+            return forget
+
+        # An id may be used again, but not before the layer that had it is forgotten.
+        self.children = {id(layer): weakref.ref(layer, lost(id(layer))) for layer in _own_layers(module)}
         self.groups: dict[int, Group] = {}
         self.rounds = 0
         self.pending = False
@@ -70,6 +91,14 @@ class Block:
 
     def __reduce__(self) -> Any:
         return _nothing, ()
+
+    def forget(self, key: int) -> None:
+        """A layer is no more: nor are the groups, which hold its tensors, and with the last layer the hooks."""
+        self.children.pop(key, None)
+        self.groups.clear()
+        module = self._module()
+        if not self.children and module is not None and module.__dict__.get(_BLOCK) is self:
+            _release(module)
 
     def learns(self, layer: Any) -> bool:
         return self.rounds < _ROUNDS and id(layer) in self.children and id(layer) not in self.groups
@@ -152,13 +181,19 @@ def _key_of(x: Tensor) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), autocast, torch.is_inference_mode_enabled(), x.requires_grad
 
 
+def _way() -> tuple[Any, ...]:
+    """What a checkpoint changes around what it runs: the grad mode, or the hooks of saved tensors."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 class _Scope:
     """One forward of a block, on one thread."""
 
-    __slots__ = ("block", "entries", "seen")
+    __slots__ = ("block", "entries", "seen", "way")
 
     def __init__(self, block: Block) -> None:
         self.block = block
+        self.way = _way()
         self.entries: dict[Group, _Entry] = {}
         self.seen: list[tuple[Any, int, list[Any]]] = []  # x, its version, the layers that got it
 
@@ -166,6 +201,10 @@ class _Scope:
         """A grouped layer's result, or None where it is to run alone."""
         if x.is_inference():
             return None  # it has no version by which a change would show
+        if _way() != self.way:
+            return (
+                None  # in a checkpoint of a part of the block, whose recomputation is outside of a forward of the block
+            )
         index = group.index[id(layer)]
         entry = self.entries.get(group)
         if entry is not None and entry.x() is x:
@@ -179,7 +218,10 @@ class _Scope:
         ours: dict[int, Any] = {}
         y = None
         if found is not None:
-            numbers = [numbers_of(member, verdict) for member, verdict in zip(group.members, found, strict=True)]
+            members = group.members
+            if len(members) != len(found):
+                return None
+            numbers = [numbers_of(member, verdict) for member, verdict in zip(members, found, strict=True)]
             dropout = any([any(own[1]) for own in numbers])
             rank = max([a.shape[0] for verdict in found for _, a, *_ in verdict.adapters])
             pays = configs.group_pays(x.device.type, x.shape[:-1].numel(), dropout, rank)

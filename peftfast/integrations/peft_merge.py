@@ -28,7 +28,8 @@ UNMERGED = "_peftfast_unmerged"  # in a merged layer's __dict__: what unmerging 
 
 @dataclass
 class Unmerged:
-    """The base layer of before the first merge, and what the last one wrote: where that is no longer in place, nothing is restored."""
+    """The base layer of before the first merge, and what the last one wrote: where that is no longer in place, nothing is restored.
+    ``bias`` is None while no merge has written it."""
 
     weight: Any
     bias: Tensor | None
@@ -92,7 +93,7 @@ def _merge_one(layer: Any, name: str, safe_merge: bool) -> None:
     base, scaling = layer.base_layer, layer.scaling[name]
     kept = layer.__dict__.get(UNMERGED)
     if not layer.merged_adapters:
-        kept = Unmerged(base.weight, None if base.bias is None else base.bias.detach().clone(), [])
+        kept = Unmerged(base.weight, None, [])
     elif kept is not None and not kept.holds(layer):
         kept = None  # someone else has merged as well: what came before that is not known
     old, nf4 = base.weight, bnb.weight_of(base)
@@ -108,6 +109,8 @@ def _merge_one(layer: Any, name: str, safe_merge: bool) -> None:
     base.weight = replace(new, dtype=dtype).to_bitsandbytes(old.dtype)
     _hand_state(base, old, base.weight)
     if bias is not None:
+        if kept is not None and kept.bias is None:
+            kept.bias = base.bias.detach().clone()
         base.bias.data = bias
     layer.merged_adapters.append(name)
     if kept is not None:

@@ -28,6 +28,8 @@ def serves(rows: int, ranks: int, *dtypes: torch.dtype) -> Verdict:
         return False, f"the library multiplies bfloat16, asked for {', '.join(map(str, dtypes))}"
     if ranks < configs.LIBRARY_RANKS or rows < configs.LIBRARY_ROWS:
         return False, f"{rows} rows of rank {ranks} are below {configs.LIBRARY_ROWS} of {configs.LIBRARY_RANKS}"
+    if torch.is_autocast_enabled("cpu"):
+        return False, "autocast would cast the library's products"
     if not _multiplies_bf16():
         return False, "no instruction for bfloat16 products"
     return True, ""
