@@ -1,5 +1,5 @@
-"""Bases that patch does not serve: the layer runs PEFT's forward, with its bits, and the report says why. Of GPTQ, AWQ and HQQ no package
-is needed: PEFT's own layer class stands on a stand-in for the base, which is all that the guard looks at."""
+"""Bases that patch does not serve: the layer runs PEFT's forward, with its bits, and the report says why. Of GPTQ, AWQ and HQQ
+no package is needed: PEFT's own layer class stands on a stand-in for the base, which is all that the guard looks at."""
 
 import copy
 import importlib

@@ -1,4 +1,4 @@
-"""The output directory of a fine-tuning: a PEFT adapter, or a whole model, and, until the training is over, what is needed to go on with it.
+"""The output directory of a fine-tuning: a PEFT adapter or a model and, until the training is over, what is needed to go on with it.
 
 ``OUT`` is replaced whole at each save (:mod:`.atomic`), so that the result and the state beside it are always of one step. The state
 lies in ``OUT/checkpoint``: a checkpoint of transformers' Trainer and, written last, ``complete.json``, which says that the rest is

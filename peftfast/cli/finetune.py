@@ -40,7 +40,8 @@ OWN_ARGUMENTS = {
 }
 
 DESCRIPTION = """\
-Trains an adapter on a file of JSON lines and writes a PEFT directory (--method mezo --full_model: a model's). What the lines hold says what is trained.
+Trains an adapter on a file of JSON lines and writes a PEFT directory (--method mezo --full_model: a model's).
+What the lines hold says what is trained.
 TRL's formats train a causal language model:
   {"text": "..."}
   {"messages": [{"role": ..., "content": ...}, ...]}
