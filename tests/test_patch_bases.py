@@ -77,7 +77,8 @@ def hqq_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]
     looks its names up in that module, so that get_peft_model takes the class too."""
     from peft.tuners.lora import hqq
 
-    assert not hasattr(hqq, "HqqLoraLinear"), "hqq is installed: test it itself"
+    if hasattr(hqq, "HqqLoraLinear"):
+        pytest.skip("hqq is installed, and PEFT has its class of it")
     with monkeypatch.context() as patches:
         for name in ("hqq", "hqq.core", "hqq.core.quantize"):
             patches.setitem(sys.modules, name, types.ModuleType(name))
