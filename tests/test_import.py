@@ -54,6 +54,62 @@ assert peftfast.functional.nf4_dequantize(quantised).shape == (8, 64)
 print("whole")
 """
 
+# As on a system of another name: what is there is torch, PEFT and transformers, which are imported as they are on this one; then the
+# name changes, Triton and what only POSIX has cannot be imported, and no library was built. The whole package and patch come after.
+ELSEWHERE = """
+import importlib, pathlib, pkgutil, sys, tempfile
+import torch, peft, transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+GONE = {"triton", "fcntl", "resource", "termios", "pwd", "grp"}
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in GONE else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+for name in [name for name in sys.modules if name.partition(".")[0] in GONE]:
+    del sys.modules[name]
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+sys.platform = PLATFORM
+import peftfast
+from peftfast.ops import native
+native._FOLDER = pathlib.Path(tempfile.mkdtemp())
+names = [m.name for m in pkgutil.walk_packages(peftfast.__path__, "peftfast.")
+         if not m.name.startswith(("peftfast.kernels.", "peftfast.benchmarks.", "peftfast.__main__")) and "._" not in m.name]
+assert len(names) > 100, len(names)
+for name in names:
+    importlib.import_module(name)
+
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                     num_key_value_heads=1)
+model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+ids = torch.randint(0, 64, (2, 5))
+def results():
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
+stock = results()
+report = peftfast.patch(model)
+assert len(report.fused) + len(report.stock) == 7, str(report)
+patched = results()
+assert stock.keys() == patched.keys() and all(torch.equal(stock[n], patched[n]) for n in stock)
+peftfast.unpatch(model)
+layer = peftfast.nn.LoRALinear.from_linear(torch.nn.Linear(8, 4), r=2)
+layer(torch.randn(3, 8)).sum().backward()
+assert layer.lora_B.grad is not None
+out = pathlib.Path(tempfile.mkdtemp()) / "out"
+from peftfast.cli import atomic
+for text in ("one", "two"):  # a directory that is replaced whole, by the renames that every system has
+    with atomic.replace_directory(out) as new:
+        (new / "file").write_text(text)
+    assert (out / "file").read_text() == text
+print(len(report.stock), *report.reasons)
+"""
+
 
 def run(code: str, **variables: str) -> str:
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/nowhere", "HOME": "/nowhere", **variables}
@@ -72,6 +128,14 @@ def test_import_is_quick_and_lazy() -> None:
 
 def test_import_without_triton_and_posix() -> None:
     assert run(BARE).strip() == "whole"
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_import_and_patch_on_other_systems(platform: str) -> None:
+    """Layers stay stock there, with their bits, and the report says why."""
+    said = run(f"PLATFORM = {platform!r}\n{ELSEWHERE}", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1").strip()
+    count, _, reasons = said.partition(" ")
+    assert count == "7" and "no fused implementation" in reasons and "triton is not installed" in reasons, said
 
 
 def test_a_library_that_does_not_load_leaves_a_warning_and_the_next_backend(tmp_path, monkeypatch, caplog) -> None:

@@ -55,8 +55,10 @@ def spiel(net: Net, optimizer: torch.optim.Optimizer, **options: Any) -> SpIEL:
     return SpIEL(net, optimizer, **given)
 
 
-def test_accumulated_gradients_choose_as_dense_ones_do() -> None:
-    """Every state after a phase, from dense gradients and the published rules."""
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_accumulated_gradients_choose_as_dense_ones_do(parts: int) -> None:
+    """Every state after a phase, from dense gradients and the published rules; g is the gradient of the whole batch, also where it is
+    the sum of backward passes over micro-batches of a loss that is divided by their number."""
     net = Net()
     optimizer = SparseAdamW(net.values(), lr=1e-2, betas=(0.9, 0.99))
     method = spiel(net, optimizer)
@@ -70,9 +72,10 @@ def test_accumulated_gradients_choose_as_dense_ones_do() -> None:
 
     layer._observer = observer
     count = layer.delta_values.numel()
-    for x in batches(3):
+    for batch in batches(3):
         optimizer.zero_grad()
-        (net(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        for x in batch.chunk(parts):
+            ((net(x) - x.sum(1, keepdim=True)).square().mean() / parts).backward()
         optimizer.step()
         before = {
             "indices": layer.delta_indices.clone(),
@@ -80,15 +83,16 @@ def test_accumulated_gradients_choose_as_dense_ones_do() -> None:
             **{name: state.clone() for name, state in optimizer.state[layer.delta_values].items()},
         }
         moved = method.step()
-    assert moved and len(seen) == 3 and method.completed_steps == 3
+    assert moved and len(seen) == 3 * parts and method.completed_steps == 3
+    whole = [torch.stack(seen[k : k + parts]).sum(0) for k in range(0, len(seen), parts)]
     # The first phase drops everything (p = 1): the new support is the candidates, those kept by having been active among them.
     candidates = definition.top_positions(seen[0].abs(), count)
     assert torch.equal(layer.delta_indices.long(), candidates)
     stayed = torch.isin(candidates, before["indices"].long())
     at = torch.searchsorted(before["indices"].long(), candidates[stayed])
     assert 0 < int(stayed.sum()) < count
-    sums = sum(seen).flatten()[candidates]
-    squares = sum(g * g for g in seen).flatten()[candidates]
+    sums = sum(whole).flatten()[candidates]
+    squares = sum(g * g for g in whole).flatten()[candidates]
     state = optimizer.state[layer.delta_values]
     for name, grown, old in (
         ("exp_avg", sums / 3 * (1 - 0.9**3), before["exp_avg"]),
@@ -109,7 +113,7 @@ def test_drops_the_smallest_and_grows_the_largest() -> None:
     method = spiel(net, optimizer, initial_rate=0.5)
     train(net, optimizer, method, batches(12))
     before, values = net.a.delta_indices.long().clone(), net.a.delta_values.detach().clone()
-    assert net.a._observer is not None and not method._candidates[0].samples == 0
+    assert net.a._observer is not None and method._candidates[0].steps == 3
     candidates = method._candidates[0]
     sums, positions = candidates.sums.clone(), candidates.indices.long().clone()
     net.a._observer = None  # the sums stay as they are

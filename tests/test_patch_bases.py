@@ -1,8 +1,12 @@
-"""Bases that patch does not serve: the layer runs PEFT's forward, with its bits, and the report says why. Of GPTQ and AWQ no package is
-needed: PEFT's own layer class stands on a stand-in for the base, which is all that the guard looks at."""
+"""Bases that patch does not serve: the layer runs PEFT's forward, with its bits, and the report says why. Of GPTQ, AWQ and HQQ
+no package is needed: PEFT's own layer class stands on a stand-in for the base, which is all that the guard looks at."""
 
 import copy
+import importlib
 import logging
+import sys
+import types
+from collections.abc import Iterator
 
 import bitsandbytes as bnb
 import peft
@@ -57,6 +61,49 @@ def test_guard_packed_bases(kind: type, caplog) -> None:
     assert report.stock == {"base_model.model.up": reason}
     assert list(report.fused) == ["base_model.model.down"]
     assert type(layer_of(model)) is kind and torch.equal(layer_of(model)(X), expected)
+
+
+class HQQLinear(Packed):
+    """Under the name, and with the attribute, by which PEFT tells HQQ's layer from others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_q = self.qweight
+
+
+@pytest.fixture
+def hqq_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """PEFT's module of HQQ layers, which defines its class only where hqq is, read again beside a stand-in for hqq. PEFT's dispatch
+    looks its names up in that module, so that get_peft_model takes the class too."""
+    from peft.tuners.lora import hqq
+
+    if hasattr(hqq, "HqqLoraLinear"):
+        pytest.skip("hqq is installed, and PEFT has its class of it")
+    with monkeypatch.context() as patches:
+        for name in ("hqq", "hqq.core", "hqq.core.quantize"):
+            patches.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules["hqq.core.quantize"].HQQLinear = HQQLinear
+        patches.setattr("peft.import_utils.is_hqq_available", lambda: True)
+        yield importlib.reload(hqq)
+    del hqq.HqqLoraLinear, hqq.HQQLinear
+    importlib.reload(hqq)
+
+
+def test_guard_hqq_bases(hqq_installed: types.ModuleType, caplog) -> None:
+    block = Block()
+    block.up = HQQLinear()
+    model = stir(peft.get_peft_model(block, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"])))
+    layer = layer_of(model)
+    assert type(layer) is hqq_installed.HqqLoraLinear
+    expected = layer(X)
+    assert not torch.equal(expected, layer.base_layer(X))
+    reason = "no fused form of PEFT's lora.HqqLoraLinear"
+    peft_call.logged.clear()
+    with caplog.at_level(logging.WARNING, "peftfast"):
+        report = peftfast.patch(model)
+    assert [r.message for r in caplog.records] == [f"an adapter layer runs stock: {reason}"]
+    assert report.stock == {"base_model.model.up": reason} and list(report.fused) == ["base_model.model.down"]
+    assert type(layer) is hqq_installed.HqqLoraLinear and torch.equal(layer(X), expected)
 
 
 def test_guard_an_unknown_linear(caplog) -> None:

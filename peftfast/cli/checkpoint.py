@@ -1,6 +1,6 @@
-"""The output directory of a fine-tuning: a PEFT adapter and, until the training is over, what is needed to go on with it.
+"""The output directory of a fine-tuning: a PEFT adapter or a model and, until the training is over, what is needed to go on with it.
 
-``OUT`` is replaced whole at each save (:mod:`.atomic`), so that the adapter and the state beside it are always of one step. The state
+``OUT`` is replaced whole at each save (:mod:`.atomic`), so that the result and the state beside it are always of one step. The state
 lies in ``OUT/checkpoint``: a checkpoint of transformers' Trainer and, written last, ``complete.json``, which says that the rest is
 whole, of which step it is and of which command. Without that marker a checkpoint is not read.
 """
@@ -16,6 +16,7 @@ from . import atomic
 from .errors import UserError
 
 FOLDER, MARKER = "checkpoint", "complete.json"
+SEEDS = "run.seeds"  # MeZO's log of the run: 16 bytes a direction and step
 # Options that may change from one start of a training to the next; under any other it would be another training.
 FREE = {"out", "overwrite", "resume", "device", "logging_steps", "save_steps", "max_steps", "num_train_epochs"}
 
@@ -35,7 +36,7 @@ def check(out: Path, *, overwrite: bool, resume: bool) -> None:
         return
     if not out.is_dir() or out.is_symlink():
         raise UserError(f"--out: {out} is not a directory")
-    if (out / "adapter_config.json").exists():
+    if _result(out):
         begun = (out / FOLDER).is_dir()
         if resume:
             if not begun:
@@ -43,9 +44,17 @@ def check(out: Path, *, overwrite: bool, resume: bool) -> None:
             marker(out)
         elif not overwrite:
             also = "--resume goes on with it, " if begun else ""
-            raise UserError(f"--out: {out} holds an adapter already; {also}--overwrite replaces it")
+            raise UserError(f"--out: {out} holds {_result(out)} already; {also}--overwrite replaces it")
     elif any(out.iterdir()):
         raise UserError(f"--out: {out} holds files and no adapter; expected a new, an empty or an adapter's directory")
+
+
+def _result(out: Path) -> str:
+    """What a run left in ``out``, or "". A model is told from any other, which is never replaced, by its log or its checkpoint."""
+    if (out / "adapter_config.json").exists():
+        return "an adapter"
+    ours = (out / SEEDS).exists() or (out / FOLDER / MARKER).exists()
+    return "a trained model" if ours and (out / "config.json").exists() else ""
 
 
 def marker(out: Path) -> dict[str, Any]:

@@ -40,7 +40,8 @@ OWN_ARGUMENTS = {
 }
 
 DESCRIPTION = """\
-Trains an adapter on a file of JSON lines and writes a PEFT directory. What the lines hold says what is trained.
+Trains an adapter on a file of JSON lines and writes a PEFT directory (--method mezo --full_model: a model's).
+What the lines hold says what is trained.
 TRL's formats train a causal language model:
   {"text": "..."}
   {"messages": [{"role": ..., "content": ...}, ...]}
@@ -59,12 +60,14 @@ def parser() -> arguments.Parser:
         "--model", required=True, help="directory with config.json, weights and tokenizer, or OWNER/NAME on the hub"
     )
     parse.add_argument("--data", type=Path, required=True, help="JSON lines, UTF-8")
-    parse.add_argument("--out", type=Path, required=True, help="directory for the adapter, replaced whole at each save")
-    parse.add_argument("--overwrite", action="store_true", help="replace the adapter that --out holds")
+    parse.add_argument("--out", type=Path, required=True, help="directory for the result, replaced whole at each save")
+    parse.add_argument("--overwrite", action="store_true", help="replace the result of another run that --out holds")
     parse.add_argument(
         "--resume", action="store_true", help="go on from the last whole checkpoint in --out; begin where there is none"
     )
-    parse.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: cuda where there is one)")
+    parse.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda, which is the first GPU (default: cuda where there is one)"
+    )
 
     finetune_methods.add_options(parse)
 
@@ -128,6 +131,11 @@ def main(argv: Sequence[str]) -> int:
     packages = PACKAGES | ({"bitsandbytes": "bitsandbytes"} if options.load_in_4bit else {})
     arguments.require(f"--method {options.method}", packages | dict(method.packages))
     device = arguments.device_name(options.device)
+    if device.startswith("cuda:") and int(device.partition(":")[2]) > 0:
+        number = device.partition(":")[2]
+        raise UserError(
+            f"--device: the Trainer trains on the first GPU that it sees; CUDA_VISIBLE_DEVICES={number} and --device cuda for {device}"
+        )
     models.offline_unless_named(options.model)
     arguments.quiet_libraries()
     extra = training_arguments(rest)
@@ -142,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         if job.saved_at is not None:
             print(
-                f"\nthe adapter of step {job.saved_at} is whole in {options.out}; --resume goes on from there",
+                f"\nthe {method.result} of step {job.saved_at} is whole in {options.out}; --resume goes on from there",
                 file=sys.stderr,
             )
         raise

@@ -39,6 +39,7 @@ class Target:
         four_bit: the base's linear layers are in 4 bits.
         batches: (how many) -> the first batches of the training data, for a method that reads data before it trains.
         total_steps: optimiser steps of the run.
+        tokenizer: the model's.
     """
 
     options: argparse.Namespace
@@ -48,6 +49,7 @@ class Target:
     four_bit: bool = False
     batches: Callable[[int], list[dict[str, Any]]] | None = None
     total_steps: int = 1
+    tokenizer: Any = None
 
     @property
     def task_type(self) -> str:
@@ -59,18 +61,27 @@ class Method:
 
     Class attributes:
         help: a few words for --help.
+        title: what errors call it, where that is not its name.
         packages: importable name -> what to ask pip for.
         four_bit: trains on a 4-bit base, whether --load_in_4bit is given or not.
         options: its own options and their defaults. The parser's are None; given with a method that has none of that name they are
             refused. Those of :data:`COMMON` may be among them, with other defaults.
         refused: TrainingArguments that it does not take -> why.
+        result: what ``--out`` gets, in a word.
     """
 
     help: ClassVar[str] = ""
+    title: ClassVar[str] = ""
     packages: ClassVar[Mapping[str, str]] = {}
     four_bit: ClassVar[bool] = False
     options: ClassVar[Mapping[str, Any]] = {}
     refused: ClassVar[Mapping[str, str]] = {}
+    result: ClassVar[str] = "adapter"
+
+    @classmethod
+    def chosen(cls, options: argparse.Namespace) -> "type[Method]":
+        """The class itself, or one beside it that an option asks for."""
+        return cls
 
     @classmethod
     def add_options(cls, parse: argparse.ArgumentParser) -> None:

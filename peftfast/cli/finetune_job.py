@@ -158,7 +158,14 @@ class Job:
             model.config.use_cache = False
         with models.named("--target-modules", self.directory, "adapter"):
             target = Target(
-                options, self.classify, targets, outside, self.four_bit, self._first_batches, self._total_steps()
+                options,
+                self.classify,
+                targets,
+                outside,
+                self.four_bit,
+                self._first_batches,
+                self._total_steps(),
+                self.tokenizer,
             )
             return self.method.adapt(model, target)
 
@@ -186,7 +193,11 @@ class Job:
         without one and with a picture of the losses."""
         broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
         if broken:
-            kept = f"; the adapter of step {self.saved_at} stays in place" if self.saved_at is not None else ""
+            kept = (
+                f"; the {self.method.result} of step {self.saved_at} stays in place"
+                if self.saved_at is not None
+                else ""
+            )
             raise UserError(f"{broken[0]} is not finite at step {step}: lower --learning_rate{kept}")
         with atomic.replace_directory(self.options.out) as new:
             self.method.save(self.model, new)
@@ -221,7 +232,7 @@ class Job:
                 held += f", loss {metrics['eval_loss']:.4f}"
                 held += f", accuracy {100 * metrics['eval_accuracy']:.1f} %" if self.classify else ""
             self.save(steps, history=trainer.state.log_history)
-            print(f"loss {trained.training_loss:.4f} over {steps} steps; adapter in {self.options.out}")
+            print(f"loss {trained.training_loss:.4f} over {steps} steps; {self.method.result} in {self.options.out}")
             if held:
                 print(held)
 
@@ -261,6 +272,11 @@ class Job:
             arguments = TrainingArguments(**(settings | self.extra))
         except (ValueError, ImportError, RuntimeError) as error:
             raise UserError(f"TrainingArguments: {str(error).splitlines()[0]}") from None
+        if arguments.n_gpu > 1:
+            # The Trainer would copy the model to each of them at every step (DataParallel): no patched layer is made for that, and the
+            # batch would be of another size than --per_device_train_batch_size says.
+            print(f"trains on one of {arguments.n_gpu} GPUs; CUDA_VISIBLE_DEVICES chooses which")
+            arguments._n_gpu = 1
         return self.method.trainer(
             model=self.model,
             args=arguments,

@@ -26,14 +26,14 @@ def resolve(options: argparse.Namespace) -> Method:
     Raises:
         UserError: an option of another method was given.
     """
-    method = METHODS.get(options.method) or named(options.method)
+    method = METHODS[options.method].chosen(options) if options.method in METHODS else named(options.method)
     if options.method in METHODS and options.method_option:
         raise UserError(f"--method-option: {options.method} has options of the command's own, see --help")
     own = COMMON | dict(method.options)
     for name in sorted({name for other in METHODS.values() for name in other.options} - set(own)):
         if getattr(options, name) is not None:
             owners = [key for key, other in METHODS.items() if name in other.options]
-            raise UserError(f"--{name}: is of --method {' or '.join(owners)}, not of {options.method}")
+            raise UserError(f"--{name}: is of --method {' or '.join(owners)}, not of {method.title or options.method}")
     for name, default in own.items():
         if getattr(options, name) is None:
             setattr(options, name, default)

@@ -1,5 +1,5 @@
-"""``finetune --method mezo``: LoRA's parameters trained by forward passes alone (:class:`peftfast.optim.MeZO`) inside transformers'
-Trainer, whose data, schedule, logging and checkpoints stay what they are."""
+"""``finetune --method mezo``: LoRA's parameters, or with ``--full_model`` all of them, trained by forward passes alone
+(:class:`peftfast.optim.MeZO`) inside transformers' Trainer, whose data, schedule, logging and checkpoints stay what they are."""
 
 import argparse
 import shutil
@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import arguments
+from .checkpoint import SEEDS
 from .errors import UserError
-from .finetune_base import option
+from .finetune_base import Method, Target, option
 from .finetune_lora import LORA_OPTIONS, LoRA
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
-SEEDS = "run.seeds"  # the log of the run: 16 bytes a direction and step
 NO_BACKWARD = "it has no backward"
+FULL_MODEL_RATE = 1e-6  # the paper's runs of a full model take 1e-7 to 1e-6
 
 
 class MeZOMethod(LoRA):
@@ -28,6 +29,7 @@ class MeZOMethod(LoRA):
         "learning_rate": 5e-5,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
+        "full_model": False,
         "zo_eps": 1e-3,
         "zo_directions": 1,
         "zo_clip": None,
@@ -49,9 +51,21 @@ class MeZOMethod(LoRA):
     def add_options(cls, parse: argparse.ArgumentParser) -> None:
         group = parse.add_argument_group("mezo")
         above_zero = arguments.number(0, above_lowest=True)
+        option(
+            group,
+            "full_model",
+            action="store_true",
+            default=None,
+            help="train every parameter, without adapter: --out is then a model's directory, until the end with the model twice "
+            f"(default learning rate: {FULL_MODEL_RATE:g})",
+        )
         option(group, "zo_eps", type=above_zero, help=f"size of the perturbation (default: {cls.options['zo_eps']:g})")
         option(group, "zo_directions", type=arguments.integer(1), help="directions a step (default: 1)")
         option(group, "zo_clip", type=above_zero, help="largest projected gradient (default: none)")
+
+    @classmethod
+    def chosen(cls, options: argparse.Namespace) -> type[Method]:
+        return FullModelMeZO if options.full_model else cls
 
     def adapt(self, model: Any, target: Any) -> Any:
         self._given = target.options
@@ -111,6 +125,40 @@ class MeZOMethod(LoRA):
     def _settle(self) -> None:
         with named_losses():
             self.optimizer.check()
+
+
+class FullModelMeZO(MeZOMethod):
+    """MeZO over every parameter of the model."""
+
+    title = "mezo with --full_model"
+    result = "model"
+    options = {
+        **{name: value for name, value in MeZOMethod.options.items() if name not in LORA_OPTIONS},
+        "r": None,
+        "learning_rate": FULL_MODEL_RATE,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tokenizer: Any = None
+
+    def check(self, options: argparse.Namespace, extra: Any) -> None:
+        super().check(options, extra)
+        if options.load_in_4bit:
+            raise UserError("--load_in_4bit: not with --full_model: weights in 4 bits cannot be moved")
+        if options.r is not None or options.target_modules != ["all-linear"]:
+            name = "r" if options.r is not None else "target_modules"
+            raise UserError(f"--{name}: not with --full_model, which trains every parameter")
+
+    def adapt(self, model: Any, target: Target) -> Any:
+        self._given, self._tokenizer = target.options, target.tokenizer
+        model.requires_grad_(True)
+        print(f"full model, {sum(p.numel() for p in model.parameters()):,} weights trained")
+        return model
+
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        self._tokenizer.save_pretrained(str(folder))
 
 
 class named_losses:

@@ -108,7 +108,7 @@ class SpIELMethod(Method):
         )
         return self._optimizer
 
-    def make_schedule(self, model: Any, total_steps: int, accumulation: int) -> None:
+    def make_schedule(self, model: Any, total_steps: int) -> None:
         from ..methods import SpIEL
 
         assert self._target is not None
@@ -120,7 +120,6 @@ class SpIELMethod(Method):
             reselection_steps=options.reselection_steps,
             accumulation_steps=options.selection_accumulation_steps,
             initial_rate=options.initial_reselection_rate,
-            grad_accumulation=accumulation,
         )
 
     def callbacks(self) -> "list[TrainerCallback]":
@@ -228,7 +227,7 @@ def _trainer_class() -> Any:
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             made = super().create_scheduler(num_training_steps, optimizer)
             if self._method.spiel is None:
-                self._method.make_schedule(self.model, num_training_steps, self.args.gradient_accumulation_steps)
+                self._method.make_schedule(self.model, num_training_steps)
             return made
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -23,12 +23,14 @@ SCHEDULES = ("linear", "cosine")
 
 @dataclass
 class _Candidates:
-    """Positions, ascending, that may be grown, and what their gradients add up to over ``samples`` backward passes."""
+    """Positions, ascending, that may be grown; the sum of their gradients over ``steps`` optimiser steps, the sum of the squares, and
+    what the backward passes since the last step add up to."""
 
     indices: Tensor
     sums: Tensor
     squares: Tensor
-    samples: int
+    steps: int
+    pending: Tensor | None
 
 
 class SpIEL:
@@ -36,9 +38,11 @@ class SpIEL:
 
     With :class:`peftfast.optim.SparseAdamW` this is SpIEL-AG: a phase begins ahead of every ``reselection_steps``-th step. In its first
     backward the positions of the largest gradients, as many as are active, become candidates, and their gradients are accumulated
-    through the following ``accumulation_steps`` steps. Then the part p of the active weights with the smallest |Δ| is dropped and as
-    many candidates with the largest |Σ g| are grown, from Δ = 0, with age a = samples / grad_accumulation and the states
-    m = (Σ g / samples) (1 - beta1^a), v = (Σ g² / samples) (1 - beta2^a). One that is dropped and grown again stays as it was.
+    through ``accumulation_steps`` steps. Then the part p of the active weights with the smallest |Δ| is dropped and as many candidates
+    with the largest |Σ g| are grown, from Δ = 0, with age a, the number of those steps, and the states m = (Σ g / a) (1 - beta1^a),
+    v = (Σ g² / a) (1 - beta2^a). g is a step's gradient, the sum over all its backward passes, as the optimiser sees it: where a batch
+    is split into micro-batches, only the choice of the candidates is of the first alone. One that is dropped and grown again stays as
+    it was.
 
     With :class:`peftfast.optim.SparseSM3` it is SpIEL-MA: grown are the inactive positions with the largest product of their row's
     and their column's accumulator, from Δ = 0, the accumulators as they are.
@@ -53,7 +57,6 @@ class SpIEL:
         reselection_steps, accumulation_steps: as above, in optimiser steps.
         initial_rate: p at the beginning, in (0, 1].
         schedule: "linear" or "cosine".
-        grad_accumulation: backward passes to an optimiser step.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -69,7 +72,6 @@ class SpIEL:
         accumulation_steps: int = 5,
         initial_rate: float = 0.2,
         schedule: str = "linear",
-        grad_accumulation: int = 1,
     ) -> None:
         modules = model.modules() if isinstance(model, nn.Module) else model
         self.layers = [module for module in modules if isinstance(module, SparseDeltaLinear)]
@@ -81,7 +83,6 @@ class SpIEL:
             "total_steps": total_steps,
             "reselection_steps": reselection_steps,
             "accumulation_steps": accumulation_steps,
-            "grad_accumulation": grad_accumulation,
         }
         for name, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -101,7 +102,7 @@ class SpIEL:
                 raise ValueError("optimizer: expected the delta_values of every layer among its parameters")
         self.total_steps, self.reselection_steps = total_steps, reselection_steps
         self.accumulation_steps, self.initial_rate = accumulation_steps, initial_rate
-        self.schedule, self.grad_accumulation = schedule, grad_accumulation
+        self.schedule = schedule
         self.completed_steps = 0
         self.moved = 0  # weights that changed place in the last selection
         self._candidates: dict[int, _Candidates] = {}
@@ -124,12 +125,20 @@ class SpIEL:
         if known is None:
             positions, entries = top_of_product(dy, x, layer.delta_values.numel())
             indices = smallest_index_dtype(positions, shape)
-            self._candidates[number] = _Candidates(indices, entries, entries * entries, 1)
+            zeros = torch.zeros_like(entries)
+            self._candidates[number] = _Candidates(indices, zeros, zeros.clone(), 0, entries)
             return
         entries = dvalues(dy, x, trusted(known.indices, shape), known.sums.dtype)
-        known.sums += entries
-        known.squares.addcmul_(entries, entries)
-        known.samples += 1
+        known.pending = entries if known.pending is None else known.pending.add_(entries)
+
+    def _close_step(self) -> None:
+        """The passes since the last step were one gradient: its square is not the sum of theirs."""
+        for known in self._candidates.values():
+            if known.pending is not None:
+                known.sums += known.pending
+                known.squares.addcmul_(known.pending, known.pending)
+                known.steps += 1
+                known.pending = None
 
     def rate(self) -> float:
         """p now."""
@@ -144,6 +153,7 @@ class SpIEL:
         """After an optimiser's step. Returns whether the supports were moved; gradients are then None, since they belong to the old
         ones."""
         self.completed_steps += 1
+        self._close_step()
         if (self.completed_steps + 1) % self.reselection_steps == 0:
             self._candidates.clear()
             self._observe(True)
@@ -199,12 +209,11 @@ class SpIEL:
             state["exp_avg"] = torch.zeros_like(layer.delta_values)
             state["exp_avg_sq"] = torch.zeros_like(layer.delta_values)
             state["age"] = torch.zeros_like(layer.delta_values, dtype=age_dtype(group["betas"]))
-        samples = candidates.samples
-        age = max(1, samples // self.grad_accumulation)
+        age = candidates.steps
         beta1, beta2 = group["betas"]
         return {
-            "exp_avg": candidates.sums[grown] / samples * (1.0 - beta1**age),
-            "exp_avg_sq": candidates.squares[grown] / samples * (1.0 - beta2**age),
+            "exp_avg": candidates.sums[grown] / age * (1.0 - beta1**age),
+            "exp_avg_sq": candidates.squares[grown] / age * (1.0 - beta2**age),
             "age": torch.full_like(grown, age),
         }
 
