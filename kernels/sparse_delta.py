@@ -147,6 +147,57 @@ def _block_kernel(
     tl.store(out_ptrs, narrow(sums, out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["M", "count", "steps"])
+def _product_kernel(
+    y_ptr,
+    x_ptr,
+    indices_ptr,
+    values_ptr,
+    M,
+    N,
+    K,
+    count,
+    steps,
+    stride_xm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """y[:, n] += x Δᵀ[:, n] for one row n of the weight, whose run of the ascending indices is found by halving."""
+    n = tl.program_id(0)
+    first = n.to(tl.int64) * K
+    start = first * 0
+    end = start + count
+    for _ in range(steps):
+        middle = (start + end) // 2
+        before = tl.load(indices_ptr + tl.minimum(middle, count - 1)) < first
+        open_ = start < end
+        start = tl.where(open_ & before, middle + 1, start)
+        end = tl.where(open_ & (before == 0), middle, end)
+    last = start * 0 + count
+    end = start
+    for _ in range(steps):
+        middle = (end + last) // 2
+        before = tl.load(indices_ptr + tl.minimum(middle, count - 1)) < first + K
+        open_ = end < last
+        end = tl.where(open_ & before, middle + 1, end)
+        last = tl.where(open_ & (before == 0), middle, last)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = offs_m < M
+    x_rows = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm
+    # One sum a lane, added up at the end: a sum in parts.
+    sums = tl.zeros((BLOCK_M, BLOCK_S), tl.float32)
+    for at in range(start, end, BLOCK_S):
+        offs_s = at + tl.arange(0, BLOCK_S)
+        mask = offs_s < end
+        column = tl.load(indices_ptr + offs_s, mask=mask, other=0).to(tl.int64) - first
+        inside = mask & (column >= 0) & (column < K)
+        value = tl.load(values_ptr + offs_s, mask=inside, other=0.0)
+        x = tl.load(x_rows + tl.where(inside, column, 0)[None, :], mask=rows[:, None] & inside[None, :], other=0.0)
+        sums += widen(x) * value[None, :]
+    y_ptrs = y_ptr + offs_m.to(tl.int64) * N + n
+    tl.store(y_ptrs, tl.load(y_ptrs, mask=rows, other=0.0) + tl.sum(sums, 1), mask=rows)
+
+
 @triton.jit(do_not_specialize=["count", "total"])
 def _patch_kernel(weight_ptr, indices_ptr, values_ptr, count, total, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -263,6 +314,28 @@ def sparse_delta_blocks(
             num_stages=config.num_stages,
         )
     return out
+
+
+def sparse_delta_product_(
+    y: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, config
+) -> None:
+    """y += x Δᵀ; y float32 ``[M, N]``, contiguous, x ``[M, K]`` with contiguous rows."""
+    if indices.numel() and y.numel() and x.numel():
+        _product_kernel[(y.shape[1], triton.cdiv(x.shape[0], config.block_m))](
+            y,
+            x,
+            indices,
+            values,
+            x.shape[0],
+            y.shape[1],
+            x.shape[1],
+            indices.numel(),
+            indices.numel().bit_length(),
+            x.stride(0),
+            BLOCK_M=config.block_m,
+            BLOCK_S=config.block_s,
+            num_warps=config.num_warps,
+        )
 
 
 def sparse_delta_patch_(weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, config) -> None:

@@ -28,6 +28,8 @@ def _requests() -> list[dict[str, object]]:
                 {"launcher": "sparse_delta_blocks", "arch": arch, "dtype": dtype, "side": side}
                 for side in ((16, 32, 64, 128, 256) if arch == 90 and dtype == "bfloat16" else (16, 256))
             ]
+            product = {"launcher": "sparse_delta_product", "arch": arch, "dtype": dtype}
+            requests += [{**product, "M": 1}, {**product, "M": 40, "wide": True}]
             scatter = {"launcher": "sparse_delta_scatter", "arch": arch, "dtype": dtype}
             requests += [
                 {**scatter, "write": False},
@@ -65,12 +67,18 @@ def test_every_launch_is_sound(findings: list[Finding]) -> None:
         faults += finding.faults(() if ragged else WIDE.get(finding.kernel, ()), matrix=matrix and not ragged)
     assert not faults, "\n".join(faults)
     assert {finding.arch for finding in findings} == set(ARCHITECTURES)
-    assert {f.kernel for f in findings} == {*WIDE, "_patch_kernel", "_write_kernel", "_sparse_adamw_kernel"}
+    assert {f.kernel for f in findings} == {
+        *WIDE,
+        "_product_kernel",
+        "_patch_kernel",
+        "_write_kernel",
+        "_sparse_adamw_kernel",
+    }
 
 
 def test_configurations() -> None:
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
-        assert len(list(configs.launch_matrix(Device("", capability, 132)))) == 29
+        assert len(list(configs.launch_matrix(Device("", capability, 132)))) == 35
     with pytest.raises(ValueError, match="block_m: expected at most 64"):
         configs.GatherConfig(block_m=128)
     with pytest.raises(ValueError, match="power of two"):

@@ -110,6 +110,25 @@ def test_four_bit_weight(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_few_rows_of_a_packed_base(rows: int, dtype: torch.dtype) -> None:
+    """Within the budget, and the base is decoded for dX alone."""
+    draw = torch.Generator().manual_seed(rows)
+    packed = F.nf4_quantize(torch.randn(96, 128, generator=draw).to(dtype) / 11)
+    pattern = F.choose_support(torch.zeros(96, 128), 0.01, generator=draw)
+    values, bias = torch.randn(pattern.count, generator=draw), torch.randn(96, generator=draw).to(dtype)
+    x = torch.randn(rows, 128, generator=draw).to(dtype)
+    dense = F.nf4_dequantize(packed)
+    delta = torch.zeros(96 * 128).index_put((pattern.indices.long(),), values).reshape(96, 128)
+    exact = torch.nn.functional.linear(x.double(), dense.double() + delta.double(), bias.double())
+    composed = torch.nn.functional.linear(x, dense, bias) + torch.nn.functional.linear(x, delta.to(dtype))
+    with Calls() as calls:
+        actual = F.sparse_delta_linear(x, packed, pattern, values, bias)
+    assert calls.compute["sparse_delta_product_"] == 1 and calls.compute["sparse_delta_patch_"] == 0
+    assert_within_budget(f"{rows} rows {dtype}", actual, composed, exact)
+
+
 def test_compute_dtype_and_autocast() -> None:
     pattern = PATTERNS["scattered"]()
     given = inputs(pattern, F32)

@@ -102,6 +102,15 @@ def _weights() -> list[Mutant]:
         Mutant("the weight itself written", ops.sparse_delta_patch, in_place),
         Mutant("rounded down", ops.sparse_delta_patch_, rounded_down),
         Mutant("twice", ops.sparse_delta_patch_, lambda run, w, i, v: run(w, i, 2 * v)),
+        Mutant("nothing added", ops.sparse_delta_product_, lambda run, y, x, i, v: None),
+        Mutant("y forgotten", ops.sparse_delta_product_, lambda run, y, x, i, v: run(y.zero_(), x, i, v)),
+        Mutant("x shifted", ops.sparse_delta_product_, lambda run, y, x, i, v: run(y, x.roll(1, 1), i, v)),
+        Mutant("last row forgotten", ops.sparse_delta_product_, lambda run, y, x, i, v: run(y, _zeroed(x, -1), i, v)),
+        Mutant("values shifted", ops.sparse_delta_product_, lambda run, y, x, i, v: run(y, x, i, v.roll(1))),
+        Mutant(
+            "values narrowed", ops.sparse_delta_product_, lambda run, y, x, i, v: run(y, x, i, v.bfloat16().float())
+        ),
+        Mutant("last forgotten", ops.sparse_delta_product_, lambda run, y, x, i, v: run(y, x, i, _zeroed(v, -1))),
         Mutant("values ignored", ops.sparse_delta_write_, write_ignores),
         Mutant("added, not written", ops.sparse_delta_write_, write_adds),
         Mutant("shifted", ops.sparse_delta_write_, lambda run, w, i, b, v: run(w, i, b.roll(1), v)),

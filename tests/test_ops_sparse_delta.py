@@ -147,6 +147,12 @@ def test_indices_outside_touch_nothing(asked: str, monkeypatch: pytest.MonkeyPat
     weight, values = torch.zeros(3, 4, device=DEVICE), torch.ones(5, device=DEVICE)
     ops.sparse_delta_patch_(weight, bad[4:].contiguous(), values[4:].contiguous())
     ops.sparse_delta_write_(weight, bad, values, values)
+    y = torch.zeros(4, 3, device=DEVICE)
+    ops.sparse_delta_product_(y, x, bad[4:].contiguous(), values[4:].contiguous())
+    assert y.tolist() == [[0, 1, 0]] * 4
+    for count in range(1, 5):
+        ops.sparse_delta_product_(y, x, bad[:count].contiguous(), values[:count].contiguous())
+    assert y.tolist() == [[0, 1, 0]] * 4
     expected = torch.zeros(12, device=DEVICE)
     expected[5] = 2.0
     assert torch.equal(weight.view(-1), expected)
@@ -291,6 +297,9 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "weight": ("weight: expected a contiguous", lambda: ops.sparse_delta_patch_(weight.T, at, values)),
         "values length": ("values: expected", lambda: ops.sparse_delta_patch(weight, at, values[:1])),
         "values dtype": ("values: expected", lambda: ops.sparse_delta_patch(weight, at, values.double())),
+        "product y": ("y: expected 4 contiguous rows", lambda: ops.sparse_delta_product_(dy[:3], x, at, values)),
+        "product values": ("values: expected", lambda: ops.sparse_delta_product_(dy, x, at, values[:1])),
+        "product x": ("x: expected a floating matrix", lambda: ops.sparse_delta_product_(dy, x[0], at, values)),
         "base dtype": ("base: expected", lambda: ops.sparse_delta_write_(weight, at, values.half(), None)),
         "adamw count": ("grads: expected 5", adamw(1, lambda column: column[:4])),
         "adamw grads": ("grads: expected a contiguous", adamw(1, first(lambda t: t[:-1]))),
@@ -334,6 +343,8 @@ def bad_native_calls() -> list[tuple[str, Callable[[], Any]]]:
         ("block_size: expected a multiple", lambda: cpu.sparse_delta_blocks(x, x, at.new_zeros(1, 4), 8, out)),
         ("values: expected 2 elements", lambda: cpu.sparse_delta_patch(weight, at, out[:1], weight.clone())),
         ("out: expected 15", lambda: cpu.sparse_delta_patch(weight, at, out, weight[:2])),
+        ("y: expected 4 rows", lambda: cpu.sparse_delta_product(torch.ones(3, 3), x, at, out)),
+        ("values: expected 2", lambda: cpu.sparse_delta_product(x.clone(), x, at, out[:1])),
         ("base: expected dtype", lambda: cpu.sparse_delta_write(weight, at, out.half(), None)),
         ("age: expected dtype", lambda: cpu.sparse_adamw(*adam[:7], adam[7].long(), *adam[8:], *tail)),
         ("expected all or none", lambda: cpu.sparse_adamw(*adam[:9], None, None, *tail)),
@@ -361,6 +372,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.sparse_delta_dvalues.overload, (dy, x, indices, F32))
     torch.library.opcheck(ops.sparse_delta_patch.overload, (weight, indices, values))
     torch.library.opcheck(ops.sparse_delta_patch_.overload, (weight, indices, values))
+    torch.library.opcheck(ops.sparse_delta_product_.overload, checks.product_inputs(Case(dtype=dtype)))
     torch.library.opcheck(ops.sparse_delta_write_.overload, (weight, indices, base, values))
 
 

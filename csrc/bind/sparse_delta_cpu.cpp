@@ -51,6 +51,19 @@ void sparse_delta_patch(const Tensor& weight, const Tensor& indices, const Tenso
                             floats_of(values, "values", at.count), out.mutable_data_ptr(), torch_pool);
 }
 
+void sparse_delta_product(Tensor y, const Tensor& x, const Tensor& indices, const Tensor& values) {
+    const cpu::Rows rows = rows_of(x, "x");
+    const DType dtype = float_dtype(x, "x");
+    check_cpu(y, "y");
+    check_dtype(y, "y", ScalarType::Float);
+    check_contiguous(y, "y");
+    STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == rows.rows, "y: expected ", rows.rows, " rows, got shape ",
+                    shape_of(y));
+    const cpu::Indices at = indices_of(indices);
+    cpu::sparse_delta_product(rows, dtype, at, floats_of(values, "values", at.count),
+                              static_cast<float*>(y.mutable_data_ptr()), y.size(1), torch_pool);
+}
+
 void sparse_delta_write(Tensor weight, const Tensor& indices, const Tensor& base, const std::optional<Tensor>& values) {
     check_cpu(weight, "weight");
     check_contiguous(weight, "weight");
@@ -69,6 +82,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftfast_cpu, m) {
     m.def("sparse_delta_dvalues(Tensor dy, Tensor x, Tensor indices, Tensor(a!) out) -> ()");
     m.def("sparse_delta_blocks(Tensor dy, Tensor x, Tensor blocks, int block_size, Tensor(a!) out) -> ()");
     m.def("sparse_delta_patch(Tensor weight, Tensor indices, Tensor values, Tensor(a!) out) -> ()");
+    m.def("sparse_delta_product(Tensor(a!) y, Tensor x, Tensor indices, Tensor values) -> ()");
     m.def("sparse_delta_write(Tensor(a!) weight, Tensor indices, Tensor base, Tensor? values) -> ()");
 }
 
@@ -76,5 +90,6 @@ STABLE_TORCH_LIBRARY_IMPL(peftfast_cpu, CPU, m) {
     m.impl("sparse_delta_dvalues", TORCH_BOX(&peftfast::bind::sparse_delta_dvalues));
     m.impl("sparse_delta_blocks", TORCH_BOX(&peftfast::bind::sparse_delta_blocks));
     m.impl("sparse_delta_patch", TORCH_BOX(&peftfast::bind::sparse_delta_patch));
+    m.impl("sparse_delta_product", TORCH_BOX(&peftfast::bind::sparse_delta_product));
     m.impl("sparse_delta_write", TORCH_BOX(&peftfast::bind::sparse_delta_write));
 }

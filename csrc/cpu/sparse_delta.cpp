@@ -22,6 +22,10 @@ struct SparseKernels {
                 int64_t begin, int64_t end);
     void (*write)(void* weight, DType dtype, int64_t count, const Indices& indices, const void* base,
                   const float* values, int64_t begin, int64_t end);
+    // y [rows][n] += x Δᵀ for support positions [begin, end) that lie in rows [row_begin, row_end) of the weight.
+    void (*product)(const void* slab, DType dtype, int64_t rows, int64_t padded, int64_t n, int64_t k,
+                    const Indices& indices, const float* values, float* y, int64_t row_begin, int64_t row_end,
+                    int64_t begin, int64_t end);
 };
 
 }  // namespace peftfast::cpu
@@ -103,6 +107,29 @@ void sparse_delta_patch(const void* weight, DType dtype, int64_t count, const In
             kernels.add(out, dtype, low, high, indices, values, lower_bound(indices, low), lower_bound(indices, high));
         }
     });
+}
+
+void sparse_delta_product(const Rows& x, DType dtype, const Indices& indices, const float* values, float* y, int64_t n,
+                          ParallelFor pool) {
+    const int64_t k = x.columns;
+    if (indices.count == 0 || x.rows == 0 || n == 0 || k == 0) return;
+    const SparseKernels& kernels = kernels_in_use();
+    const int64_t most = x.rows < kSlabRows ? x.rows : kSlabRows;
+    const int64_t padded = most == 1 ? 1 : (most + 15) / 16 * 16;
+    Scratch<char> slab(padded * k * element_size(dtype));
+    for (int64_t first = 0; first < x.rows; first += kSlabRows) {
+        const int64_t part = x.rows - first < kSlabRows ? x.rows - first : kSlabRows;
+        parallel_for(pool, (k + kSlabColumns - 1) / kSlabColumns, 1 + 4096 / padded, [&](int64_t begin, int64_t end) {
+            const int64_t last = end * kSlabColumns < k ? end * kSlabColumns : k;
+            kernels.transpose(x, dtype == DType::f32, first, part, padded, slab.get(), begin * kSlabColumns, last);
+        });
+        // Rows of the weight, so that no two threads add to one column of y; about 2^16 multiply-adds a range.
+        const int64_t work = indices.count / n * padded + 1;
+        parallel_for(pool, n, 1 + 65536 / work, [&](int64_t begin, int64_t end) {
+            kernels.product(slab.get(), dtype, part, padded, n, k, indices, values, y + first * n, begin, end,
+                            lower_bound(indices, begin * k), lower_bound(indices, end * k));
+        });
+    }
 }
 
 void sparse_delta_write(void* weight, DType dtype, int64_t count, const Indices& indices, const void* base,

@@ -212,4 +212,90 @@ static void write(void* weight, DType dtype, int64_t count, const Indices& indic
     }
 }
 
-static const SparseKernels sparse_table = {transpose, dots, narrow, add, write};
+// Four sums, so that one multiply-add does not wait for the last and a long row is summed in parts. `slab` is x
+// transposed, [k][padded]; support positions [begin, end) lie in the row of the weight that begins at `first`.
+template <DType kType, class T>
+static inline void multiply_one(const void* slab, const T* at, const float* values, int64_t first, int64_t begin,
+                                int64_t end, float* y) {
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    int64_t s = begin;
+    for (; s + 4 <= end; s += 4) {
+        for (int i = 0; i < 4; ++i) sums[i] += values[s + i] * get_as<kType>(slab, (int64_t)at[s + i] - first);
+    }
+    for (; s < end; ++s) sums[0] += values[s] * get_as<kType>(slab, (int64_t)at[s] - first);
+    *y += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <DType kType, class T>
+static inline void multiply_rows(const void* slab, int64_t padded, const T* at, const float* values, int64_t first,
+                                 int64_t begin, int64_t end, float* y, int64_t stride, int64_t rows) {
+    for (int64_t m = 0; m < rows; m += kWidth) {
+        Vec sums[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+        int64_t s = begin;
+        for (; s + 4 <= end; s += 4) {
+            for (int i = 0; i < 4; ++i) {
+                const int64_t column = (int64_t)at[s + i] - first;
+                sums[i] = vec_fma(vec_set(values[s + i]), load_as<kType>(slab, column * padded + m), sums[i]);
+            }
+        }
+        for (; s < end; ++s) {
+            const int64_t column = (int64_t)at[s] - first;
+            sums[0] = vec_fma(vec_set(values[s]), load_as<kType>(slab, column * padded + m), sums[0]);
+        }
+        float found[kWidth];
+        vec_store(found, vec_add(vec_add(sums[0], sums[1]), vec_add(sums[2], sums[3])));
+        const int64_t lanes = rows - m < kWidth ? rows - m : kWidth;
+        for (int64_t i = 0; i < lanes; ++i) y[(m + i) * stride] += found[i];
+    }
+}
+
+template <DType kType, class T>
+static void product_typed(const void* slab, int64_t rows, int64_t padded, int64_t n, int64_t k, const T* at,
+                          const float* values, float* y, int64_t row_begin, int64_t row_end, int64_t begin,
+                          int64_t end) {
+    int64_t s = begin;
+    while (s < end) {
+        const int64_t index = (int64_t)at[s];
+        if (index < row_begin * k || index >= row_end * k) {
+            ++s;
+            continue;
+        }
+        const int64_t row = index / k, first = row * k;
+        int64_t last = s + 1;
+        while (last < end && (int64_t)at[last] >= first && (int64_t)at[last] < first + k) ++last;
+        if (padded == 1) {
+            multiply_one<kType>(slab, at, values, first, s, last, y + row);
+        } else {
+            multiply_rows<kType>(slab, padded, at, values, first, s, last, y + row, n, rows);
+        }
+        s = last;
+    }
+}
+
+template <DType kType>
+static void product_as(const void* slab, int64_t rows, int64_t padded, int64_t n, int64_t k, const Indices& indices,
+                       const float* values, float* y, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    if (indices.wide) {
+        product_typed<kType>(slab, rows, padded, n, k, (const int64_t*)indices.data, values, y, row_begin, row_end,
+                             begin, end);
+    } else {
+        product_typed<kType>(slab, rows, padded, n, k, (const int32_t*)indices.data, values, y, row_begin, row_end,
+                             begin, end);
+    }
+}
+
+static void product(const void* slab, DType dtype, int64_t rows, int64_t padded, int64_t n, int64_t k,
+                    const Indices& indices, const float* values, float* y, int64_t row_begin, int64_t row_end,
+                    int64_t begin, int64_t end) {
+    switch (dtype) {
+        case DType::f32:
+            return product_as<DType::f32>(slab, rows, padded, n, k, indices, values, y, row_begin, row_end, begin, end);
+        case DType::bf16:
+            return product_as<DType::bf16>(slab, rows, padded, n, k, indices, values, y, row_begin, row_end, begin,
+                                           end);
+        case DType::f16:
+            return product_as<DType::f16>(slab, rows, padded, n, k, indices, values, y, row_begin, row_end, begin, end);
+    }
+}
+
+static const SparseKernels sparse_table = {transpose, dots, narrow, add, write, product};

@@ -239,6 +239,9 @@ def _sparse_delta_cases(random: torch.Generator, device: str) -> dict[str, list[
     def tiled(dy: Tensor, x: Tensor, at: Tensor, *rest: Any) -> Tensor:
         return sparse_delta.sparse_delta_dvalues(dy, x, at, rest[-1])
 
+    def apart(*given: Any) -> Tensor:
+        return sparse_delta.sparse_delta_product(*given[:4])
+
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = _short(dtype)
         # Rows of three slabs of the CPU kernels.
@@ -254,6 +257,8 @@ def _sparse_delta_cases(random: torch.Generator, device: str) -> dict[str, list[
         patched = sparse_delta.sparse_delta_patch(weight, indices, values)
         add("sparse_delta_patch", _exact(name, (weight, indices, values), patched))
         add("sparse_delta_patch_", _exact(name, (weight, indices, values), patched, written=0))
+        few = (torch.randn(5, N, generator=random), x[:5].contiguous(), indices, values)
+        add("sparse_delta_product_", _budgeted(name, apart, few, device, 0))
         written = sparse_delta.sparse_delta_write(weight, indices, base, values)
         add("sparse_delta_write_", _exact(name, (weight, indices, base, values), written, written=0))
         add("sparse_adamw_", _adamw_case(name, random, indices, weight, base))

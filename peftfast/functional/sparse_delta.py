@@ -15,6 +15,7 @@ from ..configs import sparse_delta as configs
 from ..ops.backends import device_of, dtype_name, takes_triton, triton_available
 from ..reference import sparse_delta as definition
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
+from .nf4_product import takes_few_rows
 from .precision import autocast_off, autocast_on, cache_signature, compute_dtype_of
 from .sparse_pattern import SparsePattern, check_indices, trusted
 
@@ -36,6 +37,14 @@ def patched(
         dense.copy_(weight)
     ops.sparse_delta.sparse_delta_patch_(dense, indices, values)
     return dense
+
+
+def multiplies_apart(x: Tensor, pattern: SparsePattern, block_size: int, compute_dtype: torch.dtype) -> bool:
+    """Whether a 4-bit weight stays packed in the forward of these rows, and the delta is a product of its own."""
+    limit = configs.APART_DENSITY.get(x.device.type, 0.0)
+    return (
+        x.shape[0] <= configs.APART_ROWS and pattern.density <= limit and takes_few_rows(x, block_size, compute_dtype)
+    )
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -107,6 +116,14 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         nested_offset: Tensor | None,
     ) -> Tensor:
         quantisation = (absmax, code, block_size, shape, nested_absmax, nested_code, nested_offset)
+        if not resident and block_size is not None and multiplies_apart(x, pattern, block_size, compute_dtype):
+            # The base's sums in float32, the delta's added to them, and one rounding at the end.
+            adapter = (bias, None, None, None, 1.0)
+            y, _ = ops.nf4_linear.nf4_linear_now(x, weight, *quantisation, *adapter, compute_dtype, torch.float32)
+            wide = values.to(torch.float32).contiguous()
+            ops.sparse_delta.sparse_delta_product_(y, x.to(compute_dtype), indices, wide)
+            y = y if y.dtype == compute_dtype else y.to(compute_dtype)
+            return y if y.dtype == out_dtype else y.to(out_dtype)
         if resident:
             dense = weight.to(compute_dtype)
         else:
@@ -219,8 +236,9 @@ def sparse_delta_linear(
 ) -> Tensor:
     """x (W + Δ)ᵀ + b with Δ on a sparse support, on a dense or a 4-bit W (SpIEL, arXiv 2401.16405; SHiRA, 2406.13175).
 
-    Each entry of W + Δ is the float32 sum rounded once to the compute dtype. W is never written. The gradient of ``values`` is formed
-    on the support alone, in float32. Double backward is not supported.
+    Each entry of W + Δ is the float32 sum rounded once to the compute dtype; but for the few rows that a 4-bit W multiplies packed,
+    x Δᵀ is added in float32 to the sums of x Wᵀ, of a support up to ``configs.sparse_delta.APART_DENSITY``. W is never written.
+    The gradient of ``values`` is formed on the support alone, in float32. Double backward is not supported.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16 (float64 runs on the definition); any strides.

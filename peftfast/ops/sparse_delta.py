@@ -336,6 +336,52 @@ sparse_delta_patch_ = Operator(
 )
 
 
+# The delta beside a weight that is not decoded: a few rows of x times the support.
+
+
+def _check_product(y: Tensor, x: Tensor, indices: Tensor, values: Tensor) -> None:
+    require(
+        x.dim() == 2 and x.is_floating_point(),
+        lambda: f"x: expected a floating matrix, got {x.dtype} of shape {tuple(x.shape)}",
+    )
+    wide = definition.wide_dtype(x.dtype)
+    require(
+        y.dim() == 2 and y.shape[0] == x.shape[0] and y.dtype == wide and y.is_contiguous() and y.device == x.device,
+        lambda: (
+            f"y: expected {x.shape[0]} contiguous rows of {wide} on {x.device}, got {y.dtype} {tuple(y.shape)} on {y.device}"
+        ),
+    )
+    check_indices(indices, x)
+    check_vector("values", values, wide, indices.numel(), x)
+
+
+def _cpu_product(y: Tensor, x: Tensor, indices: Tensor, values: Tensor) -> None:
+    torch.ops.peftfast_cpu.sparse_delta_product.default(y, _rows_contiguous(x), indices, values)
+
+
+def _triton_product(y: Tensor, x: Tensor, indices: Tensor, values: Tensor) -> None:
+    config = configs.product(dtype_name(x.dtype), x.shape[0], device_of(x))
+    with on_device(x):
+        kernels("sparse_delta").sparse_delta_product_(y, _rows_contiguous(x), indices, values, config)
+
+
+def _reference_product(y: Tensor, x: Tensor, indices: Tensor, values: Tensor) -> None:
+    y.copy_(definition.sparse_delta_product(y, x, indices, values))
+
+
+sparse_delta_product_ = Operator(
+    "sparse_delta_product_",
+    "(Tensor(a!) y, Tensor x, Tensor indices, Tensor values) -> ()",
+    check=_check_product,
+    fake=lambda *_: None,
+    implementations=(
+        Implementation("cpu", cpu_available, lambda y, x, *_: takes_cpu(y, x), _cpu_product),
+        Implementation("triton", triton_available, lambda y, x, *_: takes_triton(y, x), _triton_product),
+        reference(_reference_product),
+    ),
+)
+
+
 def _check_write(weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None) -> None:
     check_weight(weight)
     check_indices(indices, weight)

@@ -46,6 +46,13 @@ def sparse_delta_patch(weight: Tensor, indices: Tensor, values: Tensor) -> Tenso
     return flat.reshape(weight.shape)
 
 
+def sparse_delta_product(y: Tensor, x: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """y + x Δᵀ, the sums in y's dtype; y ``[M, N]`` and values ``[S]`` of the dtype that sums of x's are formed in, x ``[M, K]``."""
+    n, k = y.shape[1], x.shape[1]
+    delta = torch.zeros(n * k, dtype=values.dtype, device=y.device).index_put((indices.long(),), values)
+    return y + x.to(y.dtype) @ delta.reshape(n, k).T
+
+
 def sparse_delta_write(weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None) -> Tensor:
     """weight with round(base + values) put at ``indices``, or base itself without values; base ``[S]`` of weight's dtype."""
     flat, wide = weight.reshape(-1).clone(), wide_dtype(weight.dtype)

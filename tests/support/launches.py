@@ -164,6 +164,13 @@ def sparse_delta_blocks(dtype: str, arch: int, side: int, M: int = 2048, N: int 
     sparse_delta.sparse_delta_blocks(dy, x, blocks, side, 64 * side * side, torch.float32, config)
 
 
+def sparse_delta_product(dtype: str, arch: int, M: int, wide: bool = False) -> None:
+    config = sparse_configs.product(dtype, M, DEVICES[arch])
+    indices = _empty(450560, dtype=torch.int64 if wide else torch.int32)
+    y, x = _empty(M, 4096, dtype=torch.float32), _empty(M, 11008, dtype=dtype)
+    sparse_delta.sparse_delta_product_(y, x, indices, _empty(450560, dtype=torch.float32), config)
+
+
 def sparse_delta_scatter(dtype: str, arch: int, write: bool, values: bool = True, wide: bool = False) -> None:
     config = sparse_configs.scatter(DEVICES[arch])
     weight = _empty(4096, 11008, dtype=dtype)

@@ -155,6 +155,30 @@ def check_patch_(case: Case) -> None:
     assert_equal(f"patch_ {case}", weight, expected)
 
 
+def product_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, x, indices and values."""
+    generator = generator_of(case)
+    indices = support_of(case, generator)
+    x = _matrix(case, case.M, case.K, generator)
+    values = torch.randn(case.S, generator=generator).to(DEVICE)
+    return torch.randn(case.M, case.N, generator=generator).to(DEVICE), x, indices, values
+
+
+def check_product(case: Case) -> None:
+    """Each entry within the a-priori bound of a float32 sum of its terms: an entry has few of them, so that the error of torch's
+    own is what luck made it."""
+    y, x, indices, values = product_inputs(case)
+    exact = definition.sparse_delta_product(y.double(), x.double(), indices, values.double())
+    terms = definition.sparse_delta_product(y.double().abs(), x.double().abs(), indices, values.double().abs())
+    composed = definition.sparse_delta_product(y, x, indices, values)
+    ops.sparse_delta_product_(y, x, indices, values)
+    longest = (indices.long() // case.K).bincount().max().item() if case.S else 0
+    over = ((y.double() - exact).abs() > terms * (longest + 2) * 2.0**-24).sum().item()
+    assert over == 0, f"product {case}: {over} of {y.numel()} sums are over the bound of a float32 sum"
+    if y.numel() >= FEWEST_FOR_BUDGET:
+        assert_within_budget(f"product {case}", y, composed, exact)
+
+
 def check_write(case: Case) -> None:
     weight, indices, values, base = weight_inputs(case)
     for given in (values, None):
@@ -299,6 +323,7 @@ CHECKS = {
     "sparse_delta_blocks": check_blocks,
     "sparse_delta_patch": check_patch,
     "sparse_delta_patch_": check_patch_,
+    "sparse_delta_product_": check_product,
     "sparse_delta_write_": check_write,
 }
 
