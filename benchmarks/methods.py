@@ -123,6 +123,7 @@ def page(results: dict[str, Any]) -> str:
     """The text of docs/methods.md: a table of results, then a section a method."""
     from peftfast.cli.methods import described
     from peftfast.methods.registry import methods
+    from peftfast.methods.unserved import UNSERVED
 
     rows, setting = results["rows"], results["setting"]
     entries = [described(method) for method in methods().values()]
@@ -133,7 +134,8 @@ def page(results: dict[str, Any]) -> str:
         measured = (
             f"Each row: {setting['steps']} steps of {setting['batch_size']} docstrings on all-MiniLM-L6-v2 (float32), the demo's task "
             f"of ten classes, accuracy on {setting['held_out']} held-out texts, with options and learning rate as below; "
-            f"one run on {processor['name']}{threads}. So few steps say that a method learns and what it costs, not which is best. "
+            f"one run on {processor['name']}{threads} at a load of {setting.get('load_at_start', 0):.1f}: with other work there times are rough. So "
+            "few steps say that a method learns and what it costs, not which is best. "
             "Peak: of a step on the largest batch, above the loaded model."
         )
     else:
@@ -147,6 +149,8 @@ def page(results: dict[str, Any]) -> str:
         lines.append(f"| [{one['name']}](#{one['name']}) | {_cells(rows.get(one['name']))} |")
     for one in entries:
         lines += ["", *_section(one, rows.get(one["name"]))]
+    lines += ["", "## Not served", ""]
+    lines += [f"- {name}: {reason}" for name, reason in UNSERVED.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from peftfast.__main__ import main
 from peftfast.methods.registry import get, methods
+from peftfast.methods.unserved import UNSERVED
 from tests.support.method_checks import adapted, trained
 
 
@@ -20,6 +21,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(json.loads(capsys.readouterr().out)) == len(methods())
     assert main(["methods", "lora-sx"]) == 2
     assert "did you mean lora-xs" in capsys.readouterr().err
+    assert main(["methods", "s-lora"]) == 2
+    assert "'s-lora' is not served: a server" in capsys.readouterr().err
     assert get("lora").name == "lora" and trained(adapted("lora", r=1))
 
 
@@ -32,6 +35,8 @@ def test_page_of_methods(tmp_path: Path) -> None:
         assert f"### {name}\n" in text and method.formula in text, (
             f"{name}: run python -m benchmarks.methods --page-only"
         )
+    assert not set(UNSERVED) & set(methods())
+    assert all(f"- {name}: {reason}\n" in text for name, reason in UNSERVED.items())
     row = {
         "trained": 12,
         "accuracy": 0.5,

@@ -52,7 +52,7 @@ class HUTLinear(TransformedLinear):
     fused="nothing but the decoding of a 4-bit base: an element-wise product with the weight is no low-rank term, so W' is formed by "
     "torch, and its gradient is dense",
     choices="The transformation is written as 1 + M_A M_B with M_A = 0 and M_B Kaiming-uniform, so that step 0 is the "
-    "base; biases stay frozen.",
+    "base; biases stay frozen. Settled from the paper's abstract; its equations were not at hand.",
     demo={"r": 16},
     learning_rate=5e-3,
 )

@@ -144,7 +144,7 @@ def _reset(optimizer: torch.optim.Optimizer | None, values: Tensor, opened: Tens
     "steps, since it "
     "takes a dense gradient. What the gradient of a step unmasks is trained from the next step on.",
     demo={"density": 0.05, "every": 5},
-    learning_rate=5e-3,
+    learning_rate=5e-4,
 )
 def build(targets: Targets, options: Options) -> ID3Runtime:
     generator = torch.Generator().manual_seed(0)  # of where slots lie that no weight has yet

@@ -59,6 +59,8 @@ from typing import Any
 
 from torch import nn
 
+from .unserved import UNSERVED
+
 KINDS = {
     "layer": "an adapter layer",
     "initialisation": "a LoRA layer with an initialisation of its own",
@@ -209,12 +211,14 @@ def get(name: str) -> Method:
     """The method of that name.
 
     Raises:
-        TypeError: not a string. ValueError: no such method; the message gives those of like names.
+        TypeError: not a string. ValueError: no such method; the message says why, or gives those of like names.
     """
     if not isinstance(name, str):
         raise TypeError(f"method: expected a name, got {type(name).__name__}")
     if name not in _METHODS:
         _find_all()
+    if name in UNSERVED and name not in _METHODS:
+        raise ValueError(f"method: {name!r} is not served: {UNSERVED[name]}")
     if name not in _METHODS:
         like = difflib.get_close_matches(name, _METHODS, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(like)}?" if like else ""
