@@ -134,8 +134,8 @@ def page(results: dict[str, Any]) -> str:
         measured = (
             f"Each row: {setting['steps']} steps of {setting['batch_size']} docstrings on all-MiniLM-L6-v2 (float32), the demo's task "
             f"of ten classes, accuracy on {setting['held_out']} held-out texts, with options and learning rate as below; "
-            f"one run on {processor['name']}{threads} at a load of {setting.get('load_at_start', 0):.1f}: with other work there times are rough. So "
-            "few steps say that a method learns and what it costs, not which is best. "
+            f"one run on {processor['name']}{threads} at a load of {setting.get('load_at_start', 0):.1f}: where other work ran, times "
+            "are rough. So few steps say that a method learns and what it costs, not which is best. "
             "Peak: of a step on the largest batch, above the loaded model."
         )
     else:
