@@ -195,7 +195,8 @@ def _product_kernel(
         x = tl.load(x_rows + tl.where(inside, column, 0)[None, :], mask=rows[:, None] & inside[None, :], other=0.0)
         sums += widen(x) * value[None, :]
     y_ptrs = y_ptr + offs_m.to(tl.int64) * N + n
-    tl.store(y_ptrs, tl.load(y_ptrs, mask=rows, other=0.0) + tl.sum(sums, 1), mask=rows)
+    total = tl.load(y_ptrs, mask=rows, other=0.0) + tl.sum(sums, 1)
+    tl.store(y_ptrs, narrow(total, y_ptr.dtype.element_ty), mask=rows)
 
 
 @triton.jit(do_not_specialize=["count", "total"])
