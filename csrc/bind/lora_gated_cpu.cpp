@@ -38,27 +38,10 @@ std::tuple<Tensor, Tensor> lora_gated_forward(const Tensor& gate, const Tensor& 
                                               const Tensor& weight, const Optional& bias, const Tensor& a,
                                               const Tensor& b, const Optional& lora_bias, const Optional& seed,
                                               double p, double scaling) {
-    using torch::stable::detail::from;
     cpu::Gated gated = gated_of(gate, up, activation);
     check_weight(weight, gate);
-    const int64_t outputs = weight.size(0), inputs = weight.size(1);
-    flat(gate, "gate", inputs);
-    STD_TORCH_CHECK(a.dim() == 2, "lora_a: expected two dimensions, got shape ", shape_of(a));
-    const int64_t ranks = a.size(0);
-    const cpu::Matrix a_m = factor(a, "lora_a", ranks, inputs), b_m = factor(b, "lora_b", outputs, ranks);
-    const cpu::Dropout dropout = mask_of(seed, p);
-    const cpu::Matrix offset = vector_of(lora_bias, "lora_bias", outputs);
-    const Tensor h = product_of(gate, gated);
-    const cpu::Matrix h_m = flat(h, "h", inputs);
-    Tensor s = matrix(h_m.rows, ranks, gate.scalar_type());
-    Tensor y = product("aten::linear", {from(h), from(weight), from(bias)});
-    const cpu::Matrix s_m = {s.mutable_data_ptr(), h_m.dtype, h_m.rows, ranks, ranks, 1};
-    const cpu::Term shrink = {a_m, {}, dropout, 1.0, 0, ranks, nullptr, h_m.rows};
-    cpu::lora_shrink(h_m, {&shrink, 1}, s_m, torch_pool);
-    const cpu::Matrix y_m = flat(y, "y", outputs, true);
-    const cpu::Term expand = {b_m, offset, {0, -1}, scaling, 0, ranks, nullptr, h_m.rows};
-    cpu::lora_expand(y_m, s_m, {&expand, 1}, nullptr, y_m, torch_pool);
-    return {y, s};
+    flat(gate, "gate", weight.size(1));
+    return layer_forward(product_of(gate, gated), weight, bias, a, b, lora_bias, seed, p, scaling);
 }
 
 // dgate and dup where needs_h, da of a_dtype and db of b's dtype: those that are needed, in this order.
@@ -66,42 +49,24 @@ std::vector<Tensor> lora_gated_backward(const Tensor& dy, const Tensor& gate, co
                                         const Optional& weight, const Optional& a, const Tensor& b, const Optional& s,
                                         const Optional& seed, double p, double scaling, bool needs_h, bool needs_a,
                                         bool needs_b, ScalarType a_dtype) {
-    using torch::stable::detail::from;
     STD_TORCH_CHECK(b.dim() == 2, "lora_b: expected two dimensions, got shape ", shape_of(b));
     STD_TORCH_CHECK(needs_h || needs_a || needs_b, "expected a gradient to be needed");
     cpu::Gated gated = gated_of(gate, up, activation);
-    const int64_t outputs = b.size(0), ranks = b.size(1), inputs = gate.size(gate.dim() - 1);
-    const cpu::Matrix dy_m = flat(dy, "dy", outputs), b_m = factor(b, "lora_b", outputs, ranks);
-    const int64_t rows = dy_m.rows;
+    const int64_t inputs = gate.size(gate.dim() - 1);
+    const cpu::Matrix dy_m = flat(dy, "dy", b.size(0));
     check_dtype(dy, "dy", gate.scalar_type());
-    STD_TORCH_CHECK(flat(gate, "gate", inputs).rows == rows, "gate: expected ", rows, " rows, got shape ",
+    STD_TORCH_CHECK(flat(gate, "gate", inputs).rows == dy_m.rows, "gate: expected ", dy_m.rows, " rows, got shape ",
                     shape_of(gate));
     const cpu::Dropout dropout = mask_of(seed, p);
+    const Between ds(dy_m.dtype, dy_m.rows, b.size(1));
+    const Tensor db = output_side(dy_m, b, s, scaling, needs_b, *ds);
     std::vector<Tensor> grads;
-    Tensor db, h;
-    const Between ds(dy_m.dtype, rows, ranks);
-    const cpu::Matrix& ds_m = *ds;
-    if (needs_b) {
-        STD_TORCH_CHECK(s.has_value(), "s: expected beside needs_b");
-        db = matrix(outputs, ranks, b.scalar_type());
-        const cpu::Matrix db_m = {db.mutable_data_ptr(), b_m.dtype, outputs, ranks, ranks, 1};
-        const cpu::Term both = {b_m, db_m, {0, -1}, scaling, 0, ranks, nullptr, rows};
-        cpu::lora_dy_grads(dy_m, factor(*s, "s", rows, ranks), {&both, 1}, ds_m, torch_pool);
-    } else {
-        const cpu::Term shrink = {b_m.transposed(), {}, {0, -1}, scaling, 0, ranks, nullptr, rows};
-        cpu::lora_shrink(dy_m, {&shrink, 1}, ds_m, torch_pool);
-    }
+    Tensor h;
     if (needs_h) {
-        STD_TORCH_CHECK(weight.has_value() && a.has_value(), "weight, lora_a: expected beside needs_h");
-        check_weight(*weight, dy);
-        const cpu::Matrix a_m = factor(*a, "lora_a", ranks, inputs);
-        Tensor dh = product("aten::matmul", {from(dy), from(*weight)});
-        const cpu::Matrix dh_m = flat(dh, "dh", inputs, true);
-        STD_TORCH_CHECK(dh_m.rows == rows, "dh: expected ", rows, " rows, got ", dh_m.rows);
-        const cpu::Term expand = {a_m.transposed(), {}, dropout, 1.0, 0, ranks, nullptr, rows};
-        cpu::lora_expand(dh_m, ds_m, {&expand, 1}, nullptr, dh_m, torch_pool);
+        Tensor dh = input_side(dy, weight, a, dropout, *ds);
+        STD_TORCH_CHECK(dh.numel() == gated.columns, "weight: expected ", inputs, " columns, got ", weight->size(1));
         Tensor dgate = torch::stable::empty_like(gate), dup = torch::stable::empty_like(gate);
-        gated.dh = {dh_m.data, gated.columns};
+        gated.dh = {dh.mutable_data_ptr(), gated.columns};
         gated.dgate = {dgate.mutable_data_ptr(), gated.columns};
         gated.dup = {dup.mutable_data_ptr(), gated.columns};
         if (needs_a) gated.h = gated.dh;  // h takes the place of its gradient, element by element
@@ -112,13 +77,7 @@ std::vector<Tensor> lora_gated_backward(const Tensor& dy, const Tensor& gate, co
     } else if (needs_a) {
         h = product_of(gate, gated);
     }
-    if (needs_a) {
-        Tensor da = matrix(ranks, inputs, a_dtype);
-        const cpu::Matrix da_m = {da.mutable_data_ptr(), float_dtype(da, "da"), ranks, inputs, inputs, 1};
-        const cpu::Term grad = {da_m, {}, dropout, 1.0, 0, ranks, nullptr, rows};
-        cpu::lora_weight_grad(ds_m, flat(h, "h", inputs), {&grad, 1}, torch_pool);
-        grads.push_back(da);
-    }
+    if (needs_a) grads.push_back(factor_grad(flat(h, "h", inputs), dropout, *ds, a_dtype));
     if (needs_b) grads.push_back(db);
     return grads;
 }

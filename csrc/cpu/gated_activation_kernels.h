@@ -1,5 +1,5 @@
 // Kernels of cpu/gated_activation.cpp, compiled once for each instruction set. Everything is computed in float32 and
-// rounded once; the tail of a run goes through the same vectors.
+// rounded where the stock expression rounds; the tail of a run goes through the same vectors.
 
 #include "cpu/typed_vector.h"
 

@@ -1,6 +1,5 @@
 #include "cpu/lora.h"
 
-#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -37,12 +36,13 @@ const LoraKernels& lora_kernels() {
 
 // The kernels of bfloat16 products, where there are any and all operands are bfloat16, so that nothing is rounded for
 // them: a float32 adapter beside a bfloat16 base keeps its bits, as PEFT's own does.
-const PairKernels* pairs_for(std::initializer_list<DType> operands) {
-    for (const DType dtype : operands) {
-        if (dtype != DType::bf16) return nullptr;
+struct PairsFor {
+    const PairKernels* pairs = lora_kernels().pairs;
+
+    void operand(const Matrix* matrix) {
+        if (matrix && matrix->dtype != DType::bf16) pairs = nullptr;
     }
-    return lora_kernels().pairs;
-}
+};
 
 // Below about 2**18 multiply-adds (10 us on one core) waking a second thread costs more than it gives.
 constexpr double kWorthAThread = 262144.0;
@@ -195,15 +195,16 @@ void sweep_together(const Matrix& x, const std::vector<Request>& requests, const
 // One sweep where every term acts on all rows, else one a term, each over its own rows.
 void sweep_products(const Matrix& x, const std::vector<Request>& requests, ParallelFor pool) {
     if (requests.empty()) return;
-    const PairKernels* pairs = pairs_for({x.dtype});
+    PairsFor use;
+    use.operand(&x);
     bool together = true;
     for (const Request& request : requests) {
-        if (request.panel && !pairs_for({request.panel->dtype})) pairs = nullptr;
-        if (request.left && !pairs_for({request.left->dtype})) pairs = nullptr;
+        use.operand(request.panel);
+        use.operand(request.left);
         together = together && request.term->rows == nullptr;
     }
-    if (together) return sweep_together(x, requests, pairs, pool);
-    for (const Request& request : requests) sweep_together(x, {request}, pairs, pool);
+    if (together) return sweep_together(x, requests, use.pairs, pool);
+    for (const Request& request : requests) sweep_together(x, {request}, use.pairs, pool);
 }
 
 // The rows of each term leave the others of its columns untouched: zero there.
@@ -301,10 +302,10 @@ void lora_expand(const Matrix& base, const Matrix& s, const Terms& terms, const 
                  ParallelFor pool) {
     if (base.rows == 0 || base.columns == 0) return;
     const LoraKernels& kernels = lora_kernels();
-    const PairKernels* pairs = pairs_for({s.dtype});
-    for (int64_t t = 0; t < terms.count; ++t) {
-        if (terms.data[t].w.dtype != DType::bf16) pairs = nullptr;
-    }
+    PairsFor use;
+    use.operand(&s);
+    for (int64_t t = 0; t < terms.count; ++t) use.operand(&terms.data[t].w);
+    const PairKernels* pairs = use.pairs;
     const int64_t width = kernels.expand_width, padded = ceil_div(base.columns, width) * width;
     Scratch<float> gain(dora ? padded : 0), gain_bias(dora && dora->bias.data ? padded : 0);
     if (dora) pack_panel(kernels, dora->gain, width, gain.get(), pool);

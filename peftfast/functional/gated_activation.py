@@ -63,7 +63,8 @@ def check_gated(gate: Any, up: Any, activation: Any) -> None:
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """act(gate) * up: the product of a gated MLP (arXiv 2002.05202), SwiGLU with "silu", GeGLU with "gelu", ReGLU with "relu". One pass
-    forward and one backward, computed in float32 and rounded once; what is kept for the backward is gate and up, not act(gate).
+    forward and one backward, in float32; act(gate) is rounded to its dtype before the product, as torch's own expression rounds it.
+    What is kept for the backward is gate and up, not act(gate).
 
     Double backward is not supported.
 
