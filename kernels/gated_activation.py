@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import narrow, widen
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -125,7 +126,9 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str, conf
     if not h.numel():
         return h
     M, N = _sizes(gate, up)
-    _gated_activation_kernel[(M * triton.cdiv(N, config.block),)](
+    launch(
+        _gated_activation_kernel,
+        (M * triton.cdiv(N, config.block),),
         gate,
         up,
         h,
@@ -148,7 +151,9 @@ def gated_activation_backward(
     if not dgate.numel():
         return dgate, dup
     M, N = _sizes(dh, gate, up)
-    _gated_activation_backward_kernel[(M * triton.cdiv(N, config.block),)](
+    launch(
+        _gated_activation_backward_kernel,
+        (M * triton.cdiv(N, config.block),),
         dh,
         gate,
         up,

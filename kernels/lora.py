@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import convert, multiply_add, narrow, widen
 from .partials import divide, partials_of, reduce_partials, reduce_two
 from .philox import keep_scale, keep_threshold, keep_tile
@@ -293,7 +294,9 @@ def lora_shrink(
     seed, threshold, keep = _dropout_arguments(seed, p)
     blocks_per_split, splits = divide(triton.cdiv(K, config.block_c), config.splits)
     partials = partials_of(splits, out)
-    _lora_shrink_kernel[(triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r), splits)](
+    launch(
+        _lora_shrink_kernel,
+        (triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r), splits),
         x,
         w,
         partials,
@@ -333,7 +336,9 @@ def lora_expand(
     if not (M and N):
         return out
     seed, threshold, keep = _dropout_arguments(seed, p)
-    _lora_expand_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_c),)](
+    launch(
+        _lora_expand_kernel,
+        (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_c),),
         base,
         s,
         w,
@@ -391,7 +396,9 @@ def _weight_grad(
     seed, threshold, keep = _dropout_arguments(seed, p)
     blocks_per_split, splits = divide(triton.cdiv(M, config.block_m), config.splits)
     partials = partials_of(splits, out)
-    _lora_weight_grad_kernel[(triton.cdiv(K, config.block_c), triton.cdiv(R, config.block_r), splits)](
+    launch(
+        _lora_weight_grad_kernel,
+        (triton.cdiv(K, config.block_c), triton.cdiv(R, config.block_r), splits),
         ds,
         x,
         partials,
@@ -439,7 +446,9 @@ def lora_dy_grads(
     blocks_n = triton.cdiv(N, config.block_c)
     blocks_per_split, splits = divide(triton.cdiv(M, config.block_m), config.splits)
     ds_partials, db_partials = partials_of(blocks_n, ds), partials_of(splits, db)
-    _lora_dy_grads_kernel[(blocks_n, triton.cdiv(R, config.block_r), splits)](
+    launch(
+        _lora_dy_grads_kernel,
+        (blocks_n, triton.cdiv(R, config.block_r), splits),
         dy,
         s,
         b,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import convert, multiply_add, narrow, widen
 from .partials import divide, partials_of, reduce_partials
 from .philox import keep_scale, keep_threshold, keep_tile
@@ -172,7 +173,9 @@ def lora_dora_expand(
     z = torch.empty((M, N), dtype=base.dtype, device=base.device)
     if not (M and N):
         return y, z
-    _lora_dora_expand_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_c),)](
+    launch(
+        _lora_dora_expand_kernel,
+        (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_c),),
         base,
         plain,
         s,
@@ -215,7 +218,9 @@ def lora_gain_grads(
         return out, sums.zero_()
     blocks_per_split, splits = divide(triton.cdiv(M, config.block_m), config.splits)
     partials = partials_of(splits, sums)
-    _lora_gain_grads_kernel[(triton.cdiv(N, config.block_c), splits)](
+    launch(
+        _lora_gain_grads_kernel,
+        (triton.cdiv(N, config.block_c), splits),
         dy,
         z,
         factor,
@@ -244,7 +249,9 @@ def lora_dropout_add(
     out = torch.empty((M, N), dtype=dtype, device=x.device)
     if not (M and N):
         return out
-    _lora_dropout_add_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_c),)](
+    launch(
+        _lora_dropout_add_kernel,
+        (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_c),),
         base,
         x,
         seed if p > 0.0 else None,

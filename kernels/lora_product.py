@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import launch
 from .numerics import convert, multiply_add, narrow, widen
 from .philox import keep_bits, keep_scale, keep_threshold
 
@@ -295,7 +296,9 @@ def lora_product(
             else TensorDescriptor.from_tensor(w.T, [config.block_k, config.block_n]),
             TensorDescriptor.from_tensor(out, [config.block_m, config.block_n // config.parts]),
         )
-    _lora_product_kernel[(programs,)](
+    launch(
+        _lora_product_kernel,
+        (programs,),
         *operands,
         s,
         b,

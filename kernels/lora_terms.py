@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import constant, launch
 from .lora import COMPUTE_DTYPES
 from .numerics import convert, multiply_add, narrow, widen
 from .partials import divide, partials_of, reduce_partials
@@ -243,8 +244,25 @@ def _lora_terms_weight_grad_kernel(
     tl.store(out_tile, narrow(accumulator, out_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_r[None, :])
 
 
-@functools.lru_cache(maxsize=1024)
 def _tables(
+    device: torch.device,
+    factors: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    ranks: tuple[int, ...],
+    ps: tuple[float, ...] | None,
+    scalings: tuple[float, ...],
+    block_r: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tables for factors ``[R_t, ..]`` and biases at their addresses; without factors for none."""
+    addresses = _addresses(factors) or (0,) * len(ranks)
+    tables = _tables_of(device, addresses, _addresses(biases), ranks, ps, scalings, block_r)
+    for table in tables:
+        constant(table, *factors, *biases)
+    return tables
+
+
+@functools.lru_cache(maxsize=1024)
+def _tables_of(
     device: torch.device,
     addresses: tuple[int, ...],
     biases: tuple[int, ...],
@@ -313,11 +331,13 @@ def lora_terms_shrink(
         return torch.zeros((M, R), dtype=dtype, device=x.device)
     out = torch.empty((M, R), dtype=dtype, device=x.device)
     seeds, ps = _masked(seeds, ps)
-    table, factors, _ = _tables(x.device, _addresses(a), (), ranks, ps, tuple(scalings), config.block_r)
+    table, factors, _ = _tables(x.device, a, [], ranks, ps, tuple(scalings), config.block_r)
     blocks = table.shape[0]
     blocks_per_split, splits = divide(triton.cdiv(K, config.block_c), config.splits)
     partials = partials_of(splits, out)
-    _lora_terms_shrink_kernel[(triton.cdiv(M, config.block_m) * blocks, splits)](
+    launch(
+        _lora_terms_shrink_kernel,
+        (triton.cdiv(M, config.block_m) * blocks, splits),
         x,
         table,
         factors,
@@ -363,9 +383,10 @@ def lora_terms_expand(
     w, factor_dtype = _uniform([one.T for one in w] if transposed else w)
     biases, bias_dtype = _uniform(biases) if biases else ([], None)
     seeds, ps = _masked(seeds, ps)
-    addresses = (_addresses(w), _addresses(biases))
-    table, factors, starts = _tables(base.device, *addresses, ranks, ps, tuple(scalings), config.block_r)
-    _lora_terms_expand_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_c),)](
+    table, factors, starts = _tables(base.device, w, biases, ranks, ps, tuple(scalings), config.block_r)
+    launch(
+        _lora_terms_expand_kernel,
+        (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_c),),
         base,
         s,
         table,
@@ -412,11 +433,12 @@ def lora_terms_weight_grad(
     if not (M and out.numel()):
         return out.zero_()
     seeds, ps = _masked(seeds, ps)
-    nowhere = (0,) * len(ranks)
-    table, factors, _ = _tables(x.device, nowhere, (), ranks, ps, tuple(scalings), config.block_r)
+    table, factors, _ = _tables(x.device, [], [], ranks, ps, tuple(scalings), config.block_r)
     blocks_per_split, splits = divide(triton.cdiv(M, config.block_m), config.splits)
     partials = partials_of(splits, out)
-    _lora_terms_weight_grad_kernel[(triton.cdiv(K, config.block_c), table.shape[0], splits)](
+    launch(
+        _lora_terms_weight_grad_kernel,
+        (triton.cdiv(K, config.block_c), table.shape[0], splits),
         ds,
         x,
         table,

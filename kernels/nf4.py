@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import narrow, widen
 
 _NESTED_BLOCK_SIZE = tl.constexpr(256)
@@ -127,7 +128,9 @@ def nf4_dequantize(
             rows = WHOLE_BLOCKS if width % block_size == 0 else ANY_ROWS
     end = begin + out.numel()
     first_block = begin // block_size
-    _nf4_dequantize_kernel[(triton.cdiv(triton.cdiv(end, block_size) - first_block, blocks),)](
+    launch(
+        _nf4_dequantize_kernel,
+        (triton.cdiv(triton.cdiv(end, block_size) - first_block, blocks),),
         packed,
         absmax,
         code,

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import convert, multiply_add, narrow, widen
 
 _NESTED_BLOCK_SIZE = tl.constexpr(256)
@@ -97,7 +98,9 @@ def nf4_linear(
     if M == 0 or N == 0:
         return y
     block_m = max(16, min(64, triton.next_power_of_2(M)))
-    _nf4_linear_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(M, block_m))](
+    launch(
+        _nf4_linear_kernel,
+        (triton.cdiv(N, config.block_n), triton.cdiv(M, block_m)),
         x,
         packed,
         absmax,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import widen
 
 _NESTED_BLOCK_SIZE = tl.constexpr(256)
@@ -70,7 +71,9 @@ def nf4_quantize(
         of each rank. packed: uint8 ``[ceil(numel / 2), 1]`` and absmax: float32 ``[blocks]``, written.
     """
     blocks = max(1, config.tile // block_size)
-    _nf4_quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+    launch(
+        _nf4_quantize_kernel,
+        (triton.cdiv(absmax.numel(), blocks),),
         weight,
         bounds,
         order,
@@ -134,7 +137,9 @@ def nf4_nest(
     bounds: float32 ``[255]`` of a sorted code of 256. index: uint8, of values' size, and absmax: float32
         ``[ceil(numel / 256)]``, written.
     """
-    _nf4_nest_kernel[(absmax.numel(),)](
+    launch(
+        _nf4_nest_kernel,
+        (absmax.numel(),),
         values,
         bounds,
         index,

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import narrow
 
 _BLOCK = 1024
@@ -72,7 +73,17 @@ def reduce_partials(partials: torch.Tensor, out: torch.Tensor, scaling: float) -
     """out = scaling * the sum of its partials; nothing to do where out holds the one sum already, scaled."""
     if partials is not out:
         grid = (triton.cdiv(out.numel(), _BLOCK),)
-        _reduce_partials_kernel[grid](partials, out, out.numel(), partials.shape[0], scaling, BLOCK=_BLOCK, num_warps=4)
+        launch(
+            _reduce_partials_kernel,
+            grid,
+            partials,
+            out,
+            out.numel(),
+            partials.shape[0],
+            scaling,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
 
 
 def reduce_two(
@@ -89,7 +100,9 @@ def reduce_two(
         reduce_partials(other_partials, other_out, other_scaling)
         return
     count, other_count = out.numel(), other_out.numel()
-    _reduce_two_kernel[(triton.cdiv(count, _BLOCK) + triton.cdiv(other_count, _BLOCK),)](
+    launch(
+        _reduce_two_kernel,
+        (triton.cdiv(count, _BLOCK) + triton.cdiv(other_count, _BLOCK),),
         partials,
         out,
         count,

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 STREAM_GAUSSIAN = tl.constexpr(0)
 STREAM_DROPOUT = tl.constexpr(1)
 STREAM_ROUNDING = tl.constexpr(2)
@@ -190,7 +192,9 @@ def dropout_mask(seed: torch.Tensor, rows: int, columns: int, p: float, config) 
     mask = torch.empty((rows, columns), dtype=torch.bool, device=seed.device)
     if mask.numel():
         grid = (triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_c))
-        _dropout_mask_kernel[grid](
+        launch(
+            _dropout_mask_kernel,
+            grid,
             seed,
             mask.view(torch.uint8),
             rows,
@@ -207,7 +211,16 @@ def philox_words(seed: torch.Tensor, start: int, count: int, tensor_id: int, str
     """Words of the counters q = start .. start + count - 1: int64 ``[count, 4]`` with values in [0, 2**32)."""
     words = torch.empty((count, 4), dtype=torch.int64, device=seed.device)
     if count:
-        _philox_words_kernel[(triton.cdiv(count, config.block),)](
-            seed, words, start, count, tensor_id, stream, BLOCK=config.block, num_warps=config.num_warps
+        launch(
+            _philox_words_kernel,
+            (triton.cdiv(count, config.block),),
+            seed,
+            words,
+            start,
+            count,
+            tensor_id,
+            stream,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
         )
     return words

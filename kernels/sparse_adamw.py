@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import convert, narrow, widen
 from .philox import words_at
 
@@ -205,7 +206,9 @@ def sparse_adamw_(
     indices and base, the first five multiples of 16; active weights; weights; tensor id; the addresses of exp_avg's and exp_avg_sq's
     maxima, multiples of 16. ``layer`` and ``first``: of each program. With ``codes``, float32 ``[2, 256]``, both states are bytes."""
     if layer.numel():
-        _sparse_adamw_kernel[(layer.numel(),)](
+        launch(
+            _sparse_adamw_kernel,
+            (layer.numel(),),
             table,
             layer,
             first,

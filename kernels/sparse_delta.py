@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import convert, multiply_add, narrow, widen
 
 
@@ -231,7 +232,9 @@ def sparse_delta_gather(
     behind their rows, ``padded`` a multiple of block_m."""
     out = torch.empty(indices.shape, dtype=dtype, device=dyt.device)
     if out.numel():
-        _gather_kernel[(triton.cdiv(out.numel(), config.block_s),)](
+        launch(
+            _gather_kernel,
+            (triton.cdiv(out.numel(), config.block_s),),
             dyt,
             xt,
             indices,
@@ -261,7 +264,9 @@ def sparse_delta_tiled(
     have contiguous rows. Entries of no tile are 0."""
     out = torch.zeros(indices.shape, dtype=dtype, device=dy.device)
     if out.numel() and tiles.numel():
-        _tile_kernel[(tiles.numel(),)](
+        launch(
+            _tile_kernel,
+            (tiles.numel(),),
             dy,
             x,
             indices,
@@ -297,7 +302,9 @@ def sparse_delta_blocks(
     contiguous rows."""
     out = torch.zeros(count, dtype=dtype, device=dy.device)
     if blocks.shape[0] and count:
-        _block_kernel[(blocks.shape[0], (block_size // config.block_n) ** 2)](
+        launch(
+            _block_kernel,
+            (blocks.shape[0], (block_size // config.block_n) ** 2),
             dy,
             x,
             blocks,
@@ -322,7 +329,9 @@ def sparse_delta_product_(
 ) -> None:
     """y += x Δᵀ; y float32 or of x's dtype ``[M, N]``, contiguous, x ``[M, K]`` with contiguous rows."""
     if indices.numel() and y.numel() and x.numel():
-        _product_kernel[(y.shape[1], triton.cdiv(x.shape[0], config.block_m))](
+        launch(
+            _product_kernel,
+            (y.shape[1], triton.cdiv(x.shape[0], config.block_m)),
             y,
             x,
             indices,
@@ -342,8 +351,16 @@ def sparse_delta_product_(
 def sparse_delta_patch_(weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, config) -> None:
     """weight[indices] += values, each sum rounded once."""
     if indices.numel():
-        _patch_kernel[(triton.cdiv(indices.numel(), config.block),)](
-            weight, indices, values, indices.numel(), weight.numel(), BLOCK=config.block, num_warps=config.num_warps
+        launch(
+            _patch_kernel,
+            (triton.cdiv(indices.numel(), config.block),),
+            weight,
+            indices,
+            values,
+            indices.numel(),
+            weight.numel(),
+            BLOCK=config.block,
+            num_warps=config.num_warps,
         )
 
 
@@ -352,7 +369,9 @@ def sparse_delta_write_(
 ) -> None:
     """weight[indices] = base + values, rounded once, or base."""
     if indices.numel():
-        _write_kernel[(triton.cdiv(indices.numel(), config.block),)](
+        launch(
+            _write_kernel,
+            (triton.cdiv(indices.numel(), config.block),),
             weight,
             indices,
             base,

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import narrow, widen
 from .philox import normal_tile, rounding_tile, sign_tile
 
@@ -186,7 +187,9 @@ def perturb(
         thresholds = torch.cat([thresholds[i : i + 1] for i in kept])
     narrow_out = dtype in (torch.bfloat16, torch.float16)
     aligned = all(value % 16 == 0 for row in rows for value in (*row[:3], row[4]))
-    _perturb_kernel[(blocks,)](
+    launch(
+        _perturb_kernel,
+        (blocks,),
         _device_table(tuple(rows), seeds.device),
         seeds,
         coefficients,

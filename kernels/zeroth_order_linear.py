@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .numerics import multiply_add, narrow, widen
 from .philox import normal_tile, sign_tile
 
@@ -97,7 +98,9 @@ def zo_linear(
     out_minus = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
     if M and N:
         grid = (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))
-        _zo_linear_kernel[grid](
+        launch(
+            _zo_linear_kernel,
+            grid,
             x_plus.contiguous(),
             x_minus.contiguous(),
             weight,
@@ -248,7 +251,9 @@ def zo_nf4_linear(
     out_minus = torch.empty((M, N), dtype=x_plus.dtype, device=x_plus.device)
     if M and N:
         grid = (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))
-        _zo_nf4_linear_kernel[grid](
+        launch(
+            _zo_nf4_linear_kernel,
+            grid,
             x_plus.contiguous(),
             x_minus.contiguous(),
             packed,

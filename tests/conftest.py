@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 
+from peftfast.ops import replay  # noqa: E402
 from tests.support.poison import poisoned_empty  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -49,6 +50,12 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Every torch.empty that peftfast asks for comes filled with NaN: an element that a kernel forgets to write fails its test."""
     if request.node.get_closest_marker("compiled") is None:
         poisoned_empty(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def nothing_recorded() -> None:
+    """A test may have changed what recordings of calls depend on, such as a table of configurations."""
+    replay.forget()
 
 
 @pytest.fixture(params=["cpu", "triton", "reference"])

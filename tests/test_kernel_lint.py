@@ -108,3 +108,11 @@ def test_what_is_right_passes(line: str) -> None:
 
 def test_functions_that_triton_does_not_compile_are_left_alone() -> None:
     assert lint("def launcher(x):\n    return x.to(torch.bfloat16)\n") == []
+
+
+def test_every_launch_can_be_recorded() -> None:
+    """By kernels/launch.py, which tells whoever records a call; ``kernel[grid](...)`` would tell nobody."""
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and path.name != "launch.py":
+                assert not ast.unparse(node.func.value).endswith("_kernel"), f"{path.name}:{node.lineno}"

@@ -10,11 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..reference.gated_activation import ACTIVATIONS
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """``[..., N]`` as ``[M, N]``."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+from .shapes import as_rows
 
 
 class GatedActivationFunction(torch.autograd.Function):

@@ -16,10 +16,12 @@ from .. import ops
 from ..configs import lora as lora_configs
 from ..configs import nf4 as nf4_configs
 from ..ops import lora_product as fused
+from ..ops import replay
 from ..ops.backends import FLOAT_DTYPES, undisturbed
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
 from .precision import autocast_off, autocast_on, compute_dtype_of
+from .shapes import as_rows, shaped, unviewed
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -68,15 +70,46 @@ def _as_one(x: Tensor, dtype: torch.dtype, rank: int) -> bool:
     return _plain_on_cpu(x, dtype)
 
 
-def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """A contiguous y in another shape, for a Function's result. Not a view of it: autograd refuses to write into a view that a Function
-    gives, as ``nn.ReLU(inplace=True)`` behind a layer does."""
-    return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    scaling: float,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    keep: bool,
+    *quantisation: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, S and, with ``keep``, the dense weight, by an operator a pass."""
+    rows = as_rows(x)
+    shape = (*x.shape[:-1], lora_b.shape[0])
+    dense = None
+    if quantisation and not keep:
+        adapter = (lora_a, lora_b, bias, lora_bias, seed, p, scaling)
+        done = adapted_product(rows, weight, quantisation, *adapter, dtype, out_dtype)
+        if done is not None:
+            return shaped(done[0], shape), done[1], None
+    if fused.chosen(rows, (lora_b.shape[0], rows.shape[1]), True, lora_b.shape[1], False, dtype)[0]:
+        dense = _dense_weight(weight, quantisation, dtype)
+        s = ops.lora.lora_shrink(rows, lora_a, seed, p, 1.0, dtype)
+        y = fused.lora_product(rows.to(dtype), dense, bias, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
+        return shaped(y, shape), s, dense if keep else None
+    if quantisation and not keep:
+        y = base_product(rows, weight, quantisation, bias, dtype)
+    else:
+        dense = _dense_weight(weight, quantisation, dtype)
+        y = functional.linear(rows.to(dtype), dense, None if bias is None else bias.to(dtype))
+    s = ops.lora.lora_shrink(rows, lora_a, seed, p, 1.0, dtype)
+    y = _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
+    return shaped(y, shape), s, dense if keep else None
 
 
-def unviewed(y: Tensor) -> Tensor:
-    """The library's product of a 3-D x with a bias is a view of a matrix: no view, for the same reason."""
-    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+_replayed_forward = replay.Replayed(_forward)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -111,29 +144,11 @@ class LoRALinearFunction(torch.autograd.Function):
             )
             y = unviewed(y)
         else:
-            rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
             keep = len(quantisation) > 0 and keeps_dense() and ctx.needs_input_grad[0]
-            done = None
-            if quantisation and not keep:
-                adapter = (lora_a, lora_b, bias, lora_bias, seed, p, scaling)
-                done = adapted_product(rows, weight, quantisation, *adapter, dtype, out_dtype)
-            if done is not None:
-                y, s = done
-            elif fused.chosen(rows, (lora_b.shape[0], rows.shape[1]), True, rank, False, dtype)[0]:
-                dense = _dense_weight(weight, quantisation, dtype)
-                kept = (dense,) if keep else ()
-                s = ops.lora.lora_shrink(rows, lora_a, seed, p, 1.0, dtype)
-                y = fused.lora_product(rows.to(dtype), dense, bias, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
-            else:
-                if quantisation and not keep:
-                    y = base_product(rows, weight, quantisation, bias, dtype)
-                else:
-                    dense = _dense_weight(weight, quantisation, dtype)
-                    y = functional.linear(rows.to(dtype), dense, None if bias is None else bias.to(dtype))
-                    kept = (dense,) if keep else ()
-                s = ops.lora.lora_shrink(rows, lora_a, seed, p, 1.0, dtype)
-                y = _add_product(y, s, lora_b, lora_bias, None, 0.0, scaling, out_dtype)
-            y = shaped(y, (*x.shape[:-1], lora_b.shape[0]))
+            passes = _replayed_forward if replay.allowed(x) else _forward
+            options = (seed, p, scaling, dtype, out_dtype, keep, *quantisation)
+            y, s, dense = passes(x, weight, lora_a, lora_b, bias, lora_bias, *options)
+            kept = () if dense is None else (dense,)
         needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
         if quantisation:
             kept = (*(one if needs_x and isinstance(one, Tensor) else None for one in quantisation), *kept)
@@ -170,7 +185,8 @@ class LoRALinearFunction(torch.autograd.Function):
                 dx, da, db = (found.pop(0) if needed else None for needed in (needs_x, needs_a, needs_b))
             return dx, None, da, db, None, None, *rest
         with autocast_off(dy.device.type):
-            return *_gradients(ctx, dy), *rest
+            passes = _replayed_backward if replay.allowed(dy) else _backward
+            return *passes(dy, ctx.plan, ctx.needs_input_grad[:6], *ctx.saved_tensors), *rest
 
 
 def shortest(function: Any) -> Any:
@@ -196,16 +212,26 @@ def shortest(function: Any) -> Any:
 apply_plain = shortest(LoRALinearFunction)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """dx, dweight, da, db, dbias, dlora_bias, by an operator a pass."""
-    x, weight, lora_a, lora_b, s, seed, *rest = ctx.saved_tensors
-    p, scaling, dtype, _, _, weight_dtype, a_dtype, _, _ = ctx.plan
-    needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = ctx.needs_input_grad[:6]
+def _backward(
+    dy: Tensor,
+    plan: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    x: Any,
+    weight: Any,
+    lora_a: Any,
+    lora_b: Tensor,
+    s: Any,
+    seed: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor | None, ...]:
+    """dx, dweight, da, db, dbias, dlora_bias, by an operator a pass, of what a LoRALinearFunction saved."""
+    p, scaling, dtype, _, _, weight_dtype, a_dtype, _, _ = plan
+    needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = needs
     leading = dy.shape[:-1]
     ds: Any = None
     dx = dweight = da = db = dbias = dlora_bias = None
-    dy = dy.reshape(leading.numel(), dy.shape[-1]).to(dtype)
-    rows: Any = None if x is None else x.reshape(leading.numel(), x.shape[-1])
+    dy = as_rows(dy).to(dtype)
+    rows: Any = None if x is None else as_rows(x)
     if needs_b:
         ds, db = ops.lora.lora_dy_grads(dy, s, lora_b, scaling, lora_b.dtype)
     elif needs_a or needs_x:
@@ -213,20 +239,30 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs_a:
         da = ops.lora.lora_weight_grad(ds, rows, seed, p, 1.0, a_dtype)
     if needs_x:
-        dx = input_gradient(ctx, dy, ds, weight, lora_a, seed, rest).reshape(*leading, lora_a.shape[1])
+        dx = input_gradient(plan, dy, ds, weight, lora_a, seed, rest)
+        dx = dx if len(leading) == 1 else dx.reshape(*leading, lora_a.shape[1])
     if needs_weight:
         dweight = (dy.T @ rows.to(dtype)).to(weight_dtype)
     if needs_bias or needs_lora_bias:
-        dbias, dlora_bias = bias_gradients(ctx, dy)
+        dbias, dlora_bias = bias_gradients(plan, needs, dy)
     return dx, dweight, da, db, dbias, dlora_bias
 
 
+_replayed_backward = replay.Replayed(_backward)
+
+
 def input_gradient(
-    ctx: Any, dy: Tensor, ds: Tensor, weight: Tensor, lora_a: Tensor, seed: Tensor | None, rest: Sequence[Any]
+    plan: tuple[Any, ...],
+    dy: Tensor,
+    ds: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    seed: Tensor | None,
+    rest: Sequence[Any],
 ) -> Tensor:
     """dx ``[M, K]`` in x's dtype; ``rest`` is what is saved behind the seed: NF4Weight.storage()[1:] and perhaps the dense weight."""
     kept = rest[7] if len(rest) > 7 else None  # the dense weight, after NF4Weight.storage()[1:]
-    p, _, dtype, _, x_dtype, _, _, stored, _ = ctx.plan
+    p, _, dtype, _, x_dtype, _, _, stored, _ = plan
     # Slices, not assignments: torch 2.11's compiler hands these out as a tuple.
     quantisation = (*rest[:2], *stored, *rest[4:7]) if stored else ()
     dense = _dense_weight(weight, quantisation, dtype) if kept is None else kept
@@ -238,10 +274,10 @@ def input_gradient(
     return _add_product(dy @ dense, ds, lora_a.T, None, seed, p, 1.0, x_dtype)
 
 
-def bias_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def bias_gradients(plan: tuple[Any, ...], needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """dbias and dlora_bias, where they are needed."""
-    needs_bias, needs_lora_bias = ctx.needs_input_grad[4:6]
-    _, scaling, dtype, *_, bias_dtypes = ctx.plan
+    needs_bias, needs_lora_bias = needs[4:6]
+    _, scaling, dtype, *_, bias_dtypes = plan
     total = dy.sum(0, dtype=torch.float32 if dtype != torch.float64 else dtype)
     dbias = total.to(bias_dtypes[0]) if needs_bias else None
     return dbias, (total * scaling).to(bias_dtypes[1]) if needs_lora_bias else None

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from .gated_activation import as_rows, check_gated, gated_activation
+from ..ops import replay
+from .gated_activation import check_gated, gated_activation
 from .lora import (
     LoRALinearFunction,
     _as_one,
@@ -19,10 +20,10 @@ from .lora import (
     draw_seed,
     input_gradient,
     lora_linear,
-    unviewed,
 )
 from .nf4 import NF4Weight
 from .precision import autocast_off, autocast_on, compute_dtype_of
+from .shapes import as_rows, unviewed
 
 _FIRST = 3  # arguments before those that LoRALinearFunction takes after x
 
@@ -116,17 +117,31 @@ class LoRAGatedFunction(torch.autograd.Function):
                 rest = (None,) * (len(wanted) - _FIRST - 3)
                 return dgate if wanted[0] else None, dup if wanted[1] else None, None, None, da, db, *rest
         with autocast_off(dy.device.type):
-            return _gradients(ctx, dy)
+            passes = _replayed_backward if replay.allowed(dy) else _backward
+            own = (ctx.activation, inner.plan, inner.needs_input_grad[:6], ctx.needs_input_grad[:2])
+            dgate, dup, *grads = passes(dy, *own, *ctx.saved_tensors)
+        return dgate, dup, None, *grads, *(None,) * (len(ctx.needs_input_grad) - _FIRST - 5)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """dgate, dup, then dweight, da, db, dbias, dlora_bias in the places of their arguments, by an operator a pass."""
-    inner, activation = ctx.inner, ctx.activation
-    gate, up, weight, lora_a, lora_b, s, seed, *rest = ctx.saved_tensors
-    needs_h, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = inner.needs_input_grad[:6]
-    p, scaling, dtype, _, _, weight_dtype, a_dtype, _, _ = inner.plan
-    leading = dy.shape[:-1]
-    dy = dy.reshape(leading.numel(), dy.shape[-1]).to(dtype)
+def _backward(
+    dy: Tensor,
+    activation: str,
+    plan: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    needs_gate_up: tuple[bool, bool],
+    gate: Any,
+    up: Any,
+    weight: Any,
+    lora_a: Any,
+    lora_b: Tensor,
+    s: Tensor | None,
+    seed: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor | None, ...]:
+    """dgate, dup, dweight, da, db, dbias, dlora_bias, by an operator a pass, of what a LoRAGatedFunction saved."""
+    needs_h, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias = needs
+    p, scaling, dtype, _, _, weight_dtype, a_dtype, _, _ = plan
+    dy = as_rows(dy).to(dtype)
     ds: Any = None
     dgate = dup = h = dweight = da = db = None
     if needs_b:
@@ -134,24 +149,26 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     elif needs_a or needs_h:
         ds = ops.lora.lora_shrink(dy, lora_b.T, None, 0.0, scaling, dtype)
     if needs_h:
-        dh = input_gradient(inner, dy, ds, weight, lora_a, seed, rest).contiguous()
+        dh = input_gradient(plan, dy, ds, weight, lora_a, seed, rest).contiguous()
         given = (as_rows(gate), as_rows(up), activation)
         if needs_a or needs_weight:
             dgate, dup = ops.gated_activation.gated_activation_recompute_(dh, *given)
             h = dh
         else:
             dgate, dup = ops.gated_activation.gated_activation_backward(dh, *given)
-        dgate = dgate.view(gate.shape) if ctx.needs_input_grad[0] else None
-        dup = dup.view(gate.shape) if ctx.needs_input_grad[1] else None
+        dgate = dgate.view(gate.shape) if needs_gate_up[0] else None
+        dup = dup.view(gate.shape) if needs_gate_up[1] else None
     elif needs_a or needs_weight:
         h = ops.gated_activation.gated_activation(as_rows(gate), as_rows(up), activation)
     if needs_a:
         da = ops.lora.lora_weight_grad(ds, h, seed, p, 1.0, a_dtype)
     if needs_weight:
         dweight = (dy.T @ h.to(dtype)).to(weight_dtype)  # type: ignore[union-attr]
-    dbias, dlora_bias = bias_gradients(inner, dy) if needs_bias or needs_lora_bias else (None, None)
-    after = (None,) * (len(ctx.needs_input_grad) - _FIRST - 5)
-    return dgate, dup, None, dweight, da, db, dbias, dlora_bias, *after
+    dbias, dlora_bias = bias_gradients(plan, needs, dy) if needs_bias or needs_lora_bias else (None, None)
+    return dgate, dup, dweight, da, db, dbias, dlora_bias
+
+
+_replayed_backward = replay.Replayed(_backward)
 
 
 def lora_gated_linear(

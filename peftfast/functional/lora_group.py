@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from .. import ops
 from ..ops import lora_product as fused
+from ..ops import replay
 from .nf4 import dequantized
 from .precision import autocast_off
 
@@ -108,6 +109,48 @@ def _forward_product(
     return _expand(y, s, b, _biases(part), rows, None, (0.0,) * len(b), scalings, plan.out_dtype)
 
 
+def _forward(
+    x: Tensor, rows: Tensor | None, seeds: Tensor | None, plan: Plan, tensors: Sequence[Any]
+) -> tuple[Any, ...]:
+    """Every y, then every product before DoRA's gain or None, then S, by an operator a pass."""
+    dtype, count = plan.dtype, len(plan.ps)
+    at = len(plan.counts) * len(_FIELDS)
+    a = list(tensors[at :: len(_TERM_FIELDS)])
+    ranks = [one.shape[0] for one in a]
+    parts = [_Part(plan, i, tensors, ranks) for i in range(len(plan.counts))]
+    s = _shrink(x, a, rows, seeds, plan.ps, (1.0,) * count, dtype)
+    cast = x.to(dtype)
+    results: list[Tensor] = []
+    products: list[Tensor | None] = []
+    for part in parts:
+        given, bias = part.given, part.given["bias"]
+        weight = part.dense(dtype)
+        own_s, b = s[:, part.columns], [factors[1] for factors in part.factors]
+        ps, scalings = (
+            plan.ps[part.terms.start : part.terms.stop],
+            plan.scalings[part.terms.start : part.terms.stop],
+        )
+        if not part.dora:
+            results.append(_forward_product(part, cast, weight, own_s, b, rows, scalings, plan))
+            products.append(None)
+            continue
+        bias = None if bias is None else bias.to(dtype)
+        base, plain = functional.linear(cast, weight, bias), None
+        seed = _alone(seeds, part.terms.start, ps[0])
+        if seed is not None:
+            plain, bias = base, None
+            base = functional.linear(ops.lora_dora.lora_dropout_add(None, x, seed, ps[0], dtype), weight)
+        y, z = ops.lora_dora.lora_dora_expand(
+            base, plain, own_s, b[0], part.factors[0][2], given["gain"], bias, scalings[0], plan.out_dtype
+        )
+        results.append(y)
+        products.append(z)
+    return (*results, *products, s)
+
+
+_replayed_forward = replay.Replayed(_forward)
+
+
 class LoRAGroupFunction(torch.autograd.Function):
     """Projections of one matrix x, each with any number of adapters: S of all in one pass over x, all dA in another, dX of all in one
     matrix. ``rows`` restricts each term to the rows that name it. The tensors are those of every projection, then of every term.
@@ -119,38 +162,9 @@ class LoRAGroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor | None, seeds: Tensor | None, plan: Plan, *tensors: Any) -> Any:
         plan = Plan(*plan)
-        dtype, count = plan.dtype, len(plan.ps)
-        at = len(plan.counts) * len(_FIELDS)
-        a = list(tensors[at :: len(_TERM_FIELDS)])
-        ranks = [one.shape[0] for one in a]
-        parts = [_Part(plan, i, tensors, ranks) for i in range(len(plan.counts))]
-        s = _shrink(x, a, rows, seeds, plan.ps, (1.0,) * count, dtype)
-        cast = x.to(dtype)
-        results: list[Tensor] = []
-        products: list[Tensor | None] = []
-        for part in parts:
-            given, bias = part.given, part.given["bias"]
-            weight = part.dense(dtype)
-            own_s, b = s[:, part.columns], [factors[1] for factors in part.factors]
-            ps, scalings = (
-                plan.ps[part.terms.start : part.terms.stop],
-                plan.scalings[part.terms.start : part.terms.stop],
-            )
-            if not part.dora:
-                results.append(_forward_product(part, cast, weight, own_s, b, rows, scalings, plan))
-                products.append(None)
-                continue
-            bias = None if bias is None else bias.to(dtype)
-            base, plain = functional.linear(cast, weight, bias), None
-            seed = _alone(seeds, part.terms.start, ps[0])
-            if seed is not None:
-                plain, bias = base, None
-                base = functional.linear(ops.lora_dora.lora_dropout_add(None, x, seed, ps[0], dtype), weight)
-            y, z = ops.lora_dora.lora_dora_expand(
-                base, plain, own_s, b[0], part.factors[0][2], given["gain"], bias, scalings[0], plan.out_dtype
-            )
-            results.append(y)
-            products.append(z)
+        passes = _replayed_forward if replay.allowed(x) else _forward
+        *results, s = passes(x, rows, seeds, plan, tensors)
+        results, products = results[: len(plan.counts)], results[len(plan.counts) :]
         LoRAGroupFunction._save(ctx, x, rows, seeds, plan, tensors, s, products)
         return tuple(results)
 
@@ -187,25 +201,58 @@ class LoRAGroupFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        plan, ranks = ctx.plan, ctx.ranks
-        grads: list[Any] = [None] * len(ctx.needs_input_grad)
-        if all(dy is None for dy in dys):
-            return tuple(grads)
+        live = next((dy for dy in dys if dy is not None), None)
+        if live is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, rows, seeds, s, *saved = ctx.saved_tensors
-        count = len(plan.counts)
-        products, tensors = saved[:count], saved[count:]
-        parts = [_Part(plan, i, tensors, ranks) for i in range(count)]
-        with autocast_off(next(dy for dy in dys if dy is not None).device.type):
-            _Backward(ctx, x, rows, seeds, s, products, grads).run(parts, dys)
-        return tuple(grads)
+        with autocast_off(live.device.type):
+            passes = _replayed_backward if replay.allowed(live) else _backward
+            settled = (ctx.plan, ctx.ranks, ctx.needs_input_grad, ctx.dtypes, ctx.x_dtype)
+            return passes(dys, *settled, x, rows, seeds, s, saved)  # type: ignore[no-any-return]
+
+
+def _backward(
+    dys: Sequence[Tensor | None],
+    plan: Plan,
+    ranks: list[int],
+    needs: tuple[bool, ...],
+    dtypes: list[Any],
+    x_dtype: torch.dtype,
+    x: Tensor | None,
+    rows: Tensor | None,
+    seeds: Tensor | None,
+    s: Tensor | None,
+    saved: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """A gradient for each argument of the Function."""
+    count = len(plan.counts)
+    grads: list[Any] = [None] * len(needs)
+    parts = [_Part(plan, i, saved[count:], ranks) for i in range(count)]
+    _Backward(plan, ranks, needs, dtypes, x_dtype, x, rows, seeds, s, saved[:count], grads).run(parts, dys)
+    return tuple(grads)
+
+
+_replayed_backward = replay.Replayed(_backward)
 
 
 class _Backward:
     """The backward of one call; fills ``grads``, one for each argument of the Function."""
 
-    def __init__(self, ctx: Any, x: Any, rows: Any, seeds: Any, s: Any, products: Any, grads: list[Any]) -> None:
-        self.plan, self.ranks, self.needs, self.dtypes = ctx.plan, ctx.ranks, ctx.needs_input_grad, ctx.dtypes
-        self.x_dtype = ctx.x_dtype
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: list[int],
+        needs: tuple[bool, ...],
+        dtypes: list[Any],
+        x_dtype: torch.dtype,
+        x: Any,
+        rows: Any,
+        seeds: Any,
+        s: Any,
+        products: Any,
+        grads: list[Any],
+    ) -> None:
+        self.plan, self.ranks, self.needs, self.dtypes, self.x_dtype = plan, ranks, needs, dtypes, x_dtype
         self.x, self.rows, self.seeds, self.s, self.products, self.grads = x, rows, seeds, s, products, grads
         self.terms_at = len(self.plan.counts) * len(_FIELDS)
         self.dx: Any = None

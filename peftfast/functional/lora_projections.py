@@ -11,9 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
-from .lora import _plain_on_cpu, shaped, shortest, unviewed
+from ..ops import replay
+from .lora import _plain_on_cpu, shortest
 from .lora_group import _expand, _shrink
 from .precision import autocast_off
+from .shapes import as_rows, shaped, unviewed
 
 
 class Projections(NamedTuple):
@@ -69,6 +71,34 @@ def _as_one(x: Tensor, ps: tuple[float, ...], b: Sequence[Tensor]) -> bool:
     return not taken and _plain_on_cpu(x, x.dtype)
 
 
+def _forward(
+    x: Tensor,
+    seeds: Tensor | None,
+    ps: tuple[float, ...],
+    scalings: tuple[float, ...],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_biases: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Every y, and S of all, by an operator a pass."""
+    rows = as_rows(x)
+    s = _shrink(rows, list(a), None, seeds, ps, (1.0,) * len(ps), x.dtype)
+    ys, column = [], 0
+    for t, scaling in enumerate(scalings):
+        y = functional.linear(rows, weights[t], biases[t] if biases else None)
+        own = s[:, column : column + b[t].shape[1]]
+        column += b[t].shape[1]
+        offset = [lora_biases[t]] if lora_biases else []
+        _expand(y, own, [b[t]], offset, None, None, (0.0,), (scaling,), y.dtype)
+        ys.append(shaped(y, (*x.shape[:-1], b[t].shape[0])))
+    return (*ys, s)
+
+
+_replayed_forward = replay.Replayed(_forward)
+
+
 class LoRAProjectionsFunction(torch.autograd.Function):
     """y of each projection of x ``[..., K]``. ``seeds`` ``[T]`` is None where nothing is dropped. ``factors`` are plain's a, then its
     b, once more: autograd sees arguments alone, and each costs it time, which is why the frozen tensors come in ``plain``.
@@ -95,22 +125,14 @@ class LoRAProjectionsFunction(torch.autograd.Function):
             )
             ys = [unviewed(y) for y in ys]
         else:
-            rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-            s = _shrink(rows, list(a), None, seeds, ps, (1.0,) * count, x.dtype)
-            ys, column = [], 0
-            for t in range(count):
-                y = functional.linear(rows, weights[t], biases[t] if biases else None)
-                own = s[:, column : column + b[t].shape[1]]
-                column += b[t].shape[1]
-                offset = [lora_biases[t]] if lora_biases else []
-                _expand(y, own, [b[t]], offset, None, None, (0.0,), (scalings[t],), y.dtype)
-                ys.append(shaped(y, (*x.shape[:-1], b[t].shape[0])))
+            passes = _replayed_forward if replay.allowed(x) else _forward
+            *ys, s = passes(x, seeds, ps, scalings, weights, biases, lora_biases, a, b)
         needs = ctx.needs_input_grad
         needs_x, needs_a, needs_b = ctx.needs = (needs[0], needs[5], needs[5 + count])
         own_weights = (*a, *weights) if needs_x else ()
         ctx.save_for_backward(x if needs_a else None, s if needs_b else None, seeds, *b, *own_weights)
         ctx.ps, ctx.scalings = ps, scalings
-        ctx.dtype, ctx.a_dtype, ctx.width = x.dtype, a[0].dtype, x.shape[-1]
+        ctx.dtype, ctx.a_dtype = x.dtype, a[0].dtype
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -147,8 +169,10 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         if not live:
             return (None,) * (5 + 2 * count)
         with autocast_off(dys[live[0]].device.type):  # type: ignore[union-attr]
-            dx, all_da, all_db = _by_passes(ctx, x, s, seeds, a, b, weights, dys, live)
-        return (dx, None, None, None, None, *all_da, *all_db)
+            passes = _replayed_backward if replay.allowed(dys[live[0]]) else _backward
+            options = (ctx.needs, ctx.ps, ctx.scalings, ctx.dtype, ctx.a_dtype)
+            dx, *factors = passes(dys, x, s, seeds, a, b, weights, *options)
+        return (dx, None, None, None, None, *factors)
 
 
 apply_plain = shortest(LoRAProjectionsFunction)
@@ -164,36 +188,52 @@ def _base_gradient(dys: Any, weights: Any) -> Tensor:
     return dx
 
 
-def _by_passes(ctx: Any, x: Any, s: Any, seeds: Any, a: Any, b: Any, weights: Any, dys: Any, live: list[int]) -> Any:
+def _backward(
+    dys: Sequence[Tensor | None],
+    x: Any,
+    s: Any,
+    seeds: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    needs: tuple[bool, bool, bool],
+    ps: tuple[float, ...],
+    scalings: tuple[float, ...],
+    dtype: torch.dtype,
+    a_dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
     """dx, every dA and every dB by an operator a pass, of the projections whose result was used."""
     count = len(dys)
-    needs_x, needs_a, needs_b = ctx.needs
-    leading = dys[live[0]].shape[:-1]
-    flat = {t: dys[t].reshape(leading.numel(), dys[t].shape[-1]).to(ctx.dtype) for t in live}
+    needs_x, needs_a, needs_b = needs
+    leading = next(dy for dy in dys if dy is not None).shape[:-1]
+    flat = {t: as_rows(dy).to(dtype) for t, dy in enumerate(dys) if dy is not None}
     all_da: list[Any] = [None] * count
     all_db: list[Any] = [None] * count
     parts, dx = [], None
-    for t in live:
+    for t, dy in flat.items():
         if needs_b:
-            first = sum(one.shape[1] for one in b[:t])
-            own = s[:, first : first + b[t].shape[1]]
-            ds, all_db[t] = ops.lora.lora_dy_grads(flat[t], own, b[t], ctx.scalings[t], b[t].dtype)
+            column = sum(one.shape[1] for one in b[:t])
+            own = s[:, column : column + b[t].shape[1]]
+            ds, all_db[t] = ops.lora.lora_dy_grads(dy, own, b[t], scalings[t], b[t].dtype)
         else:
-            ds = ops.lora.lora_shrink(flat[t], b[t].T, None, 0.0, ctx.scalings[t], ctx.dtype)
+            ds = ops.lora.lora_shrink(dy, b[t].T, None, 0.0, scalings[t], dtype)
         parts.append(ds)
     ds = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    ps, ones = [ctx.ps[t] for t in live], [1.0] * len(live)
+    live, ones = list(flat), [1.0] * len(flat)
+    own_ps = [ps[t] for t in live]
     own_seeds = None
     if seeds is not None:
         own_seeds = seeds if len(live) == count else torch.cat([seeds[t : t + 1] for t in live])
     if needs_a:
-        rows = x.reshape(leading.numel(), ctx.width)
         ranks = [b[t].shape[1] for t in live]
-        da = ops.lora_terms.lora_terms_weight_grad(ds, rows, ranks, None, own_seeds, ps, ones, ctx.a_dtype)
+        da = ops.lora_terms.lora_terms_weight_grad(ds, as_rows(x), ranks, None, own_seeds, own_ps, ones, a_dtype)
         for t, one in zip(live, da.split(ranks), strict=True):
             all_da[t] = one
     if needs_x:
         dx = _base_gradient([flat[t] for t in live], [weights[t] for t in live])
-        dx = _expand(dx, ds, [a[t].T for t in live], [], None, own_seeds, ps, ones, ctx.dtype)
-        dx = dx.reshape(*leading, ctx.width)
-    return dx, all_da, all_db
+        dx = _expand(dx, ds, [a[t].T for t in live], [], None, own_seeds, own_ps, ones, dtype)
+        dx = shaped(dx, (*leading, weights[0].shape[1]))
+    return (dx, *all_da, *all_db)
+
+
+_replayed_backward = replay.Replayed(_backward)

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from ..kernels import launch as launches  # type: ignore[attr-defined]
+from . import replay
+
 logger = logging.getLogger("peftfast")
 
 NAMESPACE = "peftfast"
@@ -41,14 +44,12 @@ class Implementation:
     run: Callable[..., Any]
 
 
-# os.environ encodes and decodes at every question, which is asked several times a layer: its own dictionary answers ten times faster.
-_environment: Any = getattr(os.environ, "_data", os.environ)
-_VARIABLE_KEY: Any = os.environ.encodekey(BACKEND_VARIABLE) if _environment is not os.environ else BACKEND_VARIABLE
+_VARIABLE_KEY = replay.watch(BACKEND_VARIABLE)
 
 
 def requested_backend() -> str | None:
     """The backend named by the environment, or None. An unknown name is an error."""
-    if not _environment.get(_VARIABLE_KEY):
+    if not replay.raw(_VARIABLE_KEY):
         return None
     name = os.environ.get(BACKEND_VARIABLE)
     if not name:
@@ -59,7 +60,8 @@ def requested_backend() -> str | None:
 
 
 class Operator:
-    """An operator of the ``peftfast`` namespace; calling it goes through torch's dispatcher."""
+    """An operator of the ``peftfast`` namespace; calling it goes through torch's dispatcher, or does again what such a call did before
+    (:mod:`peftfast.ops.replay`) where ``replayed`` allows it: on a GPU."""
 
     def __init__(
         self,
@@ -84,9 +86,14 @@ class Operator:
 
         torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_library)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self.replayed = replay.Replayed(self._run, self.overload)
 
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args)
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if launches.recording():
+            return self._run(*args)
+        return self.replayed(*args) if replay.allowed(args[0]) else self.overload(*args)
 
     def verdicts(self, *args: Any) -> list[tuple[Implementation, bool, str]]:
         """Every implementation with whether it would serve these arguments and why not."""

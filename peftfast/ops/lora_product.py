@@ -15,8 +15,10 @@ from ..reference import lora as definition
 from .backends import device_of, dtype_name, kernels, on_device, takes_triton, triton_available
 from .dispatch import Implementation, Operator, Verdict, reference, requested_backend, require
 from .lora import _check_dropout, _check_dtype, _check_matrix
+from .replay import watch
 
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
+watch(configs.VARIABLE)
 
 
 def _check_same_dtype(name: str, tensor: Tensor, x: Tensor) -> None:

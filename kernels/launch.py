@@ -1,0 +1,39 @@
+"""The one way in which the kernels of this folder are launched, so that whoever records a call sees its launches."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+_local = threading.local()
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    """``kernel[grid](*args, **constants)``: the ordinary arguments in the kernel's order, then by name its constexprs and the
+    compiler's options."""
+    compiled = kernel[grid](*args, **constants)
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None:
+        recorder.launched(kernel, compiled, grid, args, constants)
+
+
+def constant(tensor, *addressed) -> None:
+    """Tell who records that ``tensor`` is the same for every call of these plain values and of these addresses: those of the tensors
+    ``addressed``."""
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None:
+        recorder.constant(tensor, addressed)
+
+
+def recording() -> bool:
+    """Whether this thread's launches are being recorded."""
+    return getattr(_local, "recorder", None) is not None
+
+
+@contextlib.contextmanager
+def recorded_by(recorder) -> Iterator[None]:
+    """Launches of this thread are told to ``recorder``."""
+    _local.recorder = recorder
+    try:
+        yield
+    finally:
+        _local.recorder = None
