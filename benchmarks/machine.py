@@ -108,4 +108,5 @@ def slug(description: dict[str, Any]) -> str:
     """The folder of a device's results."""
     cpu = description["cpu"]
     name = description["gpu"]["name"] if description["gpu"] else f"{cpu['name']}-{cpu['isa']}-{cpu['threads']}threads"
+    name += "-warm" if description.get("warm") else ""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -63,7 +63,8 @@ def device_name(origin: dict[str, Any]) -> str:
     gpu, cpu = origin["gpu"], origin["cpu"]
     if gpu:
         return str(gpu["name"])
-    return f"{cpu['name']}, {cpu['isa']}, {cpu['threads']} thread{'s' if cpu['threads'] > 1 else ''}"
+    warm = ", inputs in the caches" if origin.get("warm") else ""
+    return f"{cpu['name']}, {cpu['isa']}, {cpu['threads']} thread{'s' if cpu['threads'] > 1 else ''}{warm}"
 
 
 def stamp(origin: dict[str, Any]) -> str:

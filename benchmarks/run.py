@@ -61,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--adapters", nargs="+", type=int, default=[8], help="adapters in one batch")
     parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parse.add_argument(
+        "--warm",
+        action="store_true",
+        help="CPU: the same inputs in every call, found in the caches as a layer just loaded has left them; else they rotate",
+    )
+    parse.add_argument(
         "--threads",
         type=int,
         default=1,
@@ -110,6 +115,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parse.error(f"--dropout: expected probabilities in [0, 1), got {args.dropout}")
     if not all(0 < density <= 1 for density in args.density):
         parse.error(f"--density: expected parts in (0, 1], got {args.density}")
+    if args.warm and torch.device(args.device).type != "cpu":
+        parse.error("--warm: a CPU's inputs alone are timed in its caches")
     if args.seconds is None:
         args.seconds = 0.05 if args.quick else 0.2
     if args.out is not None and not args.out.resolve().parent.is_dir():
@@ -207,7 +214,7 @@ class Run:
         works: dict[str, list[Work]] = {}
         if not self.args.verify_only:
             first = op.cost(dataclasses.replace(case, mode="fwd"), registry.WHOLE)
-            copies = timing.copies_for(first.bytes, case.device)
+            copies = 1 if self.args.warm else timing.copies_for(first.bytes, case.device)
             sets = [inputs, *(registry.copy_inputs(inputs) for _ in range(copies - 1))]
             pair = next((p for p in timed if p.name == op.baseline), timed[0] if timed else None)
             for provider in timed:
@@ -303,7 +310,12 @@ class Run:
         description = machine.describe(self.args.device, self.args.threads)
         return {
             "schema": SCHEMA,
-            "machine": {**description, "load_at_end": machine.load_average(), "allocator": timing.keep_heap_warm()},
+            "machine": {
+                **description,
+                "warm": self.args.warm,
+                "load_at_end": machine.load_average(),
+                "allocator": timing.keep_heap_warm(),
+            },
             "limits": dataclasses.asdict(self.limits),
             "drift": drift,
             "settings": {"seconds_a_row": self.settings.row_s, "quick": self.args.quick, "clock": self.clock},

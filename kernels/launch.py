@@ -24,6 +24,13 @@ def constant(tensor, *addressed) -> None:
         recorder.constant(tensor, addressed)
 
 
+def unrepeatable(reason: str) -> None:
+    """Tell who records that this call is more than launches and operators on one stream, and must not be done again from a record."""
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None:
+        recorder.refuse(reason)
+
+
 def recording() -> bool:
     """Whether this thread's launches are being recorded."""
     return getattr(_local, "recorder", None) is not None

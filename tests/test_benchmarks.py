@@ -276,6 +276,16 @@ def test_copies_share_no_memory() -> None:
     assert timing.copies_for(1, "cpu") == timing.MOST_COPIES and timing.copies_for(2**40, "cpu") == 1
 
 
+def test_warm_inputs_are_the_same_in_every_call_and_filed_apart(tmp_path: Path) -> None:
+    cold = measured(tmp_path, "--op", "dropout_mask", "--provider", "peftfast")
+    warm = measured(tmp_path, "--op", "dropout_mask", "--provider", "peftfast", "--warm")
+    assert all(row["copies"] > 1 for row in cold["rows"]) and all(row["copies"] == 1 for row in warm["rows"])
+    folders = [record.file_report(report, tmp_path / "results")[0].parent.name for report in (cold, warm)]
+    assert folders[1] == f"{folders[0]}-warm"
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cuda", "--warm"])
+
+
 def test_growth_finds_the_slope(tmp_path: Path) -> None:
     base = {"op": "lora_shrink", "mode": "fwd", "provider": "peftfast", "dtype": "bfloat16", "dropout": 0.0}
     sizes = [{**base, "m": m, "n": 8, "k": 8, "rank": 4, "p50": 1e-6 * m**1.5} for m in (16, 64, 256)]

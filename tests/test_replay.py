@@ -265,6 +265,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "a tensor made of values": (lambda x: x + torch.tensor([1.0, 2.0, 3.0]), (torch.ones(3),)),
     "a value for the host": (lambda x: x * x.sum().item(), (torch.ones(3),)),
     "one tensor twice": (lambda x, y: x + y, (ELSEWHERE, ELSEWHERE)),
+    "work on another stream": (lambda x: launches.unrepeatable("a side stream") or x + 1, (torch.ones(3),)),
     "another call's addresses": (
         lambda x: launches.constant(ELSEWHERE, x.clone()) or x + ELSEWHERE,
         (torch.ones(3),),
@@ -380,7 +381,6 @@ with pretended_driver() as driver:
     own(x)
     hooked = len(used) - plainly
     triton.knobs.runtime.launch_enter_hook.remove(hook)
-    driver.get_current_device = lambda: 1
 print(json.dumps([found, recorded, plainly, hooked]))
 """
 

@@ -14,6 +14,7 @@ Host time of a LoRA layer, r = 4, under dropout, launches left out, us of one th
 ``python -m benchmarks.host``): forward 124 without replay, 27 with, PEFT's 33; with the backward 343, 93 and 75.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -196,7 +197,11 @@ class _Recorder(TorchDispatchMode):
             self.steps.append(_operator(kernel[grid], slots, named, None))
             return
         # A compiled kernel takes its constexprs too, in order, and skips them; the compiler's options are none of its arguments.
-        slots += [self.place(constants[name]) for name in kernel.arg_names[len(args) :]]
+        names = kernel.arg_names[len(args) :]
+        if any(name not in constants for name in names):
+            self.refuse("a kernel's argument left to its default")
+            return
+        slots += [self.place(constants[name]) for name in names]
         self.steps.append(_launch(compiled, (*grid, 1, 1)[:3], slots))
 
     def constant(self, tensor: Tensor, addressed: Sequence[Tensor]) -> None:
@@ -272,14 +277,14 @@ class _Device:
         import triton
 
         active = triton.runtime.driver.active
-        self._current, self._stream = active.get_current_device, active.get_current_stream
+        self.current, self._stream = active.get_current_device, active.get_current_stream
         self._hooks = triton.knobs.runtime
-        self.index = self._current()
+        self.index = self.current()
 
     def stream(self) -> Any:
-        """What a launch takes, or None where the recording is not to be used."""
+        """What a launch takes, or None where somebody waits for launches by Triton's hooks."""
         enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
-        if self._current() != self.index or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return None
         return self._stream(self.index)
 
@@ -303,6 +308,12 @@ class Recording:
         return 0 if self._device is None else self._device.stream()
 
     def __call__(self, flat: list[Any], stream: Any) -> Any:
+        if self._device is not None and self._device.current() != self._device.index:
+            with torch.cuda.device(self._device.index):
+                return self._again(flat, stream)
+        return self._again(flat, stream)
+
+    def _again(self, flat: list[Any], stream: Any) -> Any:
         values = flat + self._rest
         for step in self._steps:
             step(values, stream)
@@ -351,21 +362,24 @@ class Replayed:
 
     def _record(self, key: Any, args: Sequence[Any], flat: list[Any]) -> Any:
         recorder = _Recorder(args, flat)
-        with recorder, launches.recorded_by(recorder):
-            out = self._function(*args)
+        with _on_device_of(flat):
+            with recorder, launches.recorded_by(recorder):
+                out = self._function(*args)
+            device = _Device() if recorder.launches and not _interpreted() else None
         several = isinstance(out, tuple | list)
         result: Any = None
         if several:
             result = tuple(None if one is None else recorder.place(one) for one in out)
         elif out is not None:
             result = recorder.place(out)
-        compiled = recorder.launches and not _interpreted()
-        device = _Device() if compiled else None
-        tensors = [one for one in recorder.values if isinstance(one, Tensor)]
-        if device is not None and any(one.is_cuda and one.get_device() != device.index for one in tensors):
-            return out  # called from another current device: not the call to learn from
         self.recordings[key] = _NEVER if recorder.refusal else Recording(recorder, result, device)
         return out
+
+
+def _on_device_of(values: Sequence[Any]) -> Any:
+    """The context in which these values' device is the current one."""
+    device = next((one.device for one in values if isinstance(one, Tensor) and one.is_cuda), None)
+    return contextlib.nullcontext() if device is None else torch.cuda.device(device)
 
 
 def _interpreted() -> bool:
