@@ -23,7 +23,7 @@ def _check_same_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
     require(tensor.dtype == x.dtype, lambda: f"{name}: expected {x.dtype} as x is, got {tensor.dtype}")
 
 
-def _check_vector(name: str, vector: Tensor | None, w: Tensor) -> None:
+def check_vector(name: str, vector: Tensor | None, w: Tensor) -> None:
     if vector is None:
         return
     require(
@@ -51,8 +51,8 @@ def _check(
     _check_matrix("b", b, w.shape[0], s.shape[1], x)
     _check_same_dtype("w", w, x)
     _check_same_dtype("s", s, x)
-    _check_vector("bias", bias, w)
-    _check_vector("lora_bias", lora_bias, w)
+    check_vector("bias", bias, w)
+    check_vector("lora_bias", lora_bias, w)
     _check_dropout(seed, p, x)
     _check_dtype(dtype)
 
