@@ -23,14 +23,15 @@ def _check_same_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
     require(tensor.dtype == x.dtype, lambda: f"{name}: expected {x.dtype} as x is, got {tensor.dtype}")
 
 
-def check_vector(name: str, vector: Tensor | None, w: Tensor) -> None:
+def check_vector(name: str, vector: Tensor | None, size: int, x: Tensor) -> None:
+    """A bias ``[size]`` on x's device, or None."""
     if vector is None:
         return
     require(
-        vector.is_floating_point() and vector.dim() == 1 and vector.shape[0] == w.shape[0],
-        lambda: f"{name}: expected floating [{w.shape[0]}], got {vector.dtype} {tuple(vector.shape)}",
+        vector.is_floating_point() and vector.dim() == 1 and vector.shape[0] == size,
+        lambda: f"{name}: expected floating [{size}], got {vector.dtype} {tuple(vector.shape)}",
     )
-    require(vector.device == w.device, lambda: f"{name}: expected on {w.device}, got on {vector.device}")
+    require(vector.device == x.device, lambda: f"{name}: expected on {x.device}, got on {vector.device}")
 
 
 def _check(
@@ -51,8 +52,8 @@ def _check(
     _check_matrix("b", b, w.shape[0], s.shape[1], x)
     _check_same_dtype("w", w, x)
     _check_same_dtype("s", s, x)
-    check_vector("bias", bias, w)
-    check_vector("lora_bias", lora_bias, w)
+    check_vector("bias", bias, w.shape[0], x)
+    check_vector("lora_bias", lora_bias, w.shape[0], x)
     _check_dropout(seed, p, x)
     _check_dtype(dtype)
 
