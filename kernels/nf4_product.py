@@ -198,7 +198,7 @@ def _nf4_columns_kernel(
     N,
     K,
     row_bytes,
-    first,
+    first_byte,
     width,
     stride_row,
     BLOCK_BITS: tl.constexpr,
@@ -206,7 +206,7 @@ def _nf4_columns_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """out ``[N, width]`` = the columns of a weight ``[N, K]`` from ``first``, a multiple of SPAN, on."""
+    """out ``[N, width]`` = the columns of a weight ``[N, K]`` from ``2 first_byte``, a multiple of SPAN, on."""
     code = tl.load(code_ptr + tl.arange(0, 16))
     offset = 0.0
     if nested_absmax_ptr is not None:
@@ -214,7 +214,7 @@ def _nf4_columns_kernel(
     row, column = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS
     values = decode_tile(
         *(packed_ptr, absmax_ptr, code, nested_absmax_ptr, nested_code_ptr, offset),
-        *(row, first + column, N, K, row_bytes, BLOCK_BITS, SPAN, out_ptr.dtype.element_ty, False, ROWS, COLUMNS),
+        *(row, 2 * first_byte + column, N, K, row_bytes, BLOCK_BITS, SPAN, out_ptr.dtype.element_ty, False, ROWS, COLUMNS),
     )
     offs_row, offs_column = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     mask = (offs_row < N)[:, None] & (offs_column < width)[None, :]
@@ -350,7 +350,7 @@ def nf4_dequantize_columns(
         out.shape[0],
         shape[1],
         shape[1] // 2,
-        first,
+        first // 2,
         width,
         out.stride(0),
         BLOCK_BITS=block_size.bit_length() - 1,

@@ -138,13 +138,11 @@ def test_the_definition() -> None:
         assert torch.autograd.gradcheck(product, leaves)
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case) -> None:
     _check(_kernel(replace(SMALL, splits=case.splits)), case)
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], Case(16, 34, 96, dtype=FLOAT16)], ids=str)
 def test_what_it_multiplies_by_is_the_dequantised_weight(case: Case) -> None:
     """Bit for bit: rows of the identity give the weight's columns, or its rows; and so do columns decoded alone."""
@@ -163,7 +161,6 @@ def test_what_it_multiplies_by_is_the_dequantised_weight(case: Case) -> None:
     assert torch.equal(out, dense[:, first : first + width]) and wide[:, width:].isnan().all()
 
 
-@pytest.mark.interpreter
 def test_the_order_of_tiles_does_not_show() -> None:
     """The same bits from other numbers of programs and other groups; the partial sums are added in one order."""
     case = Case(70, 72, 96, transposed=True, p=0.3)
@@ -172,7 +169,6 @@ def test_the_order_of_tiles_does_not_show() -> None:
         assert torch.equal(whole, _kernel(config)(*_arguments(case)))
 
 
-@pytest.mark.interpreter
 def test_nothing_to_multiply() -> None:
     given = _arguments(Case(17, 16, 32, biases=True))
     assert _kernel(SMALL)(given[0][:0], *given[1:11], given[11][:0], *given[12:]).shape == (0, 16)
@@ -192,7 +188,6 @@ def _probe_kernel(packed_ptr, absmax_ptr, code_ptr, out_ptr, row, rows, columns,
     tl.store(out_ptr + tl.arange(0, 64)[None, :], tile)
 
 
-@pytest.mark.interpreter
 def test_beyond_two_to_the_31_elements() -> None:
     """A tile whose elements are counted past 2^31: rows of 2^17 columns, of which the bytes that are stored lie closer together here."""
     row, columns = 2**14 + 5, 2**17
@@ -227,7 +222,6 @@ def _without_the_last(x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str) -> None:
     case = Case(33, 48, 64, transposed=True, R=3, p=0.3, biases=True, out=FLOAT32)
@@ -238,7 +232,6 @@ def test_a_planted_fault_is_found(fault: str) -> None:
         _check(FAULTS[fault], case)
 
 
-@pytest.mark.interpreter
 def test_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("triton", "reference"):
         monkeypatch.setenv("PEFTFAST_BACKEND", backend)
@@ -318,6 +311,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     forget()
 
 
+@pytest.mark.interpreter
 def test_the_table_alone_decides(
     table: Callable[[dict[str, dict]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,7 +380,7 @@ def test_configurations() -> None:
         for M in (17, 64, 65, 128, 1536, 5000):
             for transposed in (False, True):
                 assert configs.candidates(M, 16, transposed, device)
-                config = configs.fused(M, 4096, 4096, 16, transposed, device)
+                config = configs.fused(M, 4096, 4096, 16, transposed, 4096, device)
                 tiles = -(-M // config.block_m) * -(-4096 // config.block_n)
                 assert config.programs % 100 == 0 and 1 <= config.splits <= 8
                 assert config.splits == 1 or tiles * config.splits <= config.programs
@@ -442,7 +436,6 @@ def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ("da", "db") if name in ours)
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize(("adapter", "x_dtype", "p"), [(True, FLOAT32, 0.25), (True, BFLOAT16, 0.0), (False, FLOAT32, 0.0)])
 def test_a_layer_takes_the_fused_way(
     adapter: bool, x_dtype: torch.dtype, p: float, small_parts: None, monkeypatch: pytest.MonkeyPatch
@@ -457,10 +450,13 @@ def test_a_layer_takes_the_fused_way(
     _same(ours, _layer("dequantize", DEVICE, x_dtype, adapter, p))
 
 
+@pytest.mark.parametrize("route", ["slabs", *(["overlapped"] if DEVICE.type == "cuda" else [])])
 @pytest.mark.parametrize(("adapter", "x_dtype", "p"), [(True, FLOAT32, 0.25), (True, BFLOAT16, 0.0), (False, FLOAT32, 0.0)])
-def test_a_layer_takes_the_weight_in_slabs(adapter: bool, x_dtype: torch.dtype, p: float, small_parts: None) -> None:
+def test_a_layer_takes_the_weight_in_parts(
+    adapter: bool, x_dtype: torch.dtype, p: float, route: str, small_parts: None
+) -> None:
     with Calls() as calls:
-        ours = _layer("slabs", DEVICE, x_dtype, adapter, p)
+        ours = _layer(route, DEVICE, x_dtype, adapter, p)
     # Twice the three parts of the forward, and the four of dX.
     assert (calls.compute["nf4_dequantize_out"], calls.compute["nf4_dequantize_columns_out"]) == (6, 4), calls.compute
     assert calls.compute["mm"] + calls.compute["addmm"] == 10 and "nf4_product" not in calls.compute
@@ -502,7 +498,6 @@ def test_no_buffer_is_larger_than_a_part(small_parts: None, monkeypatch: pytest.
     assert sorted(asked)[-2:] == [16 * 80, 20 * 64] and dx.shape == (20, 64)
 
 
-@pytest.mark.interpreter
 def test_shared_and_merged_keep_their_ways(small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense weight that is kept for dX, or takes the adapter in, is still what those switches ask for."""
     monkeypatch.setenv("PEFTFAST_BACKEND", "triton")

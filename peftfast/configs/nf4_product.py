@@ -48,9 +48,10 @@ VARIABLE = "PEFTFAST_NF4_PRODUCT"
 ROUTES = ("dequantize", "slabs", "overlapped", "fused")
 KEPT_FROM = 1.03  # times as fast as what is taken without a table: beyond what two measurements of one thing differ by
 DTYPES = ("bfloat16", "float16")
-ROW_BUCKETS = (32, 64, 128, 256, 512, 1024, 1536, 2048, 4096)
+ROW_BUCKETS = (17, 32, 64, 128, 256, 512, 1024, 1536, 2048, 4096)
 FEWEST_ROWS = 17  # fewer are the few-row kernels'
 PARTS = (2, 4, 8)
+WHOLE_BYTES = 32  # columns of 16 bytes
 MOST_RANK = 128  # of the adapter's part, which is measured at 16
 
 
@@ -147,8 +148,12 @@ def kept(
     return measured(device, "nf4_product", key, ProductConfig)
 
 
-def fused(M: int, N: int, K: int, R: int, transposed: bool, device: Device) -> ProductConfig:
-    """The launch of a call that no table speaks of: the first candidate. N and K are the product's: of ``[M, K] [K, N]``."""
+def fused(M: int, N: int, K: int, R: int, transposed: bool, columns: int, device: Device) -> ProductConfig:
+    """The launch of a call that no table speaks of: the first candidate. N and K are the product's, of ``[M, K] [K, N]``, ``columns``
+    the weight's: where 32 does not divide them, bytes are read one by one and each has a maximum of its own, for which larger tiles
+    have no registers."""
+    if columns % WHOLE_BYTES:
+        return on(ProductConfig("fused", 1, 64, 32, 32, 16, 4, 2, programs=2), M, N, K, device)
     return on(candidates(M, R, transposed, device)[0], M, N, K, device)
 
 

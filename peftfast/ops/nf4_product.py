@@ -89,7 +89,7 @@ def _triton(
     sizes = (x.shape[0], k, n) if transposed else (x.shape[0], n, k)
     config = configs.kept(x.shape[0], n, k, *own)
     if config is None or config.route != "fused":
-        config = configs.fused(*sizes, R, transposed, device)
+        config = configs.fused(*sizes, R, transposed, k, device)
     else:
         config = configs.on(config, *sizes, device)
     nested = (nested_absmax, nested_code, nested_offset)
