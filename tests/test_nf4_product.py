@@ -424,7 +424,7 @@ def _layer(
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer of 48 x 64 in three or four parts; what the environment asks for is restored after the test."""
-    monkeypatch.setattr(routes, "_PART_MULTIPLE", 16)
+    monkeypatch.setattr(routes, "PART_MULTIPLE", 16)
     monkeypatch.setenv(configs.VARIABLE, "measured")
 
 

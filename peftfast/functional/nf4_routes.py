@@ -13,7 +13,7 @@ from ..configs import nf4_product as configs
 from ..ops import nf4_product as fused
 from . import overlap
 
-_PART_MULTIPLE = 64  # rows or columns of a part: tiles of the library's products are whole
+PART_MULTIPLE = 64  # rows or columns of a part: tiles of the library's products are whole
 
 
 def chosen(
@@ -38,7 +38,7 @@ def by_parts(
     absmax, code, block_size, shape, *nested = quantisation
     n, k = shape
     stored = (packed, absmax, code, block_size, shape, *nested)
-    parts = configs.parted(k if transposed else n, config.parts, _PART_MULTIPLE)
+    parts = configs.parted(k if transposed else n, config.parts, PART_MULTIPLE)
     y = torch.empty((x.shape[0], k if transposed else n), dtype=x.dtype, device=x.device)
     longest = parts[0][1] - parts[0][0] if parts else 0
     size = longest * (n if transposed else k)
