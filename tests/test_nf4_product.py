@@ -374,6 +374,27 @@ def test_the_environment_asks(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.chosen(*asked)
 
 
+@pytest.mark.interpreter
+def test_a_report_names_the_way(
+    table: Callable[[dict[str, dict]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.zeros(1, dtype=torch.uint8, device=DEVICE)
+    given = (weight, (4096, 4096), 64, True, 16, True, BFLOAT16)
+    assert ops.ways(*given) == ""
+    monkeypatch.setenv(configs.VARIABLE, "slabs")
+    assert ops.ways(*given) == "forward slabs, dX slabs"
+    monkeypatch.delenv(configs.VARIABLE)
+    sizes = (4096, 4096, 16, "bfloat16", 64, True)
+    keys = [configs.case(rows, *sizes, False, False).key for rows in (32, 64)]
+    keys.append(configs.case(2048, *sizes, True, True).key)
+    table({key: {"route": route} for key, route in zip(keys, ("fused", "fused", "overlapped"), strict=True)})
+    monkeypatch.setattr(ops, "device_of", lambda _: H200)
+    with pretended_gpu.installed():
+        on_gpu = torch.zeros(1, dtype=torch.uint8, device="cuda")
+        found = ops.ways(on_gpu, *given[1:])
+    assert found == "forward fused at 32, 64 rows, dX overlapped at 2048 rows"
+
+
 def test_configurations() -> None:
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
         device = Device("", capability, 100)

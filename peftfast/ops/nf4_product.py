@@ -243,6 +243,22 @@ def chosen(
     return (found, "") if ok else (USUAL, reason)
 
 
+def ways(
+    like: Tensor, shape: Sequence[int], block_size: int, nested: bool, R: int, masked: bool, dtype: torch.dtype
+) -> str:
+    """For a report: the ways other than the usual one that a layer on ``like``'s device takes, and for how many rows; or nothing."""
+    found: dict[str, list[int]] = {}
+    for rows in configs.ROW_BUCKETS:
+        for name, transposed in (("forward", False), ("dX", True)):
+            given = (shape, block_size, nested, R, transposed, masked and transposed, dtype)
+            route = chosen(like, rows, *given)[0].route
+            if route != USUAL.route:
+                found.setdefault(f"{name} {route}", []).append(rows)
+    texts = (f"{name} at {', '.join(map(str, rows))} rows" for name, rows in found.items())
+    everywhere = (name for name, rows in found.items() if len(rows) == len(configs.ROW_BUCKETS))
+    return ", ".join(everywhere if all(len(rows) == len(configs.ROW_BUCKETS) for rows in found.values()) else texts)
+
+
 def _takes(route: str, x: Tensor, k: int, dtype: torch.dtype) -> Verdict:
     if route == "overlapped" and not x.is_cuda:
         return False, f"overlapping is for the streams of a GPU, x is on {x.device.type}"
