@@ -3,10 +3,10 @@
 Stages, in this order, each also alone by ``--stages``: build (csrc for the GPU at hand), doctor, tests (the files that use a GPU),
 sanitizer (compute-sanitizer over one small call of every operator), verify, bench, end-to-end, plots, product and nf4-product (the
 product kernels' candidates and the other ways beside the library: ``python -m benchmarks.product --from DIR/product.json --write``, and
-the same of nf4_product.json, make tables of them), dram (bytes by ncu) and suite (the other tests). A stage that fails or runs out of its time does not stop the others; the summary
-says which. DIR holds at most eight files: summary.json and summary.txt, the results that ``python -m benchmarks.record DIR`` files,
-and two archives, logs.tar.gz and plots.tar.gz. CONTRIBUTING.md says how the stages are shared out where a machine can be had for
-minutes only.
+the same of nf4_product.json, make tables of them), dram (bytes by ncu) and suite (the other tests). A stage that fails or runs out of
+its time does not stop the others; the summary says which. DIR holds at most eight files: summary.json and summary.txt, the results
+that ``python -m benchmarks.record DIR`` files, and two archives, logs.tar.gz and plots.tar.gz. CONTRIBUTING.md says how the stages
+are shared out where a machine can be had for minutes only.
 """
 
 import argparse
@@ -193,7 +193,9 @@ def _nf4_product(context: Context) -> list[list[str]]:
     sizes = ["4096"] if context.quick else ["4096", "llama3-8b:gate+up", "llama3-8b:k+v"]
     tokens = ["--tokens", "64", "1024"] if context.quick else []
     rate = ["--dropout", "0.1", "--seconds", "0.03", "--limit", f"{max(1.0, context.seconds - 15):.0f}"]
-    command = context.python("-m", "benchmarks.product", "--table", "nf4_product", *_device(context), "--shapes", *sizes)
+    command = context.python(
+        "-m", "benchmarks.product", "--table", "nf4_product", *_device(context), "--shapes", *sizes
+    )
     return [[*command, *tokens, *rate, "--out", str(context.work / "nf4_product.json")]]
 
 

@@ -1,11 +1,11 @@
 """The nf4 family's products of many rows: a layer's forward with its adapter, and its dX, dS given, by every way that there is.
 
-``frozen`` is the library's product with a dense weight that was there before: what the frozen 16-bit layer costs. ``peftfast:dequantize``
-decodes the weight whole, multiplies by the library and adds the adapter by a pass; ``peftfast:few rows`` is the operator of a few rows,
-where it serves; with them nothing is taken but where a table says so. ``peftfast:slabs 2`` to ``8`` decode and multiply in so many
-parts, ``peftfast:overlapped 2`` to ``8`` decode the next beside the product of one, ``peftfast:fused 1`` to ``3`` are the candidates of
-``peftfast.configs.nf4_product``, which also says what to expect of each. ``peftfast`` is what a layer takes on this device by itself.
-``benchmarks.product`` makes a table of what these rows show.
+``frozen`` is the library's product with a dense weight that was there before: what the frozen 16-bit layer costs.
+``peftfast:dequantize`` decodes the weight whole, multiplies by the library and adds the adapter by a pass; ``peftfast:few rows`` is
+the operator of a few rows, where it serves; with them nothing is taken but where a table says so. ``peftfast:slabs 2`` to ``8``
+decode and multiply in so many parts, ``peftfast:overlapped 2`` to ``8`` decode the next beside the product of one, ``peftfast:fused
+1`` to ``3`` are the candidates of ``peftfast.configs.nf4_product``, which also says what to expect of each. ``peftfast`` is what a
+layer takes on this device by itself. ``benchmarks.product`` makes a table of what these rows show.
 """
 
 from collections.abc import Callable
@@ -79,9 +79,7 @@ class _Call:
         masked, rank = self.seed is not None, self.case.rank
         config = routes.chosen(self.x, self.x.shape[0], self.quantisation, rank, self.dx, masked, self.x.dtype)
         if config.route == "fused":
-            return ops.nf4_product.nf4_product(
-                self.x, self.packed, *self.quantisation, self.dx, None, *self.adapter()
-            )
+            return ops.nf4_product.nf4_product(self.x, self.packed, *self.quantisation, self.dx, None, *self.adapter())
         if config.route != "dequantize":
             return self.by_parts(config)
         if not self.dx and takes_few_rows(self.x, self.quantisation[2], self.x.dtype):
@@ -110,8 +108,7 @@ def _sizes(case: Case, dx: bool) -> tuple[int, int]:
 def candidates(case: Case, device: Any, dx: bool) -> dict[str, configs.ProductConfig]:
     """Provider -> what it is in a table: all that could take the usual way's place."""
     found = {
-        f"peftfast:fused {i}": config
-        for i, config in enumerate(configs.candidates(case.m, case.rank, dx, device), 1)
+        f"peftfast:fused {i}": config for i, config in enumerate(configs.candidates(case.m, case.rank, dx, device), 1)
     }
     for route in ("slabs", "overlapped"):
         found |= {f"peftfast:{route} {parts}": configs.ProductConfig(route, parts) for parts in configs.PARTS}
@@ -150,7 +147,11 @@ def _register(name: str, summary: str, dx: bool) -> None:
             if case.device == "cpu":
                 return "for the caches and streams of a GPU"
             columns = _sizes(case, dx)[0]
-            return "" if len(configs.parted(columns, count, routes.PART_MULTIPLE)) == count else "too few columns for so many parts"
+            return (
+                ""
+                if len(configs.parted(columns, count, routes.PART_MULTIPLE)) == count
+                else "too few columns for so many parts"
+            )
 
         return refusal
 

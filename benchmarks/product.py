@@ -283,7 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if args.write else status
     found = list(verdicts(report, Standards(args.share, args.gain)))
     print(
-        f"\n{text(found)}" if found else "\nno case has rows of a candidate, of the bare product and of what is taken without a table"
+        f"\n{text(found)}"
+        if found
+        else "\nno case has rows of a candidate, of the bare product and of what is taken without a table"
     )
     path = args.configs / f"{_device(report).slug}.json"
     if args.write:

@@ -1,21 +1,23 @@
-"""A product with a 4-bit weight for many rows, decoded on its way into the tensor cores, the adapter inside (the definition is
-peftfast.reference.nf4.nf4_product).
+"""A product with a 4-bit weight for many rows, decoded on its way into the tensor cores, the adapter inside (the definition
+is peftfast.reference.nf4.nf4_product).
 
     forward      out = x W̃ᵀ + bias + scaling (s bᵀ + lora_bias)          W̃ lies by rows, its columns are summed over
     transposed   out = x W̃ + dropout(s bᵀ)                              its rows are summed over: dX of the layer
 
-The packed bytes are read once for each row of tiles and no dense weight is written. A step's tile is decoded in registers, rounded to
-the compute dtype as the dequantiser rounds it, bit for bit, and goes through shared memory into the matrix instruction. Tiles begin with
-the adapter's part and programs are persistent, as in kernels/lora_product.py, whose functions these are. Where the tiles are fewer than
-the programs that a GPU holds, the sum is cut: partial sums in a workspace, added in a fixed order by one launch more.
+The packed bytes are read once for each row of tiles and no dense weight is written. A step's tile is decoded in registers, rounded
+to the compute dtype as the dequantiser rounds it, bit for bit, and goes through shared memory into the matrix instruction. Tiles
+begin with the adapter's part and programs are persistent, as in kernels/lora_product.py, whose functions these are. Where the tiles are
+fewer than the programs that a GPU holds, the sum is cut: partial sums in a workspace, added in a fixed order by one launch more.
 
 The nested scale is undone here, a maximum at a time: that moves 0.016 bytes an element, where maxima unnested beforehand would be
 written and read as 0.063 each and take a launch of their own, and a maximum serves 64 elements, so that its three loads are few.
 
-A value comes from a table of 16 in the lanes of a warp (tl.gather), one shuffle each; a shuffle and a store of the tile are what
-decoding costs on an SM, 32 and 64 elements a cycle, against 2048 / BLOCK_M elements a cycle that its tensor cores take of a tile: from
-128 rows a tile on the product, and not decoding, is what takes time, where two programs share a multiprocessor and one decodes while
-the other multiplies. Within a program the compiler waits for a wgmma before it overwrites the tile that was decoded.
+A value comes from a table of 16 float32 in shared memory (tl.gather), each in a bank of its own, so that no two lookups collide. A
+lookup and a store of the tile cost what a multiprocessor's shared memory gives, 32 and 64 elements a cycle; its tensor cores take
+2048 / BLOCK_M of a tile a cycle (sm_90, bfloat16): from about 100 rows a tile on the product, and not decoding, is what takes time,
+where two programs share a multiprocessor and one decodes while the other multiplies. For within a program nothing overlaps: the
+compiler (triton 3.7.1) leaves wgmma in flight only on operands that copies have brought to shared memory, and waits for one whose
+operand a thread has written there.
 """
 
 import torch
@@ -53,8 +55,8 @@ def decode_tile(
     """The weight's ``[ROWS, COLUMNS]`` from row ``row`` and column ``column`` on, in DTYPE; zeros outside ``[rows, columns]``.
 
     Each SPAN neighbours from a multiple of SPAN on have one maximum: SPAN divides columns and the block size, 2 ** BLOCK_BITS; so
-    columns is even and rows, ``row_bytes`` long, begin with a byte. WHOLE: no tile reaches past the weight. The nested scale is a product and a sum that
-    are rounded apart: the kernel must be compiled with enable_fp_fusion=False.
+    columns is even and rows, ``row_bytes`` long, begin with a byte. WHOLE: no tile reaches past the weight. The nested scale is a
+    product and a sum that are rounded apart: the kernel must be compiled with enable_fp_fusion=False.
     """
     HALF: tl.constexpr = COLUMNS // 2
     SPANS: tl.constexpr = COLUMNS // SPAN
@@ -173,13 +175,37 @@ def _nf4_product_kernel(
             if TRANSPOSED:
                 w_tile = decode_tile(
                     *(packed_ptr, absmax_ptr, code, nested_absmax_ptr, nested_code_ptr, offset),
-                    *(step * BLOCK_K, pid_n * BLOCK_N, K, N, row_bytes, BLOCK_BITS, SPAN, COMPUTE, WHOLE, BLOCK_K, BLOCK_N),
+                    *(
+                        step * BLOCK_K,
+                        pid_n * BLOCK_N,
+                        K,
+                        N,
+                        row_bytes,
+                        BLOCK_BITS,
+                        SPAN,
+                        COMPUTE,
+                        WHOLE,
+                        BLOCK_K,
+                        BLOCK_N,
+                    ),
                 )
                 accumulator = multiply_add(x_tile, w_tile, accumulator)
             else:
                 w_tile = decode_tile(
                     *(packed_ptr, absmax_ptr, code, nested_absmax_ptr, nested_code_ptr, offset),
-                    *(pid_n * BLOCK_N, step * BLOCK_K, N, K, row_bytes, BLOCK_BITS, SPAN, COMPUTE, WHOLE, BLOCK_N, BLOCK_K),
+                    *(
+                        pid_n * BLOCK_N,
+                        step * BLOCK_K,
+                        N,
+                        K,
+                        row_bytes,
+                        BLOCK_BITS,
+                        SPAN,
+                        COMPUTE,
+                        WHOLE,
+                        BLOCK_N,
+                        BLOCK_K,
+                    ),
                 )
                 accumulator = multiply_add(x_tile, tl.trans(w_tile), accumulator)
         target = out_ptr + split.to(tl.int64) * M * N
@@ -214,7 +240,19 @@ def _nf4_columns_kernel(
     row, column = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS
     values = decode_tile(
         *(packed_ptr, absmax_ptr, code, nested_absmax_ptr, nested_code_ptr, offset),
-        *(row, 2 * first_byte + column, N, K, row_bytes, BLOCK_BITS, SPAN, out_ptr.dtype.element_ty, False, ROWS, COLUMNS),
+        *(
+            row,
+            2 * first_byte + column,
+            N,
+            K,
+            row_bytes,
+            BLOCK_BITS,
+            SPAN,
+            out_ptr.dtype.element_ty,
+            False,
+            ROWS,
+            COLUMNS,
+        ),
     )
     offs_row, offs_column = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     mask = (offs_row < N)[:, None] & (offs_column < width)[None, :]

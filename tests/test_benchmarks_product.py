@@ -61,7 +61,9 @@ def test_what_is_kept_and_why_not() -> None:
     assert odd.key is None and "2048, 4096" in odd.reason and not pointers.kept and "copy engine" in pointers.reason
     assert beaten.reason == "the product and a pass are as fast"
     assert "95.2 %" in product.text([kept, below]) and "no: below" in product.text([kept, below])
-    assert next(iter(product.verdicts(report(rows("lora_product_dx", 8192, 8, 8, SLOW, 0.1)), product.Standards(0.95)))).kept
+    assert next(
+        iter(product.verdicts(report(rows("lora_product_dx", 8192, 8, 8, SLOW, 0.1)), product.Standards(0.95)))
+    ).kept
 
 
 WAYS = {
@@ -77,7 +79,12 @@ WAYS = {
 
 def test_ways_of_a_4_bit_product(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = {**WAYS, "peftfast:few rows": 15e-6}
-    large = {"frozen": 100e-6, "peftfast:dequantize": 110e-6, "peftfast:overlapped 4": 103e-6, "peftfast:fused 1": 150e-6}
+    large = {
+        "frozen": 100e-6,
+        "peftfast:dequantize": 110e-6,
+        "peftfast:overlapped 4": 103e-6,
+        "peftfast:fused 1": 150e-6,
+    }
     fused, beaten, beside, alike, other = product.verdicts(
         report(
             rows("nf4_product", 256, 14336, 4096, WAYS),
@@ -114,7 +121,9 @@ def test_the_rows_of_the_4_bit_product_by_hand() -> None:
     assert OPS["nf4_product_dx"].cost(case, "whole") == Cost(512 + 1024 + 64 + 1024 + packed, 2 * 8 * 64 * 36)
     forward = dataclasses.replace(case, op="nf4_product", dropout=0.0)
     # And S = x Aᵀ here: B 4*32*4 beside A, 2*8*4*64 operations more.
-    assert OPS["nf4_product"].cost(forward, "whole") == Cost(512 + 1024 + 1536 + packed, 2 * 8 * 32 * 68 + 2 * 8 * 4 * 64)
+    assert OPS["nf4_product"].cost(forward, "whole") == Cost(
+        512 + 1024 + 1536 + packed, 2 * 8 * 32 * 68 + 2 * 8 * 4 * 64
+    )
     assert OPS["nf4_product"].cost(forward, "frozen") == Cost(512 + 1024 + packed, 2 * 8 * 32 * 64)
     for name in ("nf4_product", "nf4_product_dx"):
         inputs = OPS[name].inputs(case, torch.Generator().manual_seed(0))

@@ -102,7 +102,9 @@ def _arguments(case: Case) -> tuple[Any, ...]:
 
 def _exact(arguments: tuple[Any, ...]) -> Tensor:
     """In float64, of the weight as the dequantiser gives it: its rounding is the operator's."""
-    x, packed, absmax, code, block_size, shape, *nested, transposed, bias, s, b, lora_bias, seed, p, scaling, _ = arguments
+    x, packed, absmax, code, block_size, shape, *nested, transposed, bias, s, b, lora_bias, seed, p, scaling, _ = (
+        arguments
+    )
     dense = definition.nf4_dequantize(packed, absmax, code, block_size, tuple(shape), x.dtype, *nested).double()
     dense = dense.T if transposed else dense
     s, b = (x.new_zeros(x.shape[0], 0), x.new_zeros(dense.shape[0], 0)) if s is None else (s, b)
@@ -189,7 +191,7 @@ def _probe_kernel(packed_ptr, absmax_ptr, code_ptr, out_ptr, row, rows, columns,
 
 
 def test_beyond_two_to_the_31_elements() -> None:
-    """A tile whose elements are counted past 2^31: rows of 2^17 columns, of which the bytes that are stored lie closer together here."""
+    """A tile whose elements are counted past 2^31: rows of 2^17 columns, whose bytes lie closer together here."""
     row, columns = 2**14 + 5, 2**17
     packed, absmax = torch.zeros(2 * row + 64, dtype=torch.uint8, device=DEVICE), torch.zeros(2**20, device=DEVICE)
     packed[2 * row : 2 * row + 32] = (torch.arange(32, device=DEVICE) * 7).to(torch.uint8)
@@ -312,9 +314,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 
 @pytest.mark.interpreter
-def test_the_table_alone_decides(
-    table: Callable[[dict[str, dict]], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_alone_decides(table: Callable[[dict[str, dict]], None], monkeypatch: pytest.MonkeyPatch) -> None:
     key = configs.case(200, 4096, 14336, 13, "bfloat16", 64, True, False, False).key
     assert key == "bfloat16 forward n4096 k14336 b64 nested m256 r16 plain"
     call = (200, 4096, 14336, 13, "bfloat16", 64, True, False, False, H200)
@@ -370,14 +370,14 @@ def test_the_environment_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "under torch.compile" in ops.chosen(*asked)[1]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
     monkeypatch.setenv(configs.VARIABLE, "sometimes")
-    with pytest.raises(ValueError, match="PEFTFAST_NF4_PRODUCT: expected one of measured, dequantize, slabs, overlapped"):
+    with pytest.raises(
+        ValueError, match="PEFTFAST_NF4_PRODUCT: expected one of measured, dequantize, slabs, overlapped"
+    ):
         ops.chosen(*asked)
 
 
 @pytest.mark.interpreter
-def test_a_report_names_the_way(
-    table: Callable[[dict[str, dict]], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_names_the_way(table: Callable[[dict[str, dict]], None], monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(1, dtype=torch.uint8, device=DEVICE)
     given = (weight, (4096, 4096), 64, True, 16, True, BFLOAT16)
     assert ops.ways(*given) == ""
@@ -405,11 +405,23 @@ def test_configurations() -> None:
                 tiles = -(-M // config.block_m) * -(-4096 // config.block_n)
                 assert config.programs % 100 == 0 and 1 <= config.splits <= 8
                 assert config.splits == 1 or tiles * config.splits <= config.programs
-    assert configs.splits_of(64, 4096, 4096, 64, 64, 64, 396) == 4  # 64 tiles; more would move more than the weight does
-    assert configs.splits_of(17, 1024, 4096, 64, 64, 64, 396) == 8 and configs.splits_of(256, 4096, 4096, 128, 64, 64, 264) == 1
+    assert (
+        configs.splits_of(64, 4096, 4096, 64, 64, 64, 396) == 4
+    )  # 64 tiles; more would move more than the weight does
+    assert (
+        configs.splits_of(17, 1024, 4096, 64, 64, 64, 396) == 8
+        and configs.splits_of(256, 4096, 4096, 128, 64, 64, 264) == 1
+    )
     assert configs.parted(150, 2, 64) == [(0, 128), (128, 150)] and configs.parted(64, 8, 64) == [(0, 64)]
-    assert configs.parted(4096, 4, 64) == [(i * 1024, (i + 1) * 1024) for i in range(4)] and not configs.parted(0, 2, 64)
-    wrong = (({"block_m": 48}, "power of two"), ({"route": "cut"}, "route"), ({"programs": 0}, "programs"), ({"parts": 0}, "parts"))
+    assert configs.parted(4096, 4, 64) == [(i * 1024, (i + 1) * 1024) for i in range(4)] and not configs.parted(
+        0, 2, 64
+    )
+    wrong = (
+        ({"block_m": 48}, "power of two"),
+        ({"route": "cut"}, "route"),
+        ({"programs": 0}, "programs"),
+        ({"parts": 0}, "parts"),
+    )
     for given, match in wrong:
         with pytest.raises(ValueError, match=match):
             configs.ProductConfig(**given)
@@ -457,7 +469,9 @@ def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ("da", "db") if name in ours)
 
 
-@pytest.mark.parametrize(("adapter", "x_dtype", "p"), [(True, FLOAT32, 0.25), (True, BFLOAT16, 0.0), (False, FLOAT32, 0.0)])
+@pytest.mark.parametrize(
+    ("adapter", "x_dtype", "p"), [(True, FLOAT32, 0.25), (True, BFLOAT16, 0.0), (False, FLOAT32, 0.0)]
+)
 def test_a_layer_takes_the_fused_way(
     adapter: bool, x_dtype: torch.dtype, p: float, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,7 +486,9 @@ def test_a_layer_takes_the_fused_way(
 
 
 @pytest.mark.parametrize("route", ["slabs", *(["overlapped"] if DEVICE.type == "cuda" else [])])
-@pytest.mark.parametrize(("adapter", "x_dtype", "p"), [(True, FLOAT32, 0.25), (True, BFLOAT16, 0.0), (False, FLOAT32, 0.0)])
+@pytest.mark.parametrize(
+    ("adapter", "x_dtype", "p"), [(True, FLOAT32, 0.25), (True, BFLOAT16, 0.0), (False, FLOAT32, 0.0)]
+)
 def test_a_layer_takes_the_weight_in_parts(
     adapter: bool, x_dtype: torch.dtype, p: float, route: str, small_parts: None
 ) -> None:

@@ -69,6 +69,17 @@ def test_the_tests_of_streams_and_bits(gpu: None, monkeypatch: pytest.MonkeyPatc
     test_gpu.test_run_to_run_bits()
 
 
+def test_the_tests_of_a_4_bit_products_ways(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that has captured nothing leaves the zeros of before its replay, which the test must find."""
+    whole = test_gpu.layer_inputs
+    monkeypatch.setattr(test_gpu, "layer_inputs", lambda *sizes: whole(*(min(size, 32) for size in sizes)))
+    monkeypatch.setattr(test_gpu, "range", lambda count: [0], raising=False)
+    monkeypatch.setattr(nf4_routes, "PART_MULTIPLE", 16)
+    test_gpu.test_every_way_of_a_4_bit_product_keeps_the_budget((33, 32, 64, 3), "overlapped", monkeypatch)
+    with pytest.raises(AssertionError, match="same"):
+        test_gpu.test_every_way_of_a_4_bit_product_in_a_graph_and_on_two_streams("overlapped", monkeypatch)
+
+
 def test_the_test_that_a_training_step_never_waits(gpu: None) -> None:
     test_gpu_sparse_delta.test_a_training_step_never_waits_for_the_device()
 

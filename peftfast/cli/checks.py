@@ -176,7 +176,16 @@ def _many_rows_cases(random: torch.Generator, device: str) -> dict[str, list[Cas
 
     packed, absmax = nf4.nf4_quantize(normal(n, k) / k**0.5, NF4_BLOCK_SIZE, nf4.code_table("nf4", cpu))
     index, nested_absmax, offset = nf4.nest_absmax(absmax)
-    weight = (packed, index, nf4.code_table("nf4", cpu), NF4_BLOCK_SIZE, (n, k), nested_absmax, nf4.nested_code_table(cpu), offset)
+    weight = (
+        packed,
+        index,
+        nf4.code_table("nf4", cpu),
+        NF4_BLOCK_SIZE,
+        (n, k),
+        nested_absmax,
+        nf4.nested_code_table(cpu),
+        offset,
+    )
     cases = []
     for name, transposed, compute in (("forward", False, torch.bfloat16), ("dx", True, torch.float16)):
         columns, depth = (k, n) if transposed else (n, k)
@@ -186,13 +195,15 @@ def _many_rows_cases(random: torch.Generator, device: str) -> dict[str, list[Cas
         cases.append(_budgeted(f"{name}, {_short(compute)}", _many_rows, arguments, device))
     dense = nf4.nf4_dequantize(*weight[:5], torch.bfloat16, *weight[5:])
     apart = torch.full((n, 31), math.nan, dtype=torch.bfloat16)[:, :26]
-    columns = _exact("columns apart", (*weight, apart, 38), dense[:, 38:64], written=8)
-    return {"nf4_product": cases, "nf4_dequantize_columns_out": [columns]}
+    alone = _exact("columns apart", (*weight, apart, 38), dense[:, 38:64], written=8)
+    return {"nf4_product": cases, "nf4_dequantize_columns_out": [alone]}
 
 
 def _many_rows(*given: Any) -> Tensor:
     """The definition of nf4_product; in float64 with the weight of the 16-bit dtype, whose rounding is the operator's."""
-    x, packed, absmax, code, block_size, shape, *nested, transposed, bias, s, b, lora_bias, seed, p, scaling, dtype = given
+    x, packed, absmax, code, block_size, shape, *nested, transposed, bias, s, b, lora_bias, seed, p, scaling, dtype = (
+        given
+    )
     if x.dtype != torch.float64:
         return nf4.nf4_product(*given)
     absmax = nf4.unnest_absmax(absmax, *(t.float() for t in nested))

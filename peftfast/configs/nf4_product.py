@@ -7,32 +7,34 @@ slabs         decoded and multiplied in parts, one after the other, each small e
 overlapped    the same, but a side stream decodes the next part into a second buffer meanwhile (peftfast.functional.overlap)
 fused         kernels/nf4_product.py: decoded on the way into the tensor cores, no dense weight
 
-``python -m benchmarks.product`` measures them all in one run, each GPU's ``<slug>.json`` beside this file has what was the fastest under
-``nf4_product``. No table is here yet: no GPU has timed any of this, so that nothing leaves the first way unless it is asked for.
+``python -m benchmarks.product --table nf4_product`` measures them all in one run, and each GPU's ``<slug>.json`` beside this file has
+what was the fastest under ``nf4_product``. No table is here yet: no GPU has timed any of this, so that nothing leaves the first way
+unless it is asked for.
 
 What to expect by bytes and operations, at an H200's rates as others give them (4.3 TB/s, 790 TFLOP/s in bfloat16, 132 multiprocessors
-at 1.7 GHz; not measured here), in us, forward, 4096 x 4096 (8.7 MB packed, 33.6 MB dense) | 14336 x 4096 (3.5 times as much):
+at 1.7 GHz; not measured here), in us, forward, for 4096 x 4096 | 14336 x 4096:
 
-    decode whole     42.2 MB moved: 9.8 | 34.4, and 2 to 4 us of a launch and of waiting for the slowest program
-    product alone    2 M N K / 790 T: M = 64: 2.7 | 9.5; 256: 11 | 38; 1024: 43 | 152; 4096: 174 | 609; at least the dense weight read
-                     once more, 7.8 | 27 from memory, less from L2
-    fused            the larger of the packed bytes read once, 2.0 | 7.0, decoding, 3.2 | 11 for each row of tiles (23 elements a cycle
-                     on a multiprocessor), and the product at what a loop reaches that decodes in step with it, here taken as 65 %
-                     of the library's rate
+    dequantize    0.516 N K bytes read and 2 N K written, 9.8 | 34.4, then the larger of 2 M N K operations and of the dense weight, x
+                  and y, and 3 for launches
+    fused         the largest of the packed bytes, 2.0 | 7.0; decoding, 3.2 | 11.4 for each row of tiles (64, 128 or 256 rows; 23
+                  elements a cycle on a multiprocessor); and the operations at 65 % of the library's rate, since what a loop reaches
+                  that decodes in step with them is not known; and 2 for a second launch
+    overlapped    the first part's decoding and the whole product, and a launch and an event for each part, in as many parts as leave
+                  each 132 tiles of 128 x 256, which is what fills the GPU
 
-    M        dequantize    fused    overlapped
-    17-64      18 | 61     4 | 12      no gain: the product is memory's too
-    128        18 | 61     5 | 15      no gain
-    256        21 | 72    17 | 59      no gain at 4096 x 4096
-    512        32 | 110   34 | 117
-    1024       53 | 187   67 | 234     51 | 160
-    2048       97 | 339  134 | 469     92 | 310
-    4096      184 | 643  267 | 937    177 | 614
+    M        dequantize     fused        overlapped
+    17         21 |  65      5 |  13     -
+    64         21 |  65      6 |  17     -
+    128        21 |  66     10 |  31     -
+    256        24 |  75     19 |  61     -
+    512        35 | 113     35 | 119     -
+    1024       56 | 190     69 | 236      -  | 174 (2 parts)
+    2048      100 | 342    136 | 470      -  | 320 (4)
+    4096      187 | 646    270 | 939     184 | 624 (2, 8)
 
-So fused should win to M = 256 and lose from 512 or 1024 on, by how much depending on what its loop reaches; overlapping should win above,
-where a part still fills the GPU: 132 tiles of 128 x 256 want (M / 128) (rows / 256) >= 132, two parts of a 4096 x 4096 weight at
-M = 2048, four at 4096, and seven of 14336 x 4096 at 2048. The first part's decoding is never hidden. Below M = 64 the few-row kernel
-(csrc/cuda/nf4_linear) stands beside them, which moves the same bytes as the fused one in one launch.
+So the fused kernel should win to M = 256, by two to four times below 128, and lose from 1024 on; 512 hangs on what its loop reaches.
+Overlapping should win where a weight has several parts that fill the GPU, from M = 1024 on for a wide one and from 4096 for 4096 x
+4096, by 3 to 9 %. Up to 64 rows the few-row kernel (csrc/cuda/nf4_linear) stands beside them: the fused kernel's bytes, in one launch.
 """
 
 import dataclasses
@@ -61,9 +63,9 @@ class ProductConfig:
 
     Attributes:
         route: of ROUTES. parts: into how many the weight is cut, of ``slabs`` and ``overlapped``.
-        The rest is the fused kernel's. block_m, block_n, block_k: the tile and its step. block_r: ranks of a step of the adapter's part.
-        group_m: tiles down before the next column. programs: how many at once on the whole GPU; in a table, on one multiprocessor.
-        splits: into how many sums K is cut; 0 in a table and among candidates: as many as fill the GPU.
+        The rest is the fused kernel's. block_m, block_n, block_k: the tile and its step. block_r: ranks of a step of the adapter's
+        part. group_m: tiles down before the next column. programs: how many at once on the whole GPU; in a table, on one
+        multiprocessor. splits: into how many sums K is cut; 0 in a table and among candidates: as many as fill the GPU.
         gain: in a table, how many times as fast as without one, as it was measured.
     """
 
@@ -84,7 +86,15 @@ class ProductConfig:
         if self.route not in ROUTES:
             raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {self.route!r}")
         require_powers_of_two(self, "block_m", "block_n", "block_k", "block_r", "num_warps")
-        least = {"block_m": 32, "block_n": 16, "block_k": 16, "block_r": 16, "num_stages": 1, "group_m": 1, "programs": 1}
+        least = {
+            "block_m": 32,
+            "block_n": 16,
+            "block_k": 16,
+            "block_r": 16,
+            "num_stages": 1,
+            "group_m": 1,
+            "programs": 1,
+        }
         for name, smallest in {**least, "parts": 1, "splits": 0}.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) < smallest:
                 raise ValueError(f"{name}: expected an integer of at least {smallest}, got {getattr(self, name)!r}")
@@ -190,10 +200,14 @@ def candidates(M: int, R: int, transposed: bool, device: Device) -> list[Product
             ProductConfig("fused", 1, 128, 64, 64, block_r, programs=2),
             ProductConfig("fused", 1, 128, 128, 64, block_r, 8, 2),
         ]
-    found = [
-        ProductConfig("fused", 1, 128, 64, 64, block_r, 4, 4, programs=2),
-        ProductConfig("fused", 1, 128, 128, 32, block_r, 4, 4, programs=2),
-    ]
+    found = [ProductConfig("fused", 1, 128, 64, 64, block_r, 4, 4, programs=2)]
+    if device.capability >= (
+        10,
+        0,
+    ):  # where what joins the sums takes registers, and two programs of 128 x 128 have none left
+        found.append(ProductConfig("fused", 1, 128, 128, 64, block_r, 8))
+    else:
+        found.append(ProductConfig("fused", 1, 128, 128, 32, block_r, 4, 4, programs=2))
     if M > 128:
         # Half the decoding, and nothing beside it on its multiprocessor to multiply meanwhile.
         found.append(ProductConfig("fused", 1, 256, 128, 64, block_r, 8))

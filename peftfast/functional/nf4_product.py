@@ -8,6 +8,7 @@ adapter the buffer can take it in: ``configs.nf4.adapter_route`` says when.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from .. import ops
 from ..configs import nf4 as configs
+from ..configs import nf4_product as product_configs
 from . import nf4_routes as routes
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .precision import autocast_off, cache_signature, compute_dtype_of
@@ -68,8 +70,8 @@ def takes_few_rows(x: Tensor, block_size: int, compute_dtype: torch.dtype) -> bo
 
 
 def has_a_way_alone(x: Tensor, weight: NF4Weight, ranks: int, compute_dtype: torch.dtype) -> bool:
-    """Whether a layer with an adapter of so many ranks on this weight multiplies x ``[..., K]`` otherwise than by the weight dequantised
-    for that one product: which is all that a group of layers does."""
+    """Whether a layer with an adapter of so many ranks on this weight multiplies x ``[..., K]`` otherwise than by the weight
+    dequantised for that one product: which is all that a group of layers does."""
     if _switches["shared"] or _switches["merged"]:
         return True
     rows = x.shape[:-1].numel()
@@ -91,19 +93,19 @@ def product_without_gradient(
 ) -> Tensor | None:
     """y where nothing is dropped and no gradient is recorded: of a few rows past autograd, whose bookkeeping takes as long as a
     quarter of the product; merged as :func:`merged_dequantization` says; None where neither applies."""
-    packed, *quantisation = weight.storage()
-    if not _switches["merged"]:
-        shrunk = lambda: ops.lora.lora_shrink(x, lora_a, None, 0.0, 1.0, compute_dtype)  # noqa: E731
-        done = routes.adapted_product(
-            x, packed, tuple(quantisation), bias, shrunk, lora_b, lora_bias, scaling, compute_dtype, out_dtype
-        )
-        if done is not None:
+    few = takes_few_rows(x, weight.block_size, compute_dtype)
+    if not (few and x.shape[0] < routes.FEWEST_ROWS) and not _switches["merged"]:
+        packed, *quantisation = weight.storage()
+        shrunk = functools.partial(ops.lora.lora_shrink, x, lora_a, None, 0.0, 1.0, compute_dtype)
+        rest = (shrunk, lora_b, lora_bias, scaling, compute_dtype, out_dtype)
+        if (done := routes.adapted_product(x, packed, tuple(quantisation), bias, *rest)) is not None:
             return done[0]
-    if takes_few_rows(x, weight.block_size, compute_dtype):
+    if few:
         adapter = (bias, lora_a, lora_b, lora_bias, scaling)
         return ops.nf4_linear.nf4_linear_now(x, *weight.storage(), *adapter, compute_dtype, out_dtype)[0]
     if not _switches["merged"]:
         return None
+    packed, *quantisation = weight.storage()
     dense = dequantized(packed, tuple(quantisation), compute_dtype)
     dense.addmm_(lora_b.to(compute_dtype), lora_a.to(compute_dtype), alpha=scaling)
     total = _whole_bias(bias, lora_bias, scaling, compute_dtype)
@@ -114,23 +116,13 @@ def base_product(
     x: Tensor, packed: Tensor, quantisation: tuple[Any, ...], bias: Tensor | None, compute_dtype: torch.dtype
 ) -> Tensor:
     """x W̃ᵀ + bias in the compute dtype, of the weight dequantised whole, or slab by slab as ``configs.nf4.slab_rows`` says."""
-    absmax, code, block_size, shape, *nested = quantisation
-    n, k = shape
+    n, k = quantisation[3]
     rows = configs.slab_rows(x.device.type, n, k, compute_dtype.itemsize)
     x, bias = x.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
     if rows >= n:
         return functional.linear(x, dequantized(packed, quantisation, compute_dtype), bias)
-    y = torch.empty((x.shape[0], n), dtype=compute_dtype, device=x.device)
-    buffer = torch.empty((rows, k), dtype=compute_dtype, device=x.device)
-    for first in range(0, n, rows):
-        last = min(first + rows, n)
-        slab = buffer[: last - first]
-        ops.nf4.nf4_dequantize_out(packed, absmax, code, block_size, shape, *nested, slab, first)
-        if bias is None:
-            torch.mm(x, slab.T, out=y[:, first:last])
-        else:
-            torch.addmm(bias[first:last], x, slab.T, out=y[:, first:last])
-    return y
+    slabs = product_configs.ProductConfig("slabs", -(-n // rows))
+    return routes.by_parts(x, packed, quantisation, bias, False, slabs)
 
 
 def _whole_bias(

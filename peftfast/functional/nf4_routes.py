@@ -13,12 +13,16 @@ from ..configs import nf4_product as configs
 from ..ops import nf4_product as fused
 from . import overlap
 
+FEWEST_ROWS = configs.FEWEST_ROWS
 PART_MULTIPLE = 64  # rows or columns of a part: tiles of the library's products are whole
 
 
 def chosen(
     x: Tensor, rows: int, quantisation: tuple[Any, ...], ranks: int, transposed: bool, masked: bool, dtype: torch.dtype
 ) -> configs.ProductConfig:
+    # What a CPU is asked at every call, before anything else.
+    if not torch.compiler.is_compiling() and not x.is_cuda and configs.choice() == "measured":
+        return fused.USUAL
     _, _, block_size, shape, *nested = quantisation
     return fused.chosen(x, rows, shape, block_size, nested[0] is not None, ranks, transposed, masked, dtype)[0]
 

@@ -6,8 +6,8 @@
 Two buffers, of which the side stream writes one while the other is read. Every wait is for an event: nothing waits on the host, and the
 same calls can be captured in a CUDA graph, which the side stream joins by its first wait and leaves by the main stream's last. Buffers
 come from the caller, allocated on the main stream before the fork, and may be freed after :func:`overlapped` has returned: the main
-stream has by then been told to wait for everything that the side stream was given, so that what the allocator hands out next on it comes
-later. No cross-stream bookkeeping of the allocator (record_stream), which would hold the memory back.
+stream has by then been told to wait for everything that the side stream was given, so that what the allocator hands out next on it
+comes later. No cross-stream bookkeeping of the allocator (record_stream), which would hold the memory back.
 """
 
 import threading

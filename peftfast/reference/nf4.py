@@ -177,9 +177,7 @@ def nf4_product(
 ) -> Tensor:
     """A layer's product of many rows: :func:`peftfast.reference.lora.lora_product` on the weight decoded to x's dtype, W̃ of ``shape``
     ``(N, K)`` in the forward and ``transposed`` W̃ᵀ, for dX. Without s and b there is no adapter."""
-    weight = nf4_dequantize(
-        packed, absmax, code, block_size, shape, x.dtype, nested_absmax, nested_code, nested_offset
-    )
+    weight = nf4_dequantize(packed, absmax, code, block_size, shape, x.dtype, nested_absmax, nested_code, nested_offset)
     weight = weight.T if transposed else weight
     if s is None or b is None:
         s, b = x.new_zeros(x.shape[0], 0), x.new_zeros(weight.shape[0], 0)
