@@ -1,12 +1,12 @@
 """Everything that a machine with a GPU can say about this tree, in one command: ``python -m benchmarks.gpu --out DIR`` (``make gpu``).
 
 Stages, in this order, each also alone by ``--stages``: build (csrc for the GPU at hand), doctor, tests (the files that use a GPU),
-sanitizer (compute-sanitizer over one small call of every operator), verify, bench, end-to-end, plots, product (the LoRA product
-kernel's candidates beside the library: ``python -m benchmarks.product --from DIR/product.json --write`` makes a table of them),
-dram (bytes by ncu) and suite (the other tests). A stage that fails or runs out of its time does not stop the others; the summary
-says which. DIR holds at most eight files: summary.json and summary.txt, the results that ``python -m benchmarks.record DIR`` files,
-and two archives, logs.tar.gz and plots.tar.gz. CONTRIBUTING.md says how the stages are shared out where a machine can be had for
-minutes only.
+sanitizer (compute-sanitizer over one small call of every operator), verify, bench, end-to-end, plots, product and nf4-product (the
+product kernels' candidates and the other ways beside the library: ``python -m benchmarks.product --from DIR/product.json --write``, and
+the same of nf4_product.json, make tables of them), dram (bytes by ncu) and suite (the other tests). A stage that fails or runs out of
+its time does not stop the others; the summary says which. DIR holds at most eight files: summary.json and summary.txt, the results
+that ``python -m benchmarks.record DIR`` files, and two archives, logs.tar.gz and plots.tar.gz. CONTRIBUTING.md says how the stages
+are shared out where a machine can be had for minutes only.
 """
 
 import argparse
@@ -39,7 +39,7 @@ KEPT_LINES = 15
 MOST_FILES = 8
 _PRODUCTS = ["--shapes", "4096", "8192", "llama3-8b:gate+up", "llama3-8b:down", "--tokens", "2048", "8192"]
 # What record files. The gate's rows and ncu's are in the logs' archive: they would replace the timed rows of the same operators.
-RESULTS = "run.json", "product.json", "end_to_end.json"
+RESULTS = "run.json", "product.json", "nf4_product.json", "end_to_end.json"
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,16 @@ def _product(context: Context) -> list[list[str]]:
     return [[*command, "--out", str(context.work / "product.json")]]
 
 
+def _nf4_product(context: Context) -> list[list[str]]:
+    sizes = ["4096"] if context.quick else ["4096", "llama3-8b:gate+up", "llama3-8b:k+v"]
+    tokens = ["--tokens", "64", "1024"] if context.quick else []
+    rate = ["--dropout", "0.1", "--seconds", "0.03", "--limit", f"{max(1.0, context.seconds - 15):.0f}"]
+    command = context.python(
+        "-m", "benchmarks.product", "--table", "nf4_product", *_device(context), "--shapes", *sizes
+    )
+    return [[*command, *tokens, *rate, "--out", str(context.work / "nf4_product.json")]]
+
+
 def _needs_cuda(context: Context) -> str:
     return "" if context.cuda else "no CUDA device"
 
@@ -252,6 +262,7 @@ STAGES = (
     Stage("end-to-end", 180, _end_to_end),
     Stage("plots", 40, _plots, _needs_rows),
     Stage("product", 120, _product, _needs_cuda),
+    Stage("nf4-product", 180, _nf4_product, _needs_cuda),
     Stage("dram", 150, _dram, _needs_ncu),
     Stage(
         "suite",

@@ -6,7 +6,7 @@ computes the same function.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftfast import functional as F
 from peftfast.configs import lora_product as product
+from peftfast.configs import nf4_product
 from peftfast.reference import lora as definition
 
 from .registry import FROZEN, Case, Cost, Inputs, Provider, Results, Work, peftfast_providers
@@ -265,6 +266,12 @@ def _product_refuses(case: Case) -> str:
     return "" if case.dtype in product.DTYPES else "multiplies on tensor cores in bfloat16 and float16"
 
 
+def _ways(variable: str, routes: tuple[str, ...]) -> Iterator[Provider]:
+    """The layer on a 4-bit base by another way than the weight decoded whole, whether or not a table says so."""
+    for route in routes:
+        yield Provider(f"peftfast:{route}", _peftfast, ("triton",), _product_refuses, environment=((variable, route),))
+
+
 def providers(nf4: bool) -> tuple[Provider, ...]:
     stock = ("peft", "bitsandbytes") if nf4 else ("peft",)
     refuses = bitsandbytes_refuses if nf4 else (lambda _: "")
@@ -275,6 +282,7 @@ def providers(nf4: bool) -> tuple[Provider, ...]:
         Provider(
             "peftfast:product", _peftfast, ("triton",), _product_refuses, environment=((product.VARIABLE, "always"),)
         ),
+        *(_ways(nf4_product.VARIABLE, ("fused", "overlapped")) if nf4 else ()),
         Provider("reference", _reference),
         Provider("torch", _torch, **own),
         Provider("torch.compile", _torch_compile, slow_start=True, **own),

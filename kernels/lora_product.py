@@ -35,7 +35,7 @@ MASK_ROWS = tl.constexpr(
 
 
 @triton.jit
-def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def place_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Row and column of a tile: GROUP_M tiles down, then the next column."""
     in_group = GROUP_M * tiles_n
     first_m = tile // in_group * GROUP_M
@@ -62,7 +62,7 @@ def _write_mask(bits_ptr, seed_ptr, pid_m, pid_n, N, threshold, BLOCK_M: tl.cons
 
 
 @triton.jit
-def _adapter(
+def adapter_part(
     s_ptr,
     b_ptr,
     bias_ptr,
@@ -92,21 +92,22 @@ def _adapter(
     mask_m = offs_m < M
     mask_n = offs_n < N
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # One stage: this short loop would take shared memory from the long one.
-    for first_r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = first_r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        s_tile = tl.load(
-            s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :].to(tl.int64) * stride_sr,
-            mask=mask_m[:, None] & mask_r[None, :],
-            other=0.0,
-        )
-        b_tile = tl.load(
-            b_ptr + offs_n[None, :].to(tl.int64) * stride_bn + offs_r[:, None].to(tl.int64) * stride_br,
-            mask=mask_r[:, None] & mask_n[None, :],
-            other=0.0,
-        )
-        accumulator = multiply_add(s_tile, convert(b_tile, s_ptr.dtype.element_ty), accumulator)
+    if s_ptr is not None:
+        # One stage: this short loop would take shared memory from the long one.
+        for first_r in tl.range(0, R, BLOCK_R, num_stages=1):
+            offs_r = first_r + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < R
+            s_tile = tl.load(
+                s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :].to(tl.int64) * stride_sr,
+                mask=mask_m[:, None] & mask_r[None, :],
+                other=0.0,
+            )
+            b_tile = tl.load(
+                b_ptr + offs_n[None, :].to(tl.int64) * stride_bn + offs_r[:, None].to(tl.int64) * stride_br,
+                mask=mask_r[:, None] & mask_n[None, :],
+                other=0.0,
+            )
+            accumulator = multiply_add(s_tile, convert(b_tile, s_ptr.dtype.element_ty), accumulator)
     if lora_bias_ptr is not None:
         accumulator += widen(tl.load(lora_bias_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
     accumulator *= scaling
@@ -167,7 +168,7 @@ def _multiply(
 
 
 @triton.jit
-def _write(
+def write_tile(
     out,
     accumulator,
     pid_m,
@@ -243,8 +244,8 @@ def _lora_product_kernel(
     if seed_ptr is not None:
         bits_ptr += program * (BLOCK_M * BLOCK_N // 8)
     for tile in range(program, tiles, programs):
-        pid_m, pid_n = _place(tile, tiles_m, tiles_n, GROUP_M)
-        accumulator = _adapter(
+        pid_m, pid_n = place_of(tile, tiles_m, tiles_n, GROUP_M)
+        accumulator = adapter_part(
             *(s_ptr, b_ptr, bias_ptr, lora_bias_ptr, seed_ptr, bits_ptr, pid_m, pid_n, M, N, R, scaling),
             *(threshold, stride_sm, stride_sr, stride_bn, stride_br, BLOCK_M, BLOCK_N, BLOCK_R),
         )
@@ -253,7 +254,7 @@ def _lora_product_kernel(
                 *(x, w, accumulator, pid_m, pid_n, step, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk),
                 *(TMA, W_BY_ROWS, BLOCK_M, BLOCK_N, BLOCK_K),
             )
-        _write(out, accumulator, pid_m, pid_n, M, N, stride_om, TMA, PARTS, DTYPE, BLOCK_M, BLOCK_N)
+        write_tile(out, accumulator, pid_m, pid_n, M, N, stride_om, TMA, PARTS, DTYPE, BLOCK_M, BLOCK_N)
 
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -98,7 +98,7 @@ def test_the_stages_as_they_are(context: Context, monkeypatch: pytest.MonkeyPatc
             assert all(
                 command and all(isinstance(word, str) for word in command) for command in found.commands(context)
             )
-    assert {s.name for s in gpu.STAGES if s.needs(context)} == {"sanitizer", "product", "dram", "plots"}
+    assert {s.name for s in gpu.STAGES if s.needs(context)} == {"sanitizer", "product", "nf4-product", "dram", "plots"}
     # Every command of a benchmark is one that its parser takes, and none can outlast the tool that cuts the whole off.
     on_gpu = replace(context, device="cuda", quick=False)
     for name, parse in (
@@ -107,13 +107,14 @@ def test_the_stages_as_they_are(context: Context, monkeypatch: pytest.MonkeyPatc
         ("verify", run.parser()),
         ("end-to-end", end_to_end.parser()),
         ("product", product.parser()),
+        ("nf4-product", product.parser()),
     ):
         (command,) = next(s for s in gpu.STAGES if s.name == name).commands(on_gpu)
         parse.parse_args(command[3:])
     assert set(gpu.COUNTED) <= set(registry.load())
     assert all(s.limit_s <= gpu.WHOLE_S for s in gpu.STAGES) and gpu.WHOLE_S + 3 * gpu.GRACE_S < 600
     (bench,) = next(s for s in gpu.STAGES if s.name == "bench").commands(context)
-    assert "lora_linear" in bench and not {"lora_product", "lora_product_dx"} & set(bench)
+    assert "lora_linear" in bench and not set(product.OPS) & set(bench)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu.architecture() == "90a"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))

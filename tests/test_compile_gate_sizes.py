@@ -35,6 +35,11 @@ REQUESTS = (
     {"launcher": "nf4_quantize", "dtype": BF16, "block_size": 64, "N": 1, "K": 1},
     *({"launcher": "nf4_nest", "snapped": snapped, "count": 256} for snapped in (False, True)),
     {"launcher": "nf4_linear", "M": 1, "x": BF16, "compute": BF16, "out": BF16, "nested": True, "N": 1, "K": 64},
+    *({"launcher": "nf4_product", "M": 1, "R": 1, "transposed": transposed, "dropout": transposed, "nested": True, "candidate": 0,
+       "N": 1, "K": 2} for transposed in (False, True)),
+    {"launcher": "nf4_product", "M": 1, "R": 0, "transposed": True, "dropout": False, "nested": False, "candidate": 0, "N": 3, "K": 64},
+    *({"launcher": "nf4_dequantize_columns", "dtype": BF16, "nested": True, "N": 1, "K": 2, "first": first, "width": 2 - first}
+      for first in (0, 1)),
     {"launcher": "dropout_mask", "rows": 1, "columns": 1},
     {"launcher": "philox_words", "count": 1},
     {"launcher": "sparse_delta_gather", "dtype": BF16, "M": 1, "N": 1, "K": 1, "S": 1},

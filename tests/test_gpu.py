@@ -8,6 +8,7 @@ import torch
 from benchmarks import timing
 from peftfast import functional as F
 from peftfast import nn as fast
+from peftfast.configs import nf4_product
 from peftfast.ops import nf4 as ops_nf4
 from peftfast.ops import philox
 from peftfast.reference import lora as definition
@@ -16,6 +17,7 @@ from peftfast.reference import philox as philox_definition
 
 pytestmark = pytest.mark.gpu
 BF16, F32 = torch.bfloat16, torch.float32
+WAYS = ("slabs", "overlapped", "fused")
 BACKENDS = ("cuda", "triton", "reference")
 
 
@@ -66,6 +68,57 @@ def test_matrix_units_keep_the_budget(sizes: tuple[int, int, int, int], nf4: boo
         largest = exact[name].abs().max()
         allowed = 2 * ((plain[name].double() - exact[name]).abs().max() + torch.finfo(BF16).eps / 2 * largest)
         assert (value.double() - exact[name]).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("route", WAYS)
+@pytest.mark.parametrize("sizes", [(200, 4096, 4096, 16), (2048, 4096, 14336, 64), (65, 1028, 2050, 7)])
+def test_every_way_of_a_4_bit_product_keeps_the_budget(
+    sizes: tuple[int, int, int, int], route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(nf4_product.VARIABLE, route)
+    test_matrix_units_keep_the_budget(sizes, True, 0.1)
+
+
+@pytest.mark.parametrize("route", WAYS)
+def test_every_way_of_a_4_bit_product_in_a_graph_and_on_two_streams(
+    route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of an eager call alone: again and again beside another, and from a graph that is replayed beside eager calls."""
+    monkeypatch.setenv(nf4_product.VARIABLE, route)
+    problems = [layer_inputs(512, 2048, 1024, 16), layer_inputs(777, 1024, 2048, 8)]
+    weights = [F.nf4_quantize(tensors["weight"]) for tensors in problems]
+    seed = torch.tensor([5], device="cuda")
+
+    def step(i: int) -> list[torch.Tensor]:
+        tensors = {**problems[i], "weight": weights[i]}
+        y = F.lora_linear(**tensors, scaling=2.0, dropout_p=0.1, seed=seed)
+        return [y.detach(), *gradients(y, problems[i], torch.ones_like(y)).values()]
+
+    def same(found: list[torch.Tensor], i: int) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(found, alone[i], strict=True))
+
+    alone = [step(0), step(1)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(20):
+        beside = []
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                beside.append(step(i))
+        torch.cuda.synchronize()
+        assert same(beside[0], 0) and same(beside[1], 1)
+    graph = torch.cuda.CUDAGraph()
+    with timing.capturing(graph):
+        captured = step(0)
+    for _ in range(5):
+        for tensor in captured:
+            tensor.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[0]):
+            eager = step(1)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(captured, 0) and same(eager, 1)
 
 
 @pytest.mark.parametrize("nf4", [False, True])

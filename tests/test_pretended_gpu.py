@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import activity, dram, end_to_end, limits, memory, record, run, timing
+from benchmarks import activity, dram, end_to_end, limits, memory, record, registry, run, timing
 from benchmarks.registry import Case, Work
+from peftfast.configs import nf4_product
+from peftfast.functional import nf4_routes
 from tests import test_gpu, test_gpu_sparse_delta
 from tests.support import pretended_gpu
+from tests.support.budget import assert_within_budget
 
 pytestmark = pytest.mark.interpreter
 
@@ -64,6 +67,17 @@ def test_the_tests_of_streams_and_bits(gpu: None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(test_gpu, "range", lambda count: [0], raising=False)
     test_gpu.test_two_streams_do_not_meet()
     test_gpu.test_run_to_run_bits()
+
+
+def test_the_tests_of_a_4_bit_products_ways(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that has captured nothing leaves the zeros of before its replay, which the test must find."""
+    whole = test_gpu.layer_inputs
+    monkeypatch.setattr(test_gpu, "layer_inputs", lambda *sizes: whole(*(min(size, 32) for size in sizes)))
+    monkeypatch.setattr(test_gpu, "range", lambda count: [0], raising=False)
+    monkeypatch.setattr(nf4_routes, "PART_MULTIPLE", 16)
+    test_gpu.test_every_way_of_a_4_bit_product_keeps_the_budget((33, 32, 64, 3), "overlapped", monkeypatch)
+    with pytest.raises(AssertionError, match="same"):
+        test_gpu.test_every_way_of_a_4_bit_product_in_a_graph_and_on_two_streams("overlapped", monkeypatch)
 
 
 def test_the_test_that_a_training_step_never_waits(gpu: None) -> None:
@@ -195,3 +209,29 @@ def test_memory_of_a_step(gpu: None) -> None:
     work = Work(lambda: {"y": x * 2}, {"dx": x}, torch.ones(3, device="cuda"))
     found = memory.measure({"one": (work, contextlib.nullcontext)}, "full", "cuda")
     assert found["one"]["peak_bytes"] == 0 and found["one"]["saved_bytes"] is not None
+
+
+@pytest.mark.parametrize("name", ["nf4_product", "nf4_product_dx"])
+def test_the_ways_of_a_4_bit_product(name: str, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way that the benchmark times, within its error budget, and the one that a layer takes."""
+    # Small tiles: the interpreter runs each program.
+    small = nf4_product.ProductConfig("fused", 1, 32, 32, 32, num_stages=2)
+    monkeypatch.setattr(nf4_product, "candidates", lambda *_: [small])
+    monkeypatch.setattr(nf4_routes, "PART_MULTIPLE", 16)
+    op = registry.load()[name]
+    case = Case(name, "", 17, 32, 32, 4, "bfloat16", 0.1 if op.dropped else 0.0, "cuda", "fwd")
+    inputs = op.inputs(case, torch.Generator("cuda").manual_seed(0))
+    exact, composed = (op.formula(case, inputs, registry.WHOLE, dtype) for dtype in (torch.float64, torch.bfloat16))
+    ways = [one for one in op.providers if one.ours and not one.refuses(case)]
+    assert {one.name for one in ways} >= {
+        *("peftfast", "peftfast:dequantize", "peftfast:slabs 2", "peftfast:overlapped 2", "peftfast:fused 1")
+    }
+    for one in ways:
+        for result, found in one.build(case, inputs).forward().items():
+            values = (value.inner for value in (found, composed[result], exact[result]))
+            assert_within_budget(one.name, *values)
+    for route in ("fused", "overlapped"):
+        monkeypatch.setenv(nf4_product.VARIABLE, route)
+        (found,) = ways[0].build(case, inputs).forward().values()
+        (expected,) = composed.values()
+        torch.testing.assert_close(found.inner, expected.inner, rtol=2e-2, atol=5e-2)

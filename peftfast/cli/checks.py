@@ -166,6 +166,52 @@ def _few_rows_cases(random: torch.Generator, device: str) -> dict[str, list[Case
     return {"nf4_linear": cases}
 
 
+def _many_rows_cases(random: torch.Generator, device: str) -> dict[str, list[Case]]:
+    """Blocks that straddle rows; a step's last columns missing; both directions, the second under a mask."""
+    rows, n, k = 19, N, 3 * NF4_BLOCK_SIZE // 2
+    cpu, seed = torch.device("cpu"), torch.tensor([987654321], dtype=torch.int64)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    packed, absmax = nf4.nf4_quantize(normal(n, k) / k**0.5, NF4_BLOCK_SIZE, nf4.code_table("nf4", cpu))
+    index, nested_absmax, offset = nf4.nest_absmax(absmax)
+    weight = (
+        packed,
+        index,
+        nf4.code_table("nf4", cpu),
+        NF4_BLOCK_SIZE,
+        (n, k),
+        nested_absmax,
+        nf4.nested_code_table(cpu),
+        offset,
+    )
+    cases = []
+    for name, transposed, compute in (("forward", False, torch.bfloat16), ("dx", True, torch.float16)):
+        columns, depth = (k, n) if transposed else (n, k)
+        adapter = (normal(columns), normal(rows, R).to(compute), normal(columns, R), normal(columns))
+        mask = (seed, DROPOUT_P) if transposed else (None, 0.0)
+        arguments = (normal(rows, depth).to(compute), *weight, transposed, *adapter, *mask, SCALING, torch.float32)
+        cases.append(_budgeted(f"{name}, {_short(compute)}", _many_rows, arguments, device))
+    dense = nf4.nf4_dequantize(*weight[:5], torch.bfloat16, *weight[5:])
+    apart = torch.full((n, 31), math.nan, dtype=torch.bfloat16)[:, :26]
+    alone = _exact("columns apart", (*weight, apart, 38), dense[:, 38:64], written=8)
+    return {"nf4_product": cases, "nf4_dequantize_columns_out": [alone]}
+
+
+def _many_rows(*given: Any) -> Tensor:
+    """The definition of nf4_product; in float64 with the weight of the 16-bit dtype, whose rounding is the operator's."""
+    x, packed, absmax, code, block_size, shape, *nested, transposed, bias, s, b, lora_bias, seed, p, scaling, dtype = (
+        given
+    )
+    if x.dtype != torch.float64:
+        return nf4.nf4_product(*given)
+    absmax = nf4.unnest_absmax(absmax, *(t.float() for t in nested))
+    compute = torch.float16 if transposed else torch.bfloat16  # as the cases above have it
+    dense = nf4.nf4_dequantize(packed, absmax, code.float(), block_size, shape, compute).double()
+    return lora.lora_product(x, dense.T if transposed else dense, bias, s, b, lora_bias, seed, p, scaling, dtype)
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -432,6 +478,7 @@ def cases(device: str) -> dict[str, list[Case]]:
         **_philox_cases(),
         **_nf4_cases(random),
         **_few_rows_cases(random, device),
+        **_many_rows_cases(random, device),
         **_lora_cases(random, device),
         **_terms_cases(random, device),
         **_dora_cases(random, device),

@@ -20,12 +20,11 @@ programs share a multiprocessor and one draws its mask while the other multiplie
 """
 
 import functools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .device import Device, bucket, measured, require_powers_of_two
+from .variable import Choice
 
 VARIABLE = "PEFTFAST_LORA_PRODUCT"
 CHOICES = ("measured", "always", "never")
@@ -105,22 +104,8 @@ def case(M: int, N: int, K: int, R: int, dtype: str, by_rows: bool, dropout: boo
     return Case(dtype, N, K, rows, bucket(R, RANK_BUCKETS), by_rows, dropout)
 
 
-_environment: Any = getattr(os.environ, "_data", os.environ)  # os.environ decodes at every question
-_VARIABLE_KEY: Any = os.environ.encodekey(VARIABLE) if _environment is not os.environ else VARIABLE
-
-
-def choice() -> str:
-    """What the environment asks for: "measured" (the table decides), "always" (wherever the kernel can) or "never".
-
-    Raises:
-        ValueError: it asks for something else.
-    """
-    if not _environment.get(_VARIABLE_KEY):
-        return "measured"
-    name = os.environ[VARIABLE]
-    if name not in CHOICES:
-        raise ValueError(f"{VARIABLE}: expected one of {', '.join(CHOICES)}, got {name!r}")
-    return name
+# "measured": the table decides; "always": wherever the kernel can; "never".
+choice = Choice(VARIABLE, CHOICES)
 
 
 @functools.lru_cache(maxsize=1024)  # asked at every call of a layer

@@ -20,6 +20,8 @@ from ..ops import replay
 from ..ops.backends import FLOAT_DTYPES, undisturbed
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
+from .nf4_routes import adapted_gradient
+from .nf4_routes import add_product as _add_product
 from .precision import autocast_off, autocast_on, compute_dtype_of
 from .shapes import as_rows, shaped, unviewed
 
@@ -28,23 +30,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _dense_weight(weight: Tensor, quantisation: Sequence[Any], dtype: torch.dtype) -> Tensor:
     return dequantized(weight, tuple(quantisation), dtype) if quantisation else weight.to(dtype)
-
-
-def _add_product(
-    base: Tensor,
-    s: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    scaling: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """expand in place where the result has base's dtype, else into a new tensor of ``dtype`` in the same single pass."""
-    if base.dtype != dtype:
-        return ops.lora.lora_expand(base, s, w, bias, seed, p, scaling, dtype)
-    ops.lora.lora_expand_(base, s, w, bias, seed, p, scaling)
-    return base
 
 
 def _plain_on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
@@ -265,6 +250,10 @@ def input_gradient(
     p, _, dtype, _, x_dtype, _, _, stored, _ = plan
     # Slices, not assignments: torch 2.11's compiler hands these out as a tuple.
     quantisation = (*rest[:2], *stored, *rest[4:7]) if stored else ()
+    if quantisation and kept is None:
+        dx = adapted_gradient(dy, weight, quantisation, ds, lora_a, seed, p, x_dtype)
+        if dx is not None:
+            return dx
     dense = _dense_weight(weight, quantisation, dtype) if kept is None else kept
     masked = seed is not None and p > 0.0
     if fused.chosen(dy, (dense.shape[1], dense.shape[0]), False, lora_a.shape[0], masked, dtype)[0]:

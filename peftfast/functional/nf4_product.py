@@ -1,13 +1,14 @@
 """The linear layer on a 4-bit weight, and the ways that its product with an adapter can take.
 
 A few rows go through one operator that decodes the weight on the way (``peftfast.ops.nf4_linear``). Many rows dequantise into a
-buffer that lives during the product and no longer, and multiply by the library. With an adapter the buffer can take it in:
-``configs.nf4.adapter_route`` says when.
+buffer that lives during the product and no longer, and multiply by the library, unless ``nf4_routes`` has another way for them. With an
+adapter the buffer can take it in: ``configs.nf4.adapter_route`` says when.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.nn import functional
 
 from .. import ops
 from ..configs import nf4 as configs
+from ..configs import nf4_product as product_configs
+from . import nf4_routes as routes
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .precision import autocast_off, cache_signature, compute_dtype_of
 
@@ -66,12 +69,15 @@ def takes_few_rows(x: Tensor, block_size: int, compute_dtype: torch.dtype) -> bo
     return 0 < x.shape[0] <= ops.nf4_linear.most_rows(x.device.type, x.shape[1], block_size, compute_dtype)
 
 
-def has_a_way_alone(rows: int, device_type: str, weight: NF4Weight, compute_dtype: torch.dtype) -> bool:
-    """Whether a layer on this weight multiplies so many rows otherwise than by the weight dequantised for that one product: which is
-    all that a group of layers does."""
+def has_a_way_alone(x: Tensor, weight: NF4Weight, ranks: int, compute_dtype: torch.dtype) -> bool:
+    """Whether a layer with an adapter of so many ranks on this weight multiplies x ``[..., K]`` otherwise than by the weight
+    dequantised for that one product: which is all that a group of layers does."""
     if _switches["shared"] or _switches["merged"]:
         return True
-    return 0 < rows <= ops.nf4_linear.most_rows(device_type, weight.shape[1], weight.block_size, compute_dtype)
+    rows = x.shape[:-1].numel()
+    if 0 < rows <= ops.nf4_linear.most_rows(x.device.type, weight.shape[1], weight.block_size, compute_dtype):
+        return True
+    return routes.chosen(x, rows, weight.storage()[1:], ranks, False, False, compute_dtype).route != "dequantize"
 
 
 def product_without_gradient(
@@ -87,7 +93,14 @@ def product_without_gradient(
 ) -> Tensor | None:
     """y where nothing is dropped and no gradient is recorded: of a few rows past autograd, whose bookkeeping takes as long as a
     quarter of the product; merged as :func:`merged_dequantization` says; None where neither applies."""
-    if takes_few_rows(x, weight.block_size, compute_dtype):
+    few = takes_few_rows(x, weight.block_size, compute_dtype)
+    if not (few and x.shape[0] < routes.FEWEST_ROWS) and not _switches["merged"]:
+        packed, *quantisation = weight.storage()
+        shrunk = functools.partial(ops.lora.lora_shrink, x, lora_a, None, 0.0, 1.0, compute_dtype)
+        rest = (shrunk, lora_b, lora_bias, scaling, compute_dtype, out_dtype)
+        if (done := routes.adapted_product(x, packed, tuple(quantisation), bias, *rest)) is not None:
+            return done[0]
+    if few:
         adapter = (bias, lora_a, lora_b, lora_bias, scaling)
         return ops.nf4_linear.nf4_linear_now(x, *weight.storage(), *adapter, compute_dtype, out_dtype)[0]
     if not _switches["merged"]:
@@ -103,23 +116,13 @@ def base_product(
     x: Tensor, packed: Tensor, quantisation: tuple[Any, ...], bias: Tensor | None, compute_dtype: torch.dtype
 ) -> Tensor:
     """x W̃ᵀ + bias in the compute dtype, of the weight dequantised whole, or slab by slab as ``configs.nf4.slab_rows`` says."""
-    absmax, code, block_size, shape, *nested = quantisation
-    n, k = shape
+    n, k = quantisation[3]
     rows = configs.slab_rows(x.device.type, n, k, compute_dtype.itemsize)
     x, bias = x.to(compute_dtype), None if bias is None else bias.to(compute_dtype)
     if rows >= n:
         return functional.linear(x, dequantized(packed, quantisation, compute_dtype), bias)
-    y = torch.empty((x.shape[0], n), dtype=compute_dtype, device=x.device)
-    buffer = torch.empty((rows, k), dtype=compute_dtype, device=x.device)
-    for first in range(0, n, rows):
-        last = min(first + rows, n)
-        slab = buffer[: last - first]
-        ops.nf4.nf4_dequantize_out(packed, absmax, code, block_size, shape, *nested, slab, first)
-        if bias is None:
-            torch.mm(x, slab.T, out=y[:, first:last])
-        else:
-            torch.addmm(bias[first:last], x, slab.T, out=y[:, first:last])
-    return y
+    slabs = product_configs.ProductConfig("slabs", -(-n // rows))
+    return routes.by_parts(x, packed, quantisation, bias, False, slabs)
 
 
 def _whole_bias(
@@ -149,6 +152,13 @@ def adapted_product(
     """y and S of a layer with an adapter, where a 4-bit weight has a way of its own; None where it has not, and the adapter's
     product is added by a pass over y."""
     absmax, code, block_size, shape, *nested = quantisation
+
+    def shrunk() -> Tensor:
+        return ops.lora.lora_shrink(x, lora_a, seed, p, 1.0, compute_dtype)
+
+    rest = (shrunk, lora_b, lora_bias, scaling, compute_dtype, out_dtype)
+    if (done := routes.adapted_product(x, packed, quantisation, bias, *rest)) is not None:
+        return done
     if seed is None and takes_few_rows(x, block_size, compute_dtype):
         storage = (packed, absmax, code, block_size, shape, *nested)
         adapter = (bias, lora_a, lora_b, lora_bias, scaling)
@@ -157,7 +167,7 @@ def adapted_product(
     if route == "concatenate":
         return _concatenated(x, packed, quantisation, lora_a, lora_b, bias, lora_bias, seed, p, scaling, compute_dtype)
     if route == "accumulate":
-        s = ops.lora.lora_shrink(x, lora_a, seed, p, 1.0, compute_dtype)
+        s = shrunk()
         dense = dequantized(packed, quantisation, compute_dtype)
         total = _whole_bias(bias, lora_bias, scaling, compute_dtype)
         scaled_b = (lora_b * scaling).to(compute_dtype)
@@ -218,6 +228,8 @@ class NF4LinearFunction(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         quantisation = (absmax, code, block_size, shape, nested_absmax, nested_code, nested_offset)
+        if not keep and (y := routes.product(x, packed, quantisation, bias, compute_dtype)) is not None:
+            return y if y.dtype == out_dtype else y.to(out_dtype), None
         if not keep and takes_few_rows(x, block_size, compute_dtype):
             rest = (bias, None, None, None, 1.0, compute_dtype, out_dtype)
             return ops.nf4_linear.nf4_linear_now(x, packed, *quantisation, *rest)[0], None
@@ -250,14 +262,23 @@ class NF4LinearFunction(torch.autograd.Function):
         with autocast_off(dy.device.type):
             dy = dy.to(ctx.compute_dtype)
             if ctx.needs_input_grad[0]:
+                quantisation = (absmax, code, ctx.block_size, ctx.shape, *nested)
                 if dense is None:
-                    quantisation = (absmax, code, ctx.block_size, ctx.shape, *nested)
-                    dense = dequantized(packed, quantisation, ctx.compute_dtype)
-                dx = (dy @ dense).to(ctx.x_dtype)
+                    dx = routes.product(dy, packed, quantisation, None, ctx.compute_dtype, transposed=True)
+                if dx is None:
+                    dense = dequantized(packed, quantisation, ctx.compute_dtype) if dense is None else dense
+                    dx = dy @ dense
+                dx = dx.to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 wide = torch.float64 if ctx.compute_dtype == torch.float64 else torch.float32
                 dbias = dy.sum(0, dtype=wide).to(ctx.bias_dtype)
         return dx, dbias, *(None,) * 11
+
+
+def _is_few(x: Tensor, nf4: NF4Weight, dtype: torch.dtype) -> bool:
+    if not takes_few_rows(x, nf4.block_size, dtype):
+        return False
+    return routes.chosen(x, x.shape[0], nf4.storage()[1:], 0, False, False, dtype).route == "dequantize"
 
 
 def nf4_linear(
@@ -267,7 +288,7 @@ def nf4_linear(
 
     Up to ``configs.nf4.FEW_ROWS`` rows are multiplied with the packed bytes as they are decoded; more, with the weight dequantised
     into a buffer of N K elements of the compute dtype that lives during the product, forward and backward
-    (:func:`shared_dequantization` keeps it in between).
+    (:func:`shared_dequantization` keeps it in between), or in another way that ``configs.nf4_product`` has for the shape.
 
     Args:
         x: ``[..., K]`` floating. nf4: of shape ``(N, K)``. bias: ``[N]``.
@@ -290,7 +311,7 @@ def nf4_linear(
     with autocast_off(x.device.type):
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         records = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if not records and takes_few_rows(rows, nf4.block_size, dtype):
+        if not records and _is_few(rows, nf4, dtype):
             # Past autograd, whose bookkeeping takes as long as a quarter of the product.
             y, _ = ops.nf4_linear.nf4_linear_now(rows, *nf4.storage(), bias, None, None, None, 1.0, dtype, out_dtype)
         else:

@@ -191,7 +191,8 @@ def _dtypes(layer: Any, verdict: Verdict, x: Tensor) -> tuple[torch.dtype, torch
 def _served_alone(layer: Any, verdict: Verdict, x: Tensor) -> bool:
     """Whether a 4-bit layer has a way of its own for this input, which a group has not."""
     assert verdict.nf4 is not None
-    return has_a_way_alone(x.shape[:-1].numel(), x.device.type, verdict.nf4, _dtypes(layer, verdict, x)[0])
+    ranks = sum(b.shape[1] for _, _, b, *_ in verdict.adapters)
+    return has_a_way_alone(x, verdict.nf4, ranks, _dtypes(layer, verdict, x)[0])
 
 
 def _seeds(x: Tensor, ps: tuple[float, ...]) -> Tensor | None:

@@ -18,6 +18,7 @@ from ..ops import lora_dora as dora_ops
 from ..ops import lora_terms as terms_ops
 from ..ops import native
 from ..ops import nf4 as nf4_ops
+from ..ops import nf4_product as nf4_product_ops
 from ..ops.backends import FLOAT_DTYPES
 from . import bitsandbytes as bnb
 
@@ -216,4 +217,17 @@ def kernel_name(layer: Any, names: list[str]) -> str:
         f"cpu {native.cpu_isa()}" if name == "cpu" else name for name in _backends(device, four_bit, dora, several)[0]
     ]
     family = "lora" + (" (dora)" if dora else f" ({len(names)} adapters)" if several else "")
-    return f"{'nf4 + ' if four_bit else ''}{family} [{', '.join(used)}]"
+    way = "" if not four_bit or dora or several else _way_of_many_rows(layer, names[0])
+    return f"{'nf4 + ' if four_bit else ''}{family} [{', '.join(used)}{f'; {way}' if way else ''}]"
+
+
+def _way_of_many_rows(layer: Any, name: str) -> str:
+    """How a 4-bit layer multiplies many rows, where it is not by the weight decoded whole."""
+    base, weight = layer.base_layer, layer.base_layer.weight
+    state = getattr(base, "quant_state", None) or getattr(weight, "quant_state", None)
+    if state is None:
+        return ""
+    dropped = getattr(layer.lora_dropout[name], "p", 0.0) > 0.0
+    dtype = getattr(base, "compute_dtype", None) or torch.bfloat16
+    sizes = (tuple(state.shape), state.blocksize, state.nested, layer.r[name])
+    return nf4_product_ops.ways(weight, *sizes, dropped, dtype)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..configs.variable import raw, watch
 from ..kernels import launch as launches  # type: ignore[attr-defined]
 from . import replay
 
@@ -44,12 +45,12 @@ class Implementation:
     run: Callable[..., Any]
 
 
-_VARIABLE_KEY = replay.watch(BACKEND_VARIABLE)
+_VARIABLE_KEY = watch(BACKEND_VARIABLE)
 
 
 def requested_backend() -> str | None:
     """The backend named by the environment, or None. An unknown name is an error."""
-    if not replay.raw(_VARIABLE_KEY):
+    if not raw(_VARIABLE_KEY):
         return None
     name = os.environ.get(BACKEND_VARIABLE)
     if not name:

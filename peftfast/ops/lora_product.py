@@ -15,24 +15,23 @@ from ..reference import lora as definition
 from .backends import device_of, dtype_name, kernels, on_device, takes_triton, triton_available
 from .dispatch import Implementation, Operator, Verdict, reference, requested_backend, require
 from .lora import _check_dropout, _check_dtype, _check_matrix
-from .replay import watch
 
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
-watch(configs.VARIABLE)
 
 
 def _check_same_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
     require(tensor.dtype == x.dtype, lambda: f"{name}: expected {x.dtype} as x is, got {tensor.dtype}")
 
 
-def _check_vector(name: str, vector: Tensor | None, w: Tensor) -> None:
+def check_vector(name: str, vector: Tensor | None, size: int, x: Tensor) -> None:
+    """A bias ``[size]`` on x's device, or None."""
     if vector is None:
         return
     require(
-        vector.is_floating_point() and vector.dim() == 1 and vector.shape[0] == w.shape[0],
-        lambda: f"{name}: expected floating [{w.shape[0]}], got {vector.dtype} {tuple(vector.shape)}",
+        vector.is_floating_point() and vector.dim() == 1 and vector.shape[0] == size,
+        lambda: f"{name}: expected floating [{size}], got {vector.dtype} {tuple(vector.shape)}",
     )
-    require(vector.device == w.device, lambda: f"{name}: expected on {w.device}, got on {vector.device}")
+    require(vector.device == x.device, lambda: f"{name}: expected on {x.device}, got on {vector.device}")
 
 
 def _check(
@@ -53,8 +52,8 @@ def _check(
     _check_matrix("b", b, w.shape[0], s.shape[1], x)
     _check_same_dtype("w", w, x)
     _check_same_dtype("s", s, x)
-    _check_vector("bias", bias, w)
-    _check_vector("lora_bias", lora_bias, w)
+    check_vector("bias", bias, w.shape[0], x)
+    check_vector("lora_bias", lora_bias, w.shape[0], x)
     _check_dropout(seed, p, x)
     _check_dtype(dtype)
 

@@ -17,7 +17,6 @@ Host time of a LoRA layer, r = 4, under dropout, launches left out, us of one th
 import contextlib
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,43 +24,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..configs.variable import Choice, settings
 from ..kernels import launch as launches  # type: ignore[attr-defined]
 
 # Argument lists of a model's layers are few, numbers of tokens may be many. A function that has seen more begins again.
 MOST_RECORDINGS = 1024
 _PLAIN = (Tensor, torch.nn.Parameter)
 _VALUES = (torch.dtype, type(None), str, torch.device)
-# Environment variables that choose between kernels, as os.environ keeps them: it encodes and decodes at every question, and its own
-# dictionary answers ten times faster.
-_environment: Any = getattr(os.environ, "_data", os.environ)
-_variables: list[Any] = []
-VARIABLE = "PEFTFAST_REPLAY"
-CHOICES = ("auto", "never")
+choice = Choice("PEFTFAST_REPLAY", ("auto", "never"))
 _SEEN, _NEVER = "seen once", "cannot be recorded"
-
-
-def watch(variable: str) -> Any:
-    """Recordings made under one value of this environment variable are not used under another. Returns its key in :func:`raw`."""
-    key = os.environ.encodekey(variable) if _environment is not os.environ else variable  # type: ignore[attr-defined]
-    if key not in _variables:
-        _variables.append(key)
-    return key
-
-
-def raw(key: Any) -> Any:
-    """The variable's value as os.environ keeps it, or None."""
-    return _environment.get(key)
-
-
-_VARIABLE_KEY = watch(VARIABLE)
-
-
-def _asked() -> bool:
-    if not _environment.get(_VARIABLE_KEY):
-        return True
-    if (name := os.environ[VARIABLE]) not in CHOICES:
-        raise ValueError(f"{VARIABLE}: expected one of {', '.join(CHOICES)}, got {name!r}")
-    return name != "never"
 
 
 def allowed(first: Any) -> bool:
@@ -70,7 +41,7 @@ def allowed(first: Any) -> bool:
     return (
         type(first) in _PLAIN
         and _on_gpu(first)
-        and _asked()
+        and choice() == "auto"
         and not (
             torch.is_grad_enabled()
             or torch._C._len_torch_dispatch_stack()
@@ -347,7 +318,7 @@ class Replayed:
         key = signature(args, flat)
         if key is None:
             return self._plain(*args)
-        key = (key, *[_environment.get(one) for one in _variables])
+        key = (key, settings())
         found = self.recordings.get(key)
         if type(found) is Recording:
             stream = found.stream()

@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from .lora import lora_product
+
 NESTED_BLOCK_SIZE = 256
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANT_TYPES = ("nf4", "fp4", "int4")
@@ -151,6 +153,35 @@ def nf4_linear(
     s = x @ lora_a.to(dtype).T
     added = s @ lora_b.to(dtype).T
     return y + scaling * (added if lora_bias is None else added + lora_bias.to(dtype)), s
+
+
+def nf4_product(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    block_size: int,
+    shape: tuple[int, ...],
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    transposed: bool,
+    bias: Tensor | None,
+    s: Tensor | None,
+    b: Tensor | None,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A layer's product of many rows: :func:`peftfast.reference.lora.lora_product` on the weight decoded to x's dtype, W̃ of ``shape``
+    ``(N, K)`` in the forward and ``transposed`` W̃ᵀ, for dX. Without s and b there is no adapter."""
+    weight = nf4_dequantize(packed, absmax, code, block_size, shape, x.dtype, nested_absmax, nested_code, nested_offset)
+    weight = weight.T if transposed else weight
+    if s is None or b is None:
+        s, b = x.new_zeros(x.shape[0], 0), x.new_zeros(weight.shape[0], 0)
+    return lora_product(x, weight, bias, s, b, lora_bias, seed, p, scaling, dtype)
 
 
 def nf4_quantize(weight: Tensor, block_size: int, code: Tensor) -> tuple[Tensor, Tensor]:

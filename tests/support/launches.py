@@ -7,6 +7,7 @@ from peftfast.configs import lora as lora_configs
 from peftfast.configs import lora_product as product_configs
 from peftfast.configs import lora_terms as terms_configs
 from peftfast.configs import nf4 as nf4_configs
+from peftfast.configs import nf4_product as nf4_product_configs
 from peftfast.configs import philox as philox_configs
 from peftfast.configs import sparse_delta as sparse_configs
 from peftfast.configs import zeroth_order as zo_configs
@@ -27,6 +28,7 @@ from peftfast.kernels import (
     zeroth_order_linear,
 )
 from peftfast.kernels import nf4_linear as nf4_linear_kernels
+from peftfast.kernels import nf4_product as nf4_product_kernels
 from peftfast.kernels import nf4_quantize as nf4_quantize_kernels
 
 DEVICES = {
@@ -157,6 +159,47 @@ def nf4_linear(M: int, x: str, compute: str, out: str, nested: bool, arch: int, 
     bias = _empty(N, dtype=compute)
     rows, y = _empty(M, K, dtype=x), _empty(M, N, dtype=out)
     nf4_linear_kernels.nf4_linear(rows, *weight, 64, (N, K), *nesting, bias, getattr(torch, compute), y, config)
+
+
+def nf4_product(
+    M: int,
+    R: int,
+    transposed: bool,
+    dropout: bool,
+    nested: bool,
+    candidate: int,
+    arch: int,
+    dtype: str = "bfloat16",
+    out: str = "bfloat16",
+    N: int = 4096,
+    K: int = 4096,
+    block_size: int = 64,
+) -> None:
+    columns, depth = (K, N) if transposed else (N, K)
+    device = DEVICES[arch]
+    if candidate < 0:  # what rows take whose bytes are read one by one
+        config = nf4_product_configs.fused(M, columns, depth, R, transposed, K, device)
+    else:
+        config = nf4_product_configs.candidates(M, R, transposed, device)[candidate]
+        config = nf4_product_configs.on(config, M, columns, depth, device)
+    weight, nesting = _nf4(N, K, block_size, nested)
+    adapter: list[torch.Tensor | None] = [None, None]
+    if R:
+        b = _empty(R, columns, dtype="float32").T if transposed else _empty(columns, R, dtype="float32")
+        adapter = [_empty(M, R, dtype=dtype), b]
+    biases = [None if transposed else _empty(columns, dtype=dtype) for _ in range(2)]
+    rest = (biases[0], *adapter, biases[1] if R else None, _seed(dropout), 0.1, 1.5, _dtype(out), config)
+    x = _empty(M, depth, dtype=dtype)
+    nf4_product_kernels.nf4_product(x, *weight, block_size, (N, K), *nesting, transposed, *rest)
+
+
+def nf4_dequantize_columns(
+    dtype: str, nested: bool, arch: int, N: int = 4096, K: int = 4096, first: int = 1024, width: int = 1024
+) -> None:
+    config = nf4_product_configs.nf4_dequantize_columns(dtype, DEVICES[arch])
+    weight, nesting = _nf4(N, K, 64, nested)
+    out = _empty(N, width, dtype=dtype)
+    nf4_product_kernels.nf4_dequantize_columns(*weight, 64, (N, K), *nesting, out, first, config)
 
 
 def dropout_mask(arch: int, rows: int = 4096, columns: int = 4096) -> None:
