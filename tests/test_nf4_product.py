@@ -165,7 +165,7 @@ def test_what_it_multiplies_by_is_the_dequantised_weight(case: Case) -> None:
 
 def test_the_order_of_tiles_does_not_show() -> None:
     """The same bits from other numbers of programs and other groups; the partial sums are added in one order."""
-    case = Case(70, 72, 96, transposed=True, p=0.3)
+    case = Case(40, 40, 72, transposed=True, p=0.3)
     whole = _check(_kernel(SMALL), case)
     for config in (replace(SMALL, programs=5, group_m=3), replace(SMALL, programs=100)):
         assert torch.equal(whole, _kernel(config)(*_arguments(case)))
@@ -544,6 +544,18 @@ def test_shared_and_merged_keep_their_ways(small_parts: None, monkeypatch: pytes
     with F.merged_dequantization(), Calls() as calls:
         _layer("fused", DEVICE, p=0.0)
     assert calls.compute["nf4_dequantize_out"] == 1 and calls.compute["nf4_product"] == 2
+
+
+def test_a_compiled_layer_keeps_its_graph_and_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment asks for; and the operator itself is one node."""
+    monkeypatch.setenv(configs.VARIABLE, "slabs")
+    weight, x = F.nf4_quantize(torch.randn(48, 64, device=DEVICE)), torch.randn(20, 64, device=DEVICE)
+    layer = torch.compile(lambda x: F.nf4_linear(x, weight), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ F.nf4_dequantize(weight, FLOAT32).T)
+    given = _arguments(Case(17, 16, 33, out=FLOAT32))
+    operator = torch.compile(lambda x: ops.nf4_product(x, *given[1:]), backend="aot_eager", fullgraph=True)
+    assert torch.equal(operator(given[0]), ops.nf4_product(*given))
 
 
 MUTANTS = (
