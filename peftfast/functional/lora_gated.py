@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
+from .derivatives import once_differentiable
 from .gated_activation import as_rows, check_gated, gated_activation
 from .lora import (
     LoRALinearFunction,

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
+from .derivatives import once_differentiable
 from .lora import _plain_on_cpu, shaped, shortest, unviewed
 from .lora_group import _expand, _shrink
 from .precision import autocast_off
