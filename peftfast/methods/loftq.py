@@ -121,7 +121,8 @@ def eigenspace_factors(error: Tensor, moment: Tensor, rank: int) -> tuple[Tensor
     kind="initialisation",
     fused="quantisation, and the layer, forward and backward",
     choices="The compression is NF4. Eigenvalues below 1e-6 of the largest are raised to that, so that few data leave a root that "
-    "can be inverted. Files are PEFT's LoRA, whose header names the 4 bits, into which load_adapter brings a dense base. Step 0 is W but for what Q and rank r leave.",
+    "can be inverted. Files are PEFT's LoRA, whose header names the 4 bits, into which load_adapter brings a dense base. "
+    "Step 0 is W but for what Q and rank r leave.",
     exact=False,
     reads_data=True,
     demo={"r": 16, "lora_alpha": 16.0},
