@@ -126,9 +126,22 @@ def _members(module: Any, form: Form) -> tuple[Any, Any, Any, Any] | None:
         return None
     act = None
     if form.act:
-        act = modules.get(form.act)
-        act = getattr(module, form.act, None) if act is None else act
+        act = module.__dict__.get(form.act)  # where Python looks first
+        act = modules.get(form.act) if act is None else act
     return gate, up, down, act
+
+
+def _found_elsewhere(module: Any, form: Form) -> bool:
+    """Whether Python would find a member before torch does: on the object, or on the class, set after it was looked at."""
+    kind, own = type(module), module.__dict__
+    if form.gate in own or form.up in own or form.down in own:
+        return True
+    return (
+        hasattr(kind, form.gate)
+        or hasattr(kind, form.up)
+        or hasattr(kind, form.down)
+        or (form.act != "" and hasattr(kind, form.act))
+    )
 
 
 def _activation(form: Form, act: Any) -> str:
@@ -142,6 +155,8 @@ def why_not(module: Any, stock: Any, form: Form) -> str:
     members = _members(module, form)
     if members is None:
         return "one of its parts is not a module of its own"
+    if _found_elsewhere(module, form):
+        return "one of its parts is hidden by an attribute of the same name"
     gate, up, down, act = members
     if not _activation(form, act):
         kind = act if isinstance(act, type) else type(act)
