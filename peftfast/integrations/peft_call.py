@@ -202,7 +202,7 @@ def _row_ids(asked: tuple[str, ...], names: tuple[str, ...], rows_each: int, dev
     one copy to the device a batch, and none in a captured graph."""
     index = {name: i for i, name in enumerate(names)}
     with torch.inference_mode(False):  # a later call may save them for its backward
-        ids = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32)
+        ids = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32, device="cpu")
         return ids.repeat_interleave(rows_each).to(device)
 
 
