@@ -192,3 +192,22 @@ def test_failed_checks_leave_out_as_it_was(llama, adapters, tmp_path, capsys, mo
         assert main(argv) == 2
         assert "model.norm.weight the first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_began_in_4_bits(llama, tmp_path, capsys) -> None:  # noqa: F811
+    """LoftQ's makes up for what its base lost: it is merged into that base."""
+    from transformers import AutoModelForCausalLM
+
+    import peftfast
+
+    model = AutoModelForCausalLM.from_pretrained(str(llama))
+    handle = peftfast.adapt(model, "loftq", r=4, lora_alpha=4.0, loftq_iter=1)
+    with torch.no_grad():
+        expected = handle.model.eval()(TOKENS).logits
+    peftfast.save_adapter(model, tmp_path / "adapter")
+    argv = ["merge", "--model", str(llama), "--adapter", str(tmp_path / "adapter"), "--dtype", "float32"]
+    for more in ((), ("--four-bit-base",)):
+        out = tmp_path / f"merged{len(more)}"
+        assert main([*argv, "--out", str(out), *more]) == 0
+        assert relative(logits(out), expected) < 1e-5
+    assert relative(adapted_logits(llama, tmp_path / "adapter"), expected) > 1e-3

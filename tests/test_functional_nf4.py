@@ -256,9 +256,10 @@ def test_linear_refuses() -> None:
             call()
 
 
-def test_linear_refuses_double_backward() -> None:
+def test_linear_is_differentiated_twice() -> None:
     nf4 = weight_of(NF4Case((8, 64)))
     x = torch.randn(2, 64, device=DEVICE, requires_grad=True)
     (grad,) = torch.autograd.grad(F.nf4_linear(x, nf4).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    dense = F.nf4_dequantize(nf4).to(x.dtype)
+    torch.testing.assert_close(second, 2 * (torch.ones_like(x) @ dense.T) @ dense, rtol=1e-4, atol=1e-4)

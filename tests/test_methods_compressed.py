@@ -307,22 +307,23 @@ def test_sketchtune_weighs_errors() -> None:
     x = torch.randn(200, 12, generator=generator, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
     x[:, 3] = 0
     moment = x.T @ x / 200
-    root = inverse_root(moment, 0.01)
+    order, root = inverse_root(moment, 0.01)
+    assert (moment.diagonal()[order[:4]].diff() <= 0).all()
     hessian = moment.clone()
     hessian[3, 3] = 1
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(12)
-    torch.testing.assert_close(root.T @ root, hessian.inverse())
+    torch.testing.assert_close(root.T @ root, hessian[order][:, order].inverse())
     weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     table = torch.randn(5, 2, 4, generator=generator, dtype=torch.float64).sort(-1).values
-    codes = assign(weight, table, root, block=5)
+    codes = assign(weight, table, order, root, block=5)
     for n in range(5):
         left = weight[n].clone()
-        for k in range(12):
+        for i, k in enumerate(order.tolist()):
             values = table[n, k // 6]
             code = int((left[k] - values).abs().argmin())
             assert int(codes[n, k]) == code
             error = left[k] - values[code]
-            rest = torch.arange(k + 1, 12)
+            rest = order[i + 1 :]
             # The change of what is left that makes (w' - w) H (w' - w)ᵀ least, with input k at its value.
             if len(rest):
                 left[rest] += torch.linalg.solve(hessian[rest][:, rest], hessian[rest, k]) * error

@@ -239,6 +239,17 @@ def test_lora_ga(tmp_path: Path) -> None:
     torch.testing.assert_close(unit, torch.eye(4, dtype=unit.dtype) * 40**0.5 / 16, rtol=1e-9, atol=1e-9)
 
 
+def test_lora_ga_says_how_far_from_a_4_bit_base_it_begins() -> None:
+    with pytest.warns(UserWarning, match="does not begin at the base's output") as caught:
+        handle = adapted("lora-ga", dtype=torch.float32, four_bit=True, data=3, r=4, lora_alpha=16.0)
+    base, far = Mlp(torch.float32), []
+    for name, layer in handle.layers.items():
+        weight = F.nf4_dequantize(NF4Linear.from_linear(base.get_submodule(name)).nf4)
+        begun = F.nf4_dequantize(layer.nf4) + layer.scaling * layer.lora_B @ layer.lora_A
+        far.append(float((begun - weight).norm() / weight.norm()))
+    assert max(far) > 0.01 and f"by {100 * max(far):.1f} % of the weight" in str(caught[0].message)
+
+
 @pytest.mark.parametrize(
     ("direction", "scale"),
     [

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 import peftfast
 import peftfast.functional as F
+from peftfast.integrations.adapter_files import WEIGHTS
+from peftfast.integrations.adapter_start import started_from
 from peftfast.methods import lq_lora
-from peftfast.nn import LoRANF4Linear, NF4Linear
+from peftfast.nn import LoRALinear, LoRANF4Linear, NF4Linear
 from tests.support.method_checks import Mlp, adapted, batches, check_files, check_steps, plain_model, stir
 from tests.test_methods_initialised import COUNT, TARGETS, principal
 
@@ -60,10 +62,34 @@ def test_loftq(iterations: int, tmp_path: Path) -> None:
     batch = batches(1, torch.float32)[0]
     loaded = peftfast.load_adapter(base, tmp_path)
     torch.testing.assert_close(loaded(**batch).logits, handle.model(**batch).logits, rtol=1e-5, atol=1e-5)
+    check_started_from(handle, tmp_path)
     four = adapted("lora", dtype=torch.float32, four_bit=True)
     assert four.layers
     with pytest.raises(ValueError, match="starts from the weight before it is quantised"):
         adapted("loftq", dtype=torch.float32, four_bit=True, r=4)
+
+
+def check_started_from(handle: Any, folder: Path) -> None:
+    """The file says in which 4 bits the adapter began: a dense base is brought into them, another's difference is named."""
+    expected = {"quant_type": "nf4", "block_size": 64, "double_quant": handle.options.double_quant}
+    batch = batches(1, torch.float32)[0]
+    wanted = handle.model(**batch).logits
+    for directory in (folder, folder / "again"):
+        assert started_from(directory / WEIGHTS) == expected
+        loaded = peftfast.load_adapter(Mlp(torch.float32), folder)
+        torch.testing.assert_close(loaded(**batch).logits, wanted, rtol=1e-5, atol=1e-5)
+        peftfast.save_adapter(loaded, folder / "again")
+    other = Mlp(torch.float32)
+    for name in TARGETS:
+        linear = NF4Linear.from_linear(other.get_submodule(name), double_quant=not handle.options.double_quant)
+        setattr(other, name, linear)
+    with pytest.warns(UserWarning, match="began on a base in 4 bits.*not quite the one that was trained"):
+        peftfast.load_adapter(other, folder)
+    dense = Mlp(torch.float32)
+    dense.up = LoRALinear.from_linear(dense.up, r=4, lora_alpha=8)
+    with pytest.raises(ValueError, match="expected a base in 4 bits"):
+        peftfast.load_adapter(dense, folder)
+    assert type(dense.down) is nn.Linear
 
 
 def test_eora(tmp_path: Path) -> None:
@@ -90,6 +116,7 @@ def test_eora(tmp_path: Path) -> None:
     plain = plain_model(handle, lambda layer, base, p: base + 2.0 * p["lora_B"] @ p["lora_A"], bases)
     check_steps(handle, plain, None, 2e-5, steps=2)
     check_files(handle, tmp_path, four_bit=True, tolerance=1e-5)
+    check_started_from(handle, tmp_path)
 
 
 def test_lq_lora(tmp_path: Path) -> None:

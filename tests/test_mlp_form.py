@@ -18,6 +18,7 @@ from tests.support.gated_blocks import (
     ByProduct,
     Flag,
     Inherited,
+    InPlace,
     NoGate,
     Residual,
     Same,
@@ -59,6 +60,7 @@ def test_forms_are_known_by_their_code() -> None:
         NoGate,
         Wrapped,
         Residual,
+        InPlace,
         nn.Module,
         nn.Linear,
     ],
@@ -80,6 +82,11 @@ def test_models_of_transformers_are_known_without_a_list(name: str) -> None:
 class OwnAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional.silu(x)
+
+
+class Called(OwnAct):
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
 
 
 class Beta(nn.Module):
@@ -113,6 +120,7 @@ class Beta(nn.Module):
         (ACT2FN["gelu_python"], ""),
         (ACT2FN["quick_gelu"], ""),
         (OwnAct(), "silu"),
+        (Called(), ""),
         (Beta(), ""),
         (nn.Tanh(), ""),
         (nn.Identity(), ""),

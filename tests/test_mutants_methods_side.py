@@ -103,7 +103,7 @@ MUTANTS: dict[str, tuple[tuple[Any, str, Any], Callable[..., None]]] = {
         lambda: _patched(compressed, "cluster", sketchtune.cluster, compressed.test_sketchtune_weighs_errors),
     ),
     "sketchtune: later inputs make up for nothing": (
-        (sketchtune, "assign", lambda w, table, root, block=128: _nearest(w, table)),
+        (sketchtune, "assign", lambda w, table, order, root, block=128: _nearest(w, table)),
         lambda: _patched(compressed, "assign", sketchtune.assign, compressed.test_sketchtune_weighs_errors),
     ),
     "wta-crs: norms of other examples": (

@@ -88,6 +88,20 @@ def _replaced(model: Any) -> Callable[[], None]:
     return lambda: setattr(MLP, "forward", forward)
 
 
+def _hidden(name: str, value: Any, on_class: bool = False) -> Callable[[Any], Callable[[], None]]:
+    """Python finds an attribute of the object's __dict__, or of its class, before a module of that name."""
+
+    def disturb(model: Any) -> Callable[[], None]:
+        block = block_of(model)
+        if not on_class:
+            block.__dict__[name] = value
+            return lambda: block.__dict__.pop(name)
+        setattr(MLP, name, staticmethod(value))
+        return lambda: delattr(MLP, name)
+
+    return disturb
+
+
 STOCK: dict[str, Callable[[Any], Callable[[], None]]] = {
     "a hook on act": _hook(lambda block: block.act),
     "a backward hook on act": _hook(lambda block: block.act, "register_full_backward_hook"),
@@ -96,6 +110,10 @@ STOCK: dict[str, Callable[[Any], Callable[[], None]]] = {
     "forward on the object": _forward_on_the_object,
     "a hook on all": _global_hook,
     "another class's forward": _replaced,
+    "act hidden": _hidden("act", torch.tanh),
+    "gate hidden": _hidden("gate", lambda x: torch.cat([x, x], -1)),
+    "act hidden by the class": _hidden("act", torch.tanh, on_class=True),
+    "up hidden by the class": _hidden("up", lambda x: torch.cat([x, x], -1), on_class=True),
     "gate disabled": _disabled("gate"),
     "down disabled": _disabled("down"),
     "down merged": _merged,
@@ -118,7 +136,7 @@ def test_disturbances(what: str, counts: Counts) -> None:
     """Values are those of the same disturbed model with stock MLPs; and all is as before when the disturbance is gone."""
     ours, theirs = pair()
     disturb, expected = (STOCK[what], (1, 0)) if what in STOCK else SERVED[what]
-    if what in ("a hook on all", "another class's forward"):
+    if what in ("a hook on all", "another class's forward") or "by the class" in what:
         expected = (0, 0)
     undo = disturb(ours)
     found: list[dict[str, Tensor]] = []

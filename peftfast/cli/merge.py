@@ -147,18 +147,23 @@ def _merged(
     import torch
     from peft import PeftModel
 
-    from ..integrations.adapter_files import load_adapter
+    from ..integrations.adapter_files import WEIGHTS, load_adapter
+    from ..integrations.adapter_start import started_from
 
+    # The base that LoftQ's and EoRA's adapters make up for is in the 4 bits that their file names.
+    started = started_from(options.adapter / WEIGHTS)
     base, _ = models.load(
         directory,
         config,
         classify=classify,
-        dtype="auto" if options.four_bit_base else "float32",
+        dtype="auto" if options.four_bit_base and started is None else "float32",
         device=device,
-        four_bit=options.four_bit_base,
+        four_bit=options.four_bit_base and started is None,
         skip=_heads() if classify else None,
     )
-    if options.four_bit_base:
+    if started is not None:
+        _through_4_bits(base, options.adapter, started)
+    elif options.four_bit_base:
         _unquantise(base)
         base.to(torch.float32)
     base.to(device).eval()
@@ -188,6 +193,26 @@ def _merged(
 
 def _relative(values: Any, expected: Any) -> float:
     return float((values.float().cpu() - expected).norm() / expected.norm())
+
+
+def _through_4_bits(model: Any, adapter: Path, settings: dict[str, Any]) -> None:
+    """Give the layers that the adapter has the values that they have in 4 bits."""
+    import torch
+    from safetensors import safe_open
+
+    import peftfast.functional as F
+
+    from ..integrations.adapter_files import PREFIX, WEIGHTS
+
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        names = [name for name in file.keys() if name.endswith(".lora_A.weight")]  # noqa: SIM118
+    for name in names:
+        try:
+            weight = model.get_submodule(name.removeprefix(PREFIX).removesuffix(".lora_A.weight")).weight
+        except AttributeError:
+            continue  # what PEFT will say of it is clearer
+        with torch.no_grad():
+            weight.copy_(F.nf4_dequantize(F.nf4_quantize(weight.float(), **settings)))
 
 
 def _unquantise(model: Any) -> None:

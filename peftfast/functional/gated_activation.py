@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..reference.gated_activation import ACTIVATIONS
+from .derivatives import once_differentiable
 from .shapes import as_rows
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
@@ -18,6 +17,7 @@ from ..configs import nf4 as nf4_configs
 from ..ops import lora_product as fused
 from ..ops import replay
 from ..ops.backends import FLOAT_DTYPES, undisturbed
+from .derivatives import once_differentiable, refuse_tangents
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
 from .nf4_routes import adapted_gradient
@@ -390,6 +390,7 @@ def lora_linear(
             return apply_group(x, [(weight, bias, magnitude)], [(own,)], None, training, dtype, out_dtype)[0]
         if isinstance(weight, NF4Weight) and p == 0.0 and not torch.is_grad_enabled():
             rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+            refuse_tangents(x, lora_a, lora_b, bias, lora_bias)
             adapter = (lora_a, lora_b, bias, lora_bias, float(scaling))
             y = product_without_gradient(rows, weight, *adapter, dtype, out_dtype)
             if y is not None:

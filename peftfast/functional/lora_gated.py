@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..ops import replay
+from .derivatives import once_differentiable
 from .gated_activation import check_gated, gated_activation
 from .lora import (
     LoRALinearFunction,

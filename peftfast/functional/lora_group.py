@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
 from ..ops import lora_product as fused
 from ..ops import replay
+from .derivatives import once_differentiable
 from .nf4 import dequantized
 from .precision import autocast_off
 

@@ -186,7 +186,7 @@ def _row_ids(rows: Any, x: Tensor, count: int) -> Tensor:
         if rows.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"rows: expected int32 or int64, got {rows.dtype}")
     elif isinstance(rows, Sequence) and all(isinstance(one, int) for one in rows):
-        rows = torch.tensor(rows, dtype=torch.int32)
+        rows = torch.tensor(rows, dtype=torch.int32, device="cpu")
     else:
         raise TypeError(f"rows: expected a tensor or a sequence of ints, got {type(rows).__name__}")
     shapes = (tuple(x.shape[:1]), tuple(x.shape[:-1]))

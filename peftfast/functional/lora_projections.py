@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
 from ..ops import replay
+from .derivatives import once_differentiable
 from .lora import _plain_on_cpu, shortest
 from .lora_group import _expand, _shrink
 from .precision import autocast_off

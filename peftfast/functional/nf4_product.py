@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
 from ..configs import nf4 as configs
 from ..configs import nf4_product as product_configs
 from . import nf4_routes as routes
+from .derivatives import refuse_tangents
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .precision import autocast_off, cache_signature, compute_dtype_of
 
@@ -252,8 +252,8 @@ class NF4LinearFunction(torch.autograd.Function):
         ctx.block_size, ctx.shape, ctx.compute_dtype = block_size, shape, compute_dtype
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
 
+    # Of torch's own operations, on dy and what is fixed: it can be differentiated again.
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 13
@@ -313,6 +313,7 @@ def nf4_linear(
         records = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if not records and _is_few(rows, nf4, dtype):
             # Past autograd, whose bookkeeping takes as long as a quarter of the product.
+            refuse_tangents(x, bias)
             y, _ = ops.nf4_linear.nf4_linear_now(rows, *nf4.storage(), bias, None, None, None, 1.0, dtype, out_dtype)
         else:
             keep = keeps_dense() and records and x.requires_grad

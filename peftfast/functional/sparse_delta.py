@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .. import ops
 from ..configs import sparse_delta as configs
 from ..ops.backends import FLOAT_DTYPES, device_of, dtype_name, takes_triton, triton_available
 from ..reference import sparse_delta as definition
+from .derivatives import once_differentiable, refuse_tangents
 from .nf4 import NF4Weight, check_features, check_vector
 from .precision import autocast_off, autocast_on, compute_dtype_of
 from .sparse_pattern import SparsePattern, check_indices, trusted
@@ -315,6 +315,8 @@ def apply(
         records = torch.is_grad_enabled() and (
             x.requires_grad or values.requires_grad or base.requires_grad or (bias is not None and bias.requires_grad)
         )
+        if not records:
+            refuse_tangents(x, values, base, bias)
         call = SparseDeltaLinearFunction.apply if records else _forward
         y = call(
             rows, base, values, bias, pattern.indices, pattern, resident, observer, dtype, out_dtype, *quantisation

@@ -167,7 +167,7 @@ class SparsePattern:
 
 def _numbers(structure: str, parts: Sequence[int]) -> Tensor:
     try:
-        return torch.tensor([operator.index(part) for part in parts], dtype=torch.int64)
+        return torch.tensor([operator.index(part) for part in parts], dtype=torch.int64, device="cpu")
     except TypeError:
         raise TypeError(f"{structure}: expected integers, got {parts!r}") from None
 

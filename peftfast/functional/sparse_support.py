@@ -218,13 +218,13 @@ def top_of_outer(rows: Tensor, columns: Tensor, count: int, excluded: Tensor) ->
     low_bits, high_bits = 0, 0x7F800001  # the largest bar that `count` products reach lies in [low, high)
     while high_bits - low_bits > 1:
         middle_bits = (low_bits + high_bits) // 2
-        bar = torch.tensor(middle_bits, dtype=torch.int32).view(torch.float32).to(rows.device)
+        bar = torch.tensor(middle_bits, dtype=torch.int32, device="cpu").view(torch.float32).to(rows.device)
         if free(bar) >= count:
             low_bits = middle_bits
         else:
             high_bits = middle_bits
-    bar = torch.tensor(low_bits, dtype=torch.int32).view(torch.float32).to(rows.device)
-    over = torch.tensor(low_bits + 1, dtype=torch.int32).view(torch.float32).to(rows.device)
+    bar = torch.tensor(low_bits, dtype=torch.int32, device="cpu").view(torch.float32).to(rows.device)
+    over = torch.tensor(low_bits + 1, dtype=torch.int32, device="cpu").view(torch.float32).to(rows.device)
     chosen = _without(_expand(above(over), torch.full((n,), k, device=rows.device), order, k), taken)
     level = _level(rows, columns, bar, above(bar), above(over), order, taken, count - chosen.numel())
     return torch.cat((chosen, level)).sort().values

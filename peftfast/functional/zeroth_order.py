@@ -266,7 +266,7 @@ def floats_tensor(name: str, value: object, device: torch.device) -> Tensor:
 def _filled(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:  # type: ignore[type-arg]
     """By fills, which need no copy from pageable memory: no host synchronisation."""
     if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device="cpu")
     return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
 
 

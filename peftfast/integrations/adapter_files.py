@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import LoRALinear
+from .adapter_start import STARTED_FROM, in_its_4_bits, started_from
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -88,7 +89,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base_mo
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    metadata = {"format": "pt"}
+    own = (handle.layers if handle is not None else layers).values()
+    started = next((one.__dict__["started_from"] for one in own if "started_from" in one.__dict__), None)
+    if started is not None:
+        metadata[STARTED_FROM] = json.dumps(started, sort_keys=True)
+    _replace(folder / WEIGHTS, save(tensors, metadata=metadata))
     _replace(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -103,8 +109,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         model: the base model, as saved; changed in place unless it is a single linear layer.
         directory: holds adapter_model.safetensors and adapter_config.json.
 
+    An adapter of LoftQ or EoRA makes up for what its base lost in 4 bits: dense layers become 4-bit ones, as they were in training.
+
     Returns:
         ``model``.
+
+    Warns:
+        UserWarning: such an adapter, and layers in other 4 bits than those it began on.
 
     Raises:
         FileNotFoundError: one of the files is missing. TypeError: ``model`` is not a module, or a layer is not one of those above.
@@ -140,16 +151,19 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     tensors = load_file(folder / WEIGHTS)
     heads = _taken_heads(tensors, config, model, folder)
     grouped = _grouped(tensors, folder)
+    started = started_from(folder / WEIGHTS)
     # All is made ready before the first module is exchanged; from_linear freezes what it shares.
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:
-        ready = {path: _adapted(model, path, tensors, config) for path, tensors in grouped.items()}
+        ready = {path: _adapted(model, path, tensors, config, started) for path, tensors in grouped.items()}
     except (TypeError, ValueError):
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(not any(parameter is other for other in frozen))
         raise
     for path, layer in ready.items():
+        if started is not None:
+            layer.__dict__["started_from"] = started
         for attribute, value in grouped[path].items():
             with torch.no_grad():
                 getattr(layer, attribute).copy_(value)
@@ -157,7 +171,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         setattr(model.get_submodule(parent), child, layer)
     for module, state in heads.items():
         model.get_submodule(module).load_state_dict(state)
-    if heads:
+    if heads or started is not None:
         _remember(model, ready, config, list(heads))
     return model
 
@@ -321,13 +335,21 @@ def _of_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def _adapted(model: nn.Module, path: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> LoRALinear:
+def _adapted(
+    model: nn.Module,
+    path: str,
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    started: dict[str, Any] | None,
+) -> LoRALinear:
     try:
         layer = model.get_submodule(path)
     except AttributeError:
         raise ValueError(f"directory: the adapter has a layer {path}, and the model has none of that name") from None
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"model: {path}: expected a linear layer, got {type(layer).__name__}")
+    if started is not None:
+        layer = in_its_4_bits(layer, path, started)
     r = tensors["lora_A"].shape[0]
     expected = {
         "lora_A": (r, layer.in_features),

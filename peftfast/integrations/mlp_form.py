@@ -82,6 +82,9 @@ class _Value:
             raise _NotPlain
         return _Value(self.calls, "*", self, other)
 
+    def __imul__(self, other: Any) -> _Value:
+        raise _NotPlain  # writes into what a layer gave, and keeps its shape and dtype
+
     @classmethod
     def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), options: Any = None) -> _Value:
         options = options or {}
@@ -248,6 +251,8 @@ def activation_of(act: Any) -> str:
             return _name_of(functional.gelu, {"approximate": act.approximate})
         return _name_of(functional.silu if kind is nn.SiLU else functional.relu, {"inplace": act.inplace})
     if isinstance(act, nn.Module):
+        if kind.__call__ is not nn.Module.__call__:
+            return ""
         plain = _plain_activation(kind.forward)
         if plain is None or not all(kind.forward.__globals__.get(name) is value for name, value in plain[1]):
             return ""

@@ -19,7 +19,7 @@ from ..functional.lora_multi import apply_group
 from ..functional.precision import compute_dtype_of
 from ..nn.nf4 import is_bitsandbytes_4bit
 from . import bitsandbytes as bnb
-from .peft_guards import has_dora, why_stock, why_stock_for
+from .peft_guards import has_dora, scaled_by_tensors, why_stock, why_stock_for
 
 logger = logging.getLogger("peftfast")
 
@@ -98,7 +98,7 @@ class Verdict:
             return False
         if not all(map(operator.eq, map(Tensor.data_ptr, self.parameters), self.addresses)):
             return False
-        if layer.lora_variant != self.variants or layer.fan_in_fan_out:
+        if layer.lora_variant != self.variants or layer.fan_in_fan_out or scaled_by_tensors(layer):
             return False
         if self.state is not None and self.statistics is not None:
             if bnb.quant_state(self.base) is not self.state or bnb.why_not_served(self.base):
@@ -202,7 +202,7 @@ def _row_ids(asked: tuple[str, ...], names: tuple[str, ...], rows_each: int, dev
     one copy to the device a batch, and none in a captured graph."""
     index = {name: i for i, name in enumerate(names)}
     with torch.inference_mode(False):  # a later call may save them for its backward
-        ids = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32)
+        ids = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32, device="cpu")
         return ids.repeat_interleave(rows_each).to(device)
 
 

@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_module
 
 from .. import ops
 from ..configs import gated_activation as configs
+from ..functional.derivatives import transformed
 from ..functional.gated_activation import GatedActivationFunction
 from ..functional.lora import draw_seed
 from ..functional.lora_gated import LoRAGatedFunction, apply_gated
@@ -36,6 +37,7 @@ from .peft_guards import FSDP, _hooked, why_stock_for
 
 logger = logging.getLogger("peftfast")
 
+NO_ADAPTER = "it holds no adapter layer any more"
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, name)
     for name in (
@@ -61,7 +63,11 @@ class _Gated:
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         made, arguments, *rest = reduced
         if made is copyreg.__newobj__ and arguments == (type(self),):  # type: ignore[attr-defined]
-            return _made_anew, (self._peftfast_stock,), *rest
+            members = _members(self, self._peftfast_form)
+            if members is not None and any(isinstance(one, BaseTunerLayer) for one in members[:3]):
+                return _made_anew, (self._peftfast_stock,), *rest
+            # Of the standard library alone: a merged model's pickle is read where peftfast is not.
+            return copyreg._reconstructor, (self._peftfast_stock, object, None), *rest  # type: ignore[attr-defined]
         return made, arguments, *rest
 
 
@@ -120,9 +126,22 @@ def _members(module: Any, form: Form) -> tuple[Any, Any, Any, Any] | None:
         return None
     act = None
     if form.act:
-        act = modules.get(form.act)
-        act = getattr(module, form.act, None) if act is None else act
+        act = module.__dict__.get(form.act)  # where Python looks first
+        act = modules.get(form.act) if act is None else act
     return gate, up, down, act
+
+
+def _found_elsewhere(module: Any, form: Form) -> bool:
+    """Whether Python would find a member before torch does: on the object, or on the class, set after it was looked at."""
+    kind, own = type(module), module.__dict__
+    if form.gate in own or form.up in own or form.down in own:
+        return True
+    return (
+        hasattr(kind, form.gate)
+        or hasattr(kind, form.up)
+        or hasattr(kind, form.down)
+        or (form.act != "" and hasattr(kind, form.act))
+    )
 
 
 def _activation(form: Form, act: Any) -> str:
@@ -136,6 +155,8 @@ def why_not(module: Any, stock: Any, form: Form) -> str:
     members = _members(module, form)
     if members is None:
         return "one of its parts is not a module of its own"
+    if _found_elsewhere(module, form):
+        return "one of its parts is hidden by an attribute of the same name"
     gate, up, down, act = members
     if not _activation(form, act):
         kind = act if isinstance(act, type) else type(act)
@@ -144,11 +165,13 @@ def why_not(module: Any, stock: Any, form: Form) -> str:
         return "a hook on the activation"
     if any(_GLOBAL_HOOKS):
         return "a hook on all modules"
+    adapted = False
     for one in (gate, up, down):
         own = one.__dict__  # where PEFT's layers have them
         if own.get("_disable_adapters") or own.get("merged_adapters"):
             return "an adapter is disabled or merged"
-    return ""
+        adapted = adapted or "_disable_adapters" in own
+    return "" if adapted else NO_ADAPTER
 
 
 def _whole(down: Any) -> Verdict | None:
@@ -180,12 +203,18 @@ def _plain(verdict: Verdict, x: Any) -> bool:
 
 
 def _forward(module: Any, args: Any, kwargs: Any) -> Any:
+    if not isinstance(module, _Gated):  # its forward was bound before unpatch and kept, as accelerate's hooks keep it
+        return type(module).forward(module, *args, **kwargs)
     stock = module._peftfast_stock
     # A compiler sees the whole expression and fuses it itself; it also decides what of it is kept.
     if torch.compiler.is_compiling() or kwargs or len(args) != 1 or type(args[0]) is not Tensor:
         return stock.forward(module, *args, **kwargs)
     form = module._peftfast_form
-    if why_not(module, stock, form):
+    reason = "transformed" if transformed() else why_not(module, stock, form)
+    if reason:
+        if reason is NO_ADAPTER and type(module) is _own_kind(module):  # type: ignore[arg-type]
+            # merge_and_unload or unload has made a plain model of it, which is to be one in its files too.
+            module.__class__ = stock
         return stock.forward(module, *args)
     members = _members(module, form)
     assert members is not None

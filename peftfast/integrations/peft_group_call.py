@@ -203,7 +203,7 @@ def _seeds(x: Tensor, ps: tuple[float, ...]) -> Tensor | None:
         return None
     if all(ps) or not x.is_cpu:
         return draw_seed(x, len(ps))
-    seeds = torch.zeros(len(ps), dtype=torch.int64)
+    seeds = torch.zeros(len(ps), dtype=torch.int64, device="cpu")
     for t, p in enumerate(ps):
         if p:
             seeds[t : t + 1].random_(0, 2**63 - 1)

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..configs import lora as configs
-from .peft_call import VERDICT, fused_or_stock
+from ..functional.derivatives import transformed
+from .peft_call import VERDICT, fused_or_stock, log_once
 from .peft_group_call import Shared, numbers_of
+from .peft_guards import TRANSFORMED
 
 _BLOCK = "_peftfast_block"  # in a block's __dict__: what is known of its groups
 _ROUNDS = 4  # forwards of a block that are watched: the first may be of another kind, such as a cross-attention
@@ -272,7 +274,12 @@ class _Scope:
 
 def forward(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
     """A patched layer's forward; ``stock`` is PEFT's."""
-    if args or kwargs or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return fused_or_stock(layer, stock, x, args, kwargs)
+    if transformed():
+        log_once(TRANSFORMED)
+        return stock(x, *args, **kwargs)  # type: ignore[no-any-return]
+    if args or kwargs:
         return fused_or_stock(layer, stock, x, args, kwargs)
     scopes = getattr(_local, "scopes", None)
     if not scopes or type(x) is not Tensor:

@@ -23,6 +23,7 @@ from ..ops.backends import FLOAT_DTYPES
 from . import bitsandbytes as bnb
 
 TESTED_PEFT = ">=0.21,<0.22"
+TRANSFORMED = "a transform of torch.func, forward-mode differentiation or torch.jit's tracer"
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -94,6 +95,10 @@ def _variant_reason(layer: Any, name: str, alone: bool) -> str:
     return _parameter_reason("the magnitude vector", magnitude.weight)
 
 
+def scaled_by_tensors(layer: Any) -> bool:
+    return Tensor in map(type, layer.scaling.values())
+
+
 def why_stock(layer: Any, names: list[str]) -> str:
     """Why this layer runs PEFT's forward for these adapters, whatever its input is. Ordered from the layer inwards."""
     if peft_version_reason():
@@ -114,6 +119,8 @@ def why_stock(layer: Any, names: list[str]) -> str:
     if reason:
         return reason
     dora = False
+    if scaled_by_tensors(layer):
+        return "a scaling that is a tensor, as prepare_model_for_compiled_hotswap makes it"
     for name in names:
         if name in layer.lora_variant:
             reason = _variant_reason(layer, name, len(names) == 1)

@@ -90,7 +90,7 @@ def merge(layer: Any, stock: Any, safe_merge: bool, adapter_names: list[str] | N
 
 @torch.no_grad()
 def _merge_one(layer: Any, name: str, safe_merge: bool) -> None:
-    base, scaling = layer.base_layer, layer.scaling[name]
+    base, scaling = layer.base_layer, float(layer.scaling[name])
     kept = layer.__dict__.get(UNMERGED)
     if not layer.merged_adapters:
         kept = Unmerged(base.weight, None, [])

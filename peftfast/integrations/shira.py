@@ -16,6 +16,7 @@ from peft.tuners.shira.layer import Linear as StockLinear
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..functional.derivatives import transformed
 from ..functional.sparse_delta import apart_rows
 from ..functional.sparse_pattern import SparsePattern, smallest_index_dtype
 from ..nn.nf4 import is_bitsandbytes_4bit
@@ -26,7 +27,7 @@ from . import bitsandbytes as bnb
 from .patch_report import LayerReport
 from .peft import _RESTORE, _adapter_layers
 from .peft_call import log_once
-from .peft_guards import DTENSOR, FSDP, _hooked, _parameter_reason, dense_reason, peft_version_reason
+from .peft_guards import DTENSOR, FSDP, TRANSFORMED, _hooked, _parameter_reason, dense_reason, peft_version_reason
 
 logger = logging.getLogger("peftfast")
 
@@ -37,10 +38,15 @@ class FusedLinear(StockLinear):
     """``peft.tuners.shira.Linear`` with the fused forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(
+            self, FusedLinear
+        ):  # bound before unpatch and kept, as accelerate's hooks keep a module's forward
+            return type(self).forward(self, x, *args, **kwargs)
         # Not guards but PEFT's own states, in which its forward is the right one and nothing is lost.
         if args or kwargs or self.disable_adapters or self.merged or not _names(self):
             return super().forward(x, *args, **kwargs)
-        reason = _why_stock(self) or _why_stock_for(self, x)
+        tracing = not torch.compiler.is_compiling() and transformed()
+        reason = TRANSFORMED if tracing else _why_stock(self) or _why_stock_for(self, x)
         if reason:
             log_once(reason)
             return super().forward(x)

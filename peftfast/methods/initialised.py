@@ -153,6 +153,12 @@ def quantised_lora(
     layer = LoRALinear.from_linear(base, **given(options))
     if own:
         layer.__class__ = QuantisedLoRALinear  # LoRANF4Linear with files of its own
+    else:  # its files are PEFT's and say of which 4 bits the adapter makes up for what they lost
+        layer.__dict__["started_from"] = {
+            "quant_type": quant_type,
+            "block_size": block_size,
+            "double_quant": double_quant,
+        }
     layer.lora_A.copy_(a)
     layer.lora_B.copy_(b)
     return layer

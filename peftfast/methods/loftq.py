@@ -58,7 +58,8 @@ def _dense_only(linear: nn.Module, name: str) -> None:
     choices="4 bits of NF4; the paper's 2 bits are not served: stored in 4 they would save nothing. B and A share the root of the "
     "singular values and of 1 / s, so that "
     "Q + s B A is nearest W for every alpha; PEFT's leaves s out, which is the same where alpha = r. With one iteration Q is NF4(W) "
-    "and files are PEFT's LoRA; with more they hold Q too. Step 0 is W but for what Q and rank r leave.",
+    "and files are PEFT's LoRA, whose header names the 4 bits, into which load_adapter brings a dense base; with more they hold Q "
+    "too. Step 0 is W but for what Q and rank r leave.",
     exact=False,
     demo={"r": 16, "lora_alpha": 16.0, "loftq_iter": 1},
     learning_rate=1e-3,
@@ -120,7 +121,8 @@ def eigenspace_factors(error: Tensor, moment: Tensor, rank: int) -> tuple[Tensor
     kind="initialisation",
     fused="quantisation, and the layer, forward and backward",
     choices="The compression is NF4. Eigenvalues below 1e-6 of the largest are raised to that, so that few data leave a root that "
-    "can be inverted. Files are PEFT's LoRA for the base in NF4 with the same settings. Step 0 is W but for what Q and rank r leave.",
+    "can be inverted. Files are PEFT's LoRA, whose header names the 4 bits, into which load_adapter brings a dense base. "
+    "Step 0 is W but for what Q and rank r leave.",
     exact=False,
     reads_data=True,
     demo={"r": 16, "lora_alpha": 16.0},

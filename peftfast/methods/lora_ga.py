@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import functional as F
 from ..nn import LoRALinear
-from .adapting import Targets
+from .adapting import Targets, is_four_bit
 from .initialised import check_rank, dense_weight, placeholder, residual_lora, scaling_of
 from .lora import LoRAOptions
 from .passes import weight_gradients
@@ -75,7 +78,7 @@ def factors(gradient: Tensor, weight: Tensor, options: Options) -> tuple[Tensor,
     peft='LoraConfig(init_lora_weights="lora_ga")',
     choices="The SVD is exact; gamma is 16, as in PEFT; the gradient is the mean over the batches, in evaluation mode. PEFT's "
     "variant, with singular values on B and A of norm 1, is singular_values=True (and use_rslora=False for its default scaling). "
-    "Files as for pissa.",
+    "On a 4-bit base the residual is quantised again, and a warning says how far from the base that begins. Files as for pissa.",
     reads_data=True,
     demo={"r": 16, "lora_alpha": 16.0},
     learning_rate=1e-4,
@@ -85,10 +88,25 @@ def build(targets: Targets, options: Options) -> None:
         targets.replace(lambda name, linear: placeholder(linear, options))
         return
     found = weight_gradients(targets, "lora-ga: gradients")
+    moved: dict[str, float] = {}
 
     def make(name: str, linear: nn.Linear) -> LoRALinear:
         check_rank(linear, 2 * options.r)
-        a, b = factors(found[name], dense_weight(linear), options)
-        return residual_lora(linear, options, a, b)
+        weight = dense_weight(linear)
+        a, b = factors(found[name], weight, options)
+        layer: Any = residual_lora(linear, options, a, b)
+        if is_four_bit(linear):
+            begun = F.nf4_dequantize(layer.nf4, torch.float32).addmm_(layer.lora_B, layer.lora_A, alpha=layer.scaling)
+            moved[name] = float((begun - weight).norm() / weight.norm())
+        return layer
 
-    targets.replace(make)
+    with torch.no_grad():
+        targets.replace(make)
+    if moved:
+        name = max(moved, key=lambda one: moved[one])
+        warnings.warn(
+            "lora-ga: the residuals of a 4-bit base were quantised again, so that the model does not begin at the base's output: by "
+            f"{100 * moved[name]:.1f} % of the weight at most ({name})",
+            UserWarning,
+            stacklevel=5,
+        )

@@ -156,7 +156,7 @@ class PELARuntime(Runtime):
     "The authors' codes weigh the features with 1 (images) and 0.1 (images and text) and the changes with 0 and 1; here both with 1. "
     "They train biases and norms as well, which stay frozen here. Distillation goes with the task's own loss, in one stage.",
     exact=False,
-    learning_rate=5e-4,
+    learning_rate=5e-5,
 )
 def build(targets: Targets, options: Options) -> PELARuntime:
     layers: list[PELALinear] = []

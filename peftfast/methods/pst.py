@@ -148,6 +148,7 @@ class PSTRuntime(Runtime):
     "too; the lowest scores are taken in each weight by itself. The model keeps its shapes and its dense weights: merge() leaves "
     "zeros in a dense weight. Files hold the matrices and the count of zeros.",
     demo={"sparsity": 0.5},
+    learning_rate=2e-4,  # U_w is normal: at ten times that the first steps move a weight by a seventh of its size
 )
 def build(targets: Targets, options: Options) -> PSTRuntime:
     layers: list[PSTLinear] = []

@@ -78,8 +78,9 @@ class QSTBlock(BesideBlock):
     fused="the frozen 4-bit model's forward; the side network is transformers' own blocks at a fraction of the width",
     choices="A side block is one of the model's own class, drawn at random by transformers' rules, its widths divided and the "
     "size of its heads "
-    "kept. A hidden state is narrowed by two matrices of rank r. The first block's state before it is its own narrowed "
-    "output. Beside a "
+    "kept. A hidden state is narrowed by two matrices of rank r. Gate and mix are numbers, as in the paper, g = 0 at first; in the "
+    "authors' code they are vectors, g = 0.5 at first, the first block's state before it is the narrowed embedding (here its own "
+    "narrowed output), and the side network has a last norm and is mixed in behind the model's. Beside a "
     "frozen embedding nothing below the final norm has a graph. For models of transformers; what the side network caches in "
     "generation lies behind the model's own layers in the same DynamicCache. target_modules is not used: the blocks are the model's.",
     modules=(nn.Module,),

@@ -125,7 +125,7 @@ class NF4Linear(nn.Linear):
                 destination[f"{prefix}weight.{key}"] = tensor if keep_vars else tensor.detach()
         encoded = json.dumps(meta).encode()
         destination[f"{prefix}weight.quant_state.bitsandbytes__{self.quant_type}"] = torch.tensor(
-            list(encoded), dtype=torch.uint8
+            list(encoded), dtype=torch.uint8, device="cpu"
         )
 
     def _load_from_state_dict(

@@ -121,9 +121,9 @@ def _table(rows: list[tuple[int, ...]], block: int, device: torch.device) -> tup
     layer = [k for k, row in enumerate(rows) for _ in range(0, row[8], block)]
     first = [start for row in rows for start in range(0, row[8], block)]
     host = (
-        torch.tensor(rows, dtype=torch.int64),
-        torch.tensor(layer, dtype=torch.int32),
-        torch.tensor(first, dtype=torch.int64),
+        torch.tensor(rows, dtype=torch.int64, device="cpu"),
+        torch.tensor(layer, dtype=torch.int32, device="cpu"),
+        torch.tensor(first, dtype=torch.int64, device="cpu"),
     )
     table = (host[0].to(device), host[1].to(device), host[2].to(device))
     _tables[key] = table

@@ -182,7 +182,7 @@ def _compiled_perturbation(namespace: str):  # type: ignore[no-untyped-def]
         seed: Tensor, shape: Sequence[int], tensor_id: int, offset: int, rademacher: bool, dtype: torch.dtype
     ) -> Tensor:
         out = torch.empty(tuple(shape), dtype=dtype, device=seed.device)
-        one = torch.ones(1, device=seed.device)
+        one = torch.ones(1, dtype=torch.float32, device=seed.device)
         apply = getattr(torch.ops, namespace).zo_apply.default
         apply([], [out], [], seed.reshape(1), one, None, None, None, [tensor_id], [offset], rademacher)
         return out
@@ -195,7 +195,7 @@ def _triton_perturbation(
 ) -> Tensor:
     out = torch.empty(tuple(shape), dtype=dtype, device=seed.device)
     config = configs.perturb(dtype_name(dtype), rademacher, device_of(seed))
-    one = torch.ones(1, device=seed.device)
+    one = torch.ones(1, dtype=torch.float32, device=seed.device)
     with on_device(seed):
         kernels("zeroth_order").perturb(
             None, [out], None, seed.reshape(1), one, None, None, None, [tensor_id], [offset], rademacher, config

@@ -108,7 +108,7 @@ def magnitude_thresholds(parameters: Sequence[Tensor], density: float, device: t
     for parameter in parameters:
         magnitudes = parameter.detach().abs().reshape(-1).float()
         if parameter.dim() < 2 or magnitudes.numel() == 0:
-            limits.append(torch.full((1,), math.inf, device=device))
+            limits.append(torch.full((1,), math.inf, dtype=torch.float32, device=device))
         else:
             limits.append(magnitudes.kthvalue(max(1, math.ceil(density * magnitudes.numel()))).values.reshape(1))
     return torch.cat(limits)
@@ -120,11 +120,13 @@ def window_of(momentum: float) -> int:
 
 def momentum_weights(momentum: float, window: int, directions: int) -> Tensor:
     """β^age of each term, the newest first: float32 ``[window * directions]``."""
-    return torch.tensor([momentum**age for age in range(window) for _ in range(directions)])
+    return torch.tensor(
+        [momentum**age for age in range(window) for _ in range(directions)], dtype=torch.float32, device="cpu"
+    )
 
 
 def float32(value: float) -> float:
-    return torch.tensor(float(value), dtype=torch.float32).item()
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu").item()
 
 
 def check_number(

@@ -102,7 +102,7 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         check_number("lr", lr, low=0.0)
         check_number("eps", eps, low=0.0, open_=True)
-        if torch.tensor(eps, dtype=torch.float32).item() == 0.0:
+        if torch.tensor(eps, dtype=torch.float32, device="cpu").item() == 0.0:
             raise ValueError(f"eps: expected a number above 0 in float32, got {eps}")
         check_number("weight_decay", weight_decay, low=0.0)
         check_number("momentum", momentum, low=0.0, high=1.0)
@@ -130,7 +130,7 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         self._device = check_parameters(self._names, self._parameters)
         window = 1 if momentum == 0.0 else momentum_window or window_of(momentum)
         if seed is None:
-            seed = int(torch.randint(-(2**63), 2**63 - 1, (1,)).item())
+            seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu").item())
         self._exchange = exchange.Exchange(process_group)
         self._seed = self._exchange.agree_on(
             signed_seed("seed", seed), self._names, [p.shape for p in self._parameters]
@@ -149,11 +149,11 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
             self._thresholds = (
                 None if density is None else magnitude_thresholds(self._parameters, density, self._device)
             )
-            self._eps = torch.full((1,), self.eps, device=self._device)
+            self._eps = torch.full((1,), self.eps, dtype=torch.float32, device=self._device)
             self._minus_eps = -self._eps
             self._weights = momentum_weights(self.momentum, window, directions).to(self._device)
             self._seeds = torch.zeros(window * directions, dtype=torch.int64, device=self._device)
-            self._scalars = torch.zeros(window * directions, device=self._device)
+            self._scalars = torch.zeros(window * directions, dtype=torch.float32, device=self._device)
         self._log = None if log is None else SeedLog.create(Path(log), self._header())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -286,7 +286,7 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
             coefficients = torch.where(ok, scalars * self._weights * (-lr / count), torch.zeros_like(scalars))
             decay = None
             if group["weight_decay"]:
-                factor = torch.full((1,), 1.0 - lr * group["weight_decay"], device=self._device)
+                factor = torch.full((1,), 1.0 - lr * group["weight_decay"], dtype=torch.float32, device=self._device)
                 decay = torch.where(ok, factor, torch.ones_like(factor))
             terms = seeds
             if restoring is not None:
@@ -345,14 +345,16 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         """Take the steps of a log that this optimiser was made for."""
         self._ids = [entry["id"] for entry in header["parameters"]]
         if header["thresholds"] is not None:
-            self._thresholds = torch.tensor(header["thresholds"], dtype=torch.float32).to(self._device)
+            self._thresholds = torch.tensor(header["thresholds"], dtype=torch.float32, device="cpu").to(self._device)
         taken = 0
         for step in records:
             if taken == limit:
                 break
             seeds = seeds_tensor("seed", step.seeds, self._device)
-            scalars = torch.tensor(step.scalars or [0.0] * self.directions, dtype=torch.float32).to(self._device)
-            ok = torch.tensor(step.scalars is not None).to(self._device)
+            scalars = torch.tensor(step.scalars or [0.0] * self.directions, dtype=torch.float32, device="cpu").to(
+                self._device
+            )
+            ok = torch.tensor(step.scalars is not None, device="cpu").to(self._device)
             self._update(seeds, scalars, ok, step.lrs, None)
             taken += 1
         return taken

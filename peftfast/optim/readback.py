@@ -14,7 +14,7 @@ class Unread:
         self._event = None
         self._host = scalars
         if scalars.is_cuda:
-            self._host = torch.empty(scalars.shape, dtype=scalars.dtype, pin_memory=True)
+            self._host = torch.empty(scalars.shape, dtype=scalars.dtype, device="cpu", pin_memory=True)
             self._host.copy_(scalars, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

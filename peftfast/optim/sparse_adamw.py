@@ -64,7 +64,7 @@ class SparseAdamW(torch.optim.Optimizer):
         self._corrections: dict[Any, Tensor] = {}
         self._hypers: dict[Any, Tensor] = {}
         self._codes: dict[torch.device, Tensor] = {}
-        self._seed = torch.tensor([_checked_seed("seed", seed)], dtype=torch.int64)
+        self._seed = torch.tensor([_checked_seed("seed", seed)], dtype=torch.int64, device="cpu")
         self._seeds: dict[torch.device, Tensor] = {}  # on the devices, where each step counts on: a copy would wait
         super().__init__(params, defaults)
 
@@ -174,7 +174,7 @@ class SparseAdamW(torch.optim.Optimizer):
             raise ValueError("params: expected contiguous parameters")
         if group["state_bits"] == 8:
             codes = self._codes_on(parameter.device)
-            zeros = torch.zeros(parameter.numel(), device=parameter.device)
+            zeros = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
             for name, code in zip(("exp_avg", "exp_avg_sq"), codes, strict=True):
                 state[name], state[f"{name}_max"] = compress_states(zeros, code)
         else:

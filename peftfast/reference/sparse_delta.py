@@ -72,9 +72,9 @@ def sparse_delta_linear(
 def adam_corrections(beta1: float, beta2: float, ages: int) -> Tensor:
     """float32 ``[2, ages]``: 1 / (1 - beta1^age) and 1 / sqrt(1 - beta2^age), computed in float64 on the CPU and rounded once, so that
     every implementation multiplies by the same bits. Age 0, which no step has, stands as 1."""
-    age = torch.arange(ages, dtype=torch.float64)
-    first = 1.0 / (1.0 - torch.tensor(beta1, dtype=torch.float64) ** age)
-    second = 1.0 / (1.0 - torch.tensor(beta2, dtype=torch.float64) ** age).sqrt()
+    age = torch.arange(ages, dtype=torch.float64, device="cpu")
+    first = 1.0 / (1.0 - torch.tensor(beta1, dtype=torch.float64, device="cpu") ** age)
+    second = 1.0 / (1.0 - torch.tensor(beta2, dtype=torch.float64, device="cpu") ** age).sqrt()
     table = torch.stack((first, second))
     table[:, :1] = 1.0
     return table.float()
@@ -123,7 +123,7 @@ def sparse_adamw(
 def adam_hyper(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Tensor:
     """float32 ``[7]``: lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, each rounded once from float64."""
     return torch.tensor(
-        (lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay), dtype=torch.float64
+        (lr, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay), dtype=torch.float64, device="cpu"
     ).float()
 
 
@@ -148,8 +148,8 @@ def state_codes() -> Tensor:
     spare. exp_avg_sq: 0 and the powers of 2^(1/8) from 2^-31.75 to 1, at most 4.4 %. Logarithmic, and peftfast's own; states in
     blocks of 8 bits are the idea of Dettmers et al., arXiv 2110.02861.
     """
-    signed = torch.exp2(-torch.arange(126, -1, -1, dtype=torch.float64) / 6)
-    positive = torch.exp2(-torch.arange(254, -1, -1, dtype=torch.float64) / 8)
+    signed = torch.exp2(-torch.arange(126, -1, -1, dtype=torch.float64, device="cpu") / 6)
+    positive = torch.exp2(-torch.arange(254, -1, -1, dtype=torch.float64, device="cpu") / 8)
     zero, one = signed.new_zeros(1), signed.new_ones(1)
     return torch.stack((torch.cat((-signed.flip(0), zero, signed, one)), torch.cat((zero, positive)))).float()
 

@@ -115,6 +115,13 @@ class Residual(MLP):
         return self.down(self.act(self.gate(x)) * self.up(x)) + x
 
 
+class InPlace(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        h *= self.act(self.gate(x))
+        return self.down(h)
+
+
 class Net(nn.Module):
     """x arrives with a graph behind it, as in a model."""
 
