@@ -24,6 +24,10 @@ static inline Vec vec_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm25
 
 // narrow.h's bf16_from_float on sixteen lanes.
 static inline __m256i vec_to_bf16(Vec v) {
+#if defined(PEFTFAST_DOT_BF16)
+    // The instruction rounds as this does, but takes denormals for zeros.
+    if (__builtin_expect(_mm512_fpclass_ps_mask(v, 0x20) == 0, 1)) return (__m256i)_mm512_cvtneps_pbh(v);
+#endif
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i high = _mm512_srli_epi32(bits, 16);
     const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
@@ -50,6 +54,42 @@ static inline float vec_sum(Vec v) {
     const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+}
+
+// Sixteen rows of sixteen numbers of 32 bits to its columns: pairs of numbers, pairs of those, then 128-bit lanes.
+static inline void transpose_words(__m512i v[kWidth]) {
+    __m512i pair[kWidth], four[kWidth];
+#pragma GCC unroll 8
+    for (int i = 0; i < kWidth; i += 2) {
+        pair[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        pair[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kWidth; i += 4) {
+        four[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+        four[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+        four[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+        four[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512i even = _mm512_shuffle_i32x4(four[i], four[i + 4], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(four[i], four[i + 4], 0xdd);
+        const __m512i last_even = _mm512_shuffle_i32x4(four[i + 8], four[i + 12], 0x88);
+        const __m512i last_odd = _mm512_shuffle_i32x4(four[i + 8], four[i + 12], 0xdd);
+        v[i] = _mm512_shuffle_i32x4(even, last_even, 0x88);
+        v[i + 4] = _mm512_shuffle_i32x4(odd, last_odd, 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(even, last_even, 0xdd);
+        v[i + 12] = _mm512_shuffle_i32x4(odd, last_odd, 0xdd);
+    }
+}
+static inline void vec_transpose(Vec v[kWidth]) {
+    __m512i words[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) words[i] = _mm512_castps_si512(v[i]);
+    transpose_words(words);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) v[i] = _mm512_castsi512_ps(words[i]);
 }
 
 // Philox on eight counters, one to a 64-bit lane; only a lane's low half is meaningful, which is all that mul_epu32

@@ -50,6 +50,17 @@ static inline Vec vec_keep(Vec v, const uint8_t* bits, int64_t column) {
 
 static inline float vec_sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
+// Four rows of four numbers to its columns.
+static inline void vec_transpose(Vec v[kWidth]) {
+    for (int i = 0; i < kWidth; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const float below = v[i][j];
+            v[i][j] = v[j][i];
+            v[j][i] = below;
+        }
+    }
+}
+
 // Philox on one counter at a time.
 typedef uint64_t Counters;
 constexpr int kCounters = 1;
