@@ -29,13 +29,16 @@ struct Ahead {
     }
 };
 
-static inline void vec_add_to(float* total, Vec sum) { vec_store(total, vec_add(vec_load(total), sum)); }
+// The first tile of a sum is where it begins; total need not have been written.
+static inline void vec_add_to(float* total, Vec sum, bool begins) {
+    vec_store(total, begins ? sum : vec_add(vec_load(total), sum));
+}
 
 // lanes[m][r] += x[m] * panel[r], lane by lane over the vectors of a tile: kRows * kRanks products for kRows + kRanks
 // loads. An element's terms are columns.
 template <class Operand, int kRows, int kRanks>
 static void dot_block(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* panel,
-                      int64_t ranks, int64_t vectors, float* lanes) {
+                      int64_t ranks, int64_t vectors, float* lanes, bool begins) {
     Vec sum[kRows][kRanks];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
@@ -56,22 +59,24 @@ static void dot_block(const typename Operand::Element* x, int64_t ld, const type
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRanks; ++r) vec_add_to(lanes + (m * ranks + r) * kWidth, sum[m][r]);
+        for (int r = 0; r < kRanks; ++r) {
+            vec_add_to(lanes + (m * ranks + r) * kWidth, sum[m][r], begins);
+        }
     }
 }
 
 template <class Operand, int kRows>
 static void dot_ranks(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* panel,
-                      int64_t ranks, int64_t first, int64_t last, int64_t vectors, float* lanes) {
+                      int64_t ranks, int64_t first, int64_t last, int64_t vectors, float* lanes, bool begins) {
     int64_t r = first;
     for (; r + kDotRanks <= last; r += kDotRanks) {
-        dot_block<Operand, kRows, kDotRanks>(x, ld, panel + r * kWidth, ranks, vectors, lanes + r * kWidth);
+        dot_block<Operand, kRows, kDotRanks>(x, ld, panel + r * kWidth, ranks, vectors, lanes + r * kWidth, begins);
     }
     for (; r + 4 <= last; r += 4) {
-        dot_block<Operand, kRows, 4>(x, ld, panel + r * kWidth, ranks, vectors, lanes + r * kWidth);
+        dot_block<Operand, kRows, 4>(x, ld, panel + r * kWidth, ranks, vectors, lanes + r * kWidth, begins);
     }
     for (; r < last; ++r) {
-        dot_block<Operand, kRows, 1>(x, ld, panel + r * kWidth, ranks, vectors, lanes + r * kWidth);
+        dot_block<Operand, kRows, 1>(x, ld, panel + r * kWidth, ranks, vectors, lanes + r * kWidth, begins);
     }
 }
 
@@ -80,17 +85,18 @@ constexpr int64_t kDotPanel = 32;
 
 template <class Operand>
 static void dot_tile(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* panel,
-                     int64_t rows, int64_t ranks, int64_t vectors, float* lanes, Ahead& ahead) {
+                     int64_t rows, int64_t ranks, int64_t vectors, float* lanes, bool begins, Ahead& ahead) {
     for (int64_t first = 0; first < ranks; first += kDotPanel) {
         const int64_t last = at_most(ranks, first + kDotPanel);
         int64_t m = 0;
         for (; m + kDotRows <= rows; m += kDotRows) {
             ahead.ask(kDotRows);
             dot_ranks<Operand, kDotRows>(x + m * ld, ld, panel, ranks, first, last, vectors,
-                                         lanes + m * ranks * kWidth);
+                                         lanes + m * ranks * kWidth, begins);
         }
         for (; m < rows; ++m) {
-            dot_ranks<Operand, 1>(x + m * ld, ld, panel, ranks, first, last, vectors, lanes + m * ranks * kWidth);
+            dot_ranks<Operand, 1>(x + m * ld, ld, panel, ranks, first, last, vectors, lanes + m * ranks * kWidth,
+                                  begins);
         }
     }
     ahead.ask(kTileRows);
@@ -100,7 +106,7 @@ static void dot_tile(const typename Operand::Element* x, int64_t ld, const typen
 // `rows` counts elements.
 template <class Operand, int kRanks, int kVecs>
 static void outer_block(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* left,
-                        int64_t rows, int64_t ranks, float* sums, int64_t ld_sums) {
+                        int64_t rows, int64_t ranks, float* sums, int64_t ld_sums, bool begins) {
     Vec sum[kRanks][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRanks; ++r) {
@@ -121,35 +127,37 @@ static void outer_block(const typename Operand::Element* x, int64_t ld, const ty
 #pragma GCC unroll 8
     for (int r = 0; r < kRanks; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) vec_add_to(sums + r * ld_sums + v * kWidth, sum[r][v]);
+        for (int v = 0; v < kVecs; ++v) {
+            vec_add_to(sums + r * ld_sums + v * kWidth, sum[r][v], begins);
+        }
     }
 }
 
 template <class Operand, int kRanks>
 static void outer_vectors(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* left,
-                          int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, Ahead& ahead) {
+                          int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, bool begins, Ahead& ahead) {
     int64_t v = 0;
     for (; v + kOuterVecs <= vectors; v += kOuterVecs) {
         ahead.ask(kDotRows);
-        outer_block<Operand, kRanks, kOuterVecs>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums);
+        outer_block<Operand, kRanks, kOuterVecs>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums, begins);
     }
     for (; v < vectors; ++v) {
-        outer_block<Operand, kRanks, 1>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums);
+        outer_block<Operand, kRanks, 1>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums, begins);
     }
 }
 
 template <class Operand>
 static void outer_tile(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* left,
-                       int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, Ahead& ahead) {
+                       int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, bool begins, Ahead& ahead) {
     int64_t r = 0;
     for (; r + kOuterRanks <= ranks; r += kOuterRanks) {
-        outer_vectors<Operand, kOuterRanks>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, ahead);
+        outer_vectors<Operand, kOuterRanks>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, begins, ahead);
     }
     for (; r + 4 <= ranks; r += 4) {
-        outer_vectors<Operand, 4>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, ahead);
+        outer_vectors<Operand, 4>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, begins, ahead);
     }
     for (; r < ranks; ++r)
-        outer_vectors<Operand, 1>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, ahead);
+        outer_vectors<Operand, 1>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, begins, ahead);
     ahead.ask(kTileRows);
 }
 

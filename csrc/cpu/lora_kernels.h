@@ -115,7 +115,7 @@ struct Part {
             }
             if (!p.by_columns()) continue;
             Tiles::left(s, p.left, row_begin, row_end, left(rank));
-            for (int64_t r = 0; r < p.ranks; ++r) {
+            for (int64_t r = 0; r < p.ranks && row_begin >= row_end; ++r) {  // else the first tile begins the sums
                 __builtin_memset(column_sums(p, rank) + r * ld_sums(p), 0, padded * sizeof(float));
             }
         }
@@ -154,7 +154,9 @@ static void sweep(const Sweep& s, int64_t task, float* scratch) {
     part.begin();
     for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
         const int64_t rows = at_most(kTileRows, part.row_end - row);
-        __builtin_memset(lanes, 0, rows * s.ranks * kWidth * sizeof(float));
+        if (part.column_begin >= part.column_end) {
+            __builtin_memset(lanes, 0, rows * s.ranks * kWidth * sizeof(float));
+        }
         for (int64_t column = part.column_begin; column < part.column_end; column += kTileColumns) {
             const int64_t columns = at_most(kTileColumns, part.column_end - column), done = column - part.column_begin;
             Ahead ahead = ahead_of(part, row, column);
@@ -172,22 +174,21 @@ static void sweep(const Sweep& s, int64_t task, float* scratch) {
                 }
                 if (p.by_rows()) {
                     dot_tile<Tiles>(x, ld, part.panel(p, rank) + done / Tiles::kTerms * p.ranks, rows, p.ranks,
-                                    ceil_div(columns, kWidth * Tiles::kTerms), lanes + rank * rows * kWidth, ahead);
+                                    ceil_div(columns, kWidth * Tiles::kTerms), lanes + rank * rows * kWidth, done == 0, ahead);
                 }
                 if (p.by_columns()) {
                     const Element* right = Tiles::by_rows(x, &ld, rows, columns, masks ? masked : tile);
                     outer_tile<Tiles>(right, ld, part.left(rank) + (row - part.row_begin) / Tiles::kTerms * p.ranks,
                                       ceil_div(rows, Tiles::kTerms), p.ranks, ceil_div(columns, kWidth),
-                                      part.column_sums(p, rank) + done, part.ld_sums(p), ahead);
+                                      part.column_sums(p, rank) + done, part.ld_sums(p), row == part.row_begin, ahead);
                 }
             }
         }
         for (int64_t i = 0, rank = 0; i < s.count; rank += s.products[i++].ranks) {
             const Product& p = s.products[i];
-            for (int64_t j = 0; j < rows * p.ranks && p.by_rows(); ++j) {
-                p.row_sums[(part.column_part * s.row_count + row) * p.ranks + j] =
-                    vec_sum(vec_load(lanes + (rank * rows + j) * kWidth));
-            }
+            if (!p.by_rows()) continue;
+            vec_sums(lanes + rank * rows * kWidth, rows * p.ranks,
+                     p.row_sums + (part.column_part * s.row_count + row) * p.ranks);
         }
     }
     part.finish();

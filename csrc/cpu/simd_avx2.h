@@ -52,6 +52,10 @@ static inline float vec_sum(Vec v) {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
 
+static inline void vec_sums(const float* v, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = vec_sum(vec_load(v + i * kWidth));
+}
+
 // Eight rows of eight numbers to its columns: pairs, pairs of those, then halves.
 static inline void vec_transpose(Vec v[kWidth]) {
     Vec pair[kWidth], four[kWidth];

@@ -56,6 +56,34 @@ static inline float vec_sum(Vec v) {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
 
+// vec_sum of `count` vectors one after the other, sixteen at a time: each of the same additions, of lanes brought
+// side by side.
+static inline void vec_sums(const float* v, int64_t count, float* out) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+        Vec half[8], quarter[4], pair[2];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            const Vec a = vec_load(v + (i + 2 * j) * kWidth), b = vec_load(v + (i + 2 * j + 1) * kWidth);
+            half[j] = vec_add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const Vec a = half[2 * j], b = half[2 * j + 1];
+            quarter[j] = vec_add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        }
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            const Vec a = quarter[2 * j], b = quarter[2 * j + 1];
+            pair[j] = vec_add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+        }
+        const Vec sums = vec_add(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
+        vec_store(out + i, _mm512_permutexvar_ps(order, sums));
+    }
+    for (; i < count; ++i) out[i] = vec_sum(vec_load(v + i * kWidth));
+}
+
 // Sixteen rows of sixteen numbers of 32 bits to its columns: pairs of numbers, pairs of those, then 128-bit lanes.
 static inline void transpose_words(__m512i v[kWidth]) {
     __m512i pair[kWidth], four[kWidth];

@@ -50,6 +50,10 @@ static inline Vec vec_keep(Vec v, const uint8_t* bits, int64_t column) {
 
 static inline float vec_sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
+static inline void vec_sums(const float* v, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = vec_sum(vec_load(v + i * kWidth));
+}
+
 // Four rows of four numbers to its columns.
 static inline void vec_transpose(Vec v[kWidth]) {
     for (int i = 0; i < kWidth; ++i) {
