@@ -2,8 +2,8 @@
 // target. No guard: a family's .cpp includes it once, after everything else. The kernels include nothing and call no
 // inline function of the standard library, whose one merged copy could end up with instructions that a smaller CPU
 // lacks. Lambdas are avoided in them too: inside a template they would be instantiated at the end of the file, under
-// the default target. A family with PEFTFAST_WITH_DOT_BF16 has kernels of its own for AVX-512 with products of bfloat16,
-// and PEFTFAST_DOT_BF16 is defined while they are compiled.
+// the default target. A family with PEFTFAST_WITH_DOT_BF16 has kernels of its own for AVX-512 with products of
+// bfloat16, and PEFTFAST_DOT_BF16 is defined while they are compiled.
 
 #include "cpu/isa.h"
 

@@ -91,8 +91,8 @@ static void dot_tile(const typename Operand::Element* x, int64_t ld, const typen
         int64_t m = 0;
         for (; m + kDotRows <= rows; m += kDotRows) {
             ahead.ask(kDotRows);
-            dot_ranks<Operand, kDotRows>(x + m * ld, ld, panel, ranks, first, last, vectors,
-                                         lanes + m * ranks * kWidth, begins);
+            dot_ranks<Operand, kDotRows>(x + m * ld, ld, panel, ranks, first, last, vectors, lanes + m * ranks * kWidth,
+                                         begins);
         }
         for (; m < rows; ++m) {
             dot_ranks<Operand, 1>(x + m * ld, ld, panel, ranks, first, last, vectors, lanes + m * ranks * kWidth,
@@ -135,11 +135,13 @@ static void outer_block(const typename Operand::Element* x, int64_t ld, const ty
 
 template <class Operand, int kRanks>
 static void outer_vectors(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* left,
-                          int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, bool begins, Ahead& ahead) {
+                          int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, bool begins,
+                          Ahead& ahead) {
     int64_t v = 0;
     for (; v + kOuterVecs <= vectors; v += kOuterVecs) {
         ahead.ask(kDotRows);
-        outer_block<Operand, kRanks, kOuterVecs>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums, begins);
+        outer_block<Operand, kRanks, kOuterVecs>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums,
+                                                 begins);
     }
     for (; v < vectors; ++v) {
         outer_block<Operand, kRanks, 1>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums, begins);
@@ -148,10 +150,12 @@ static void outer_vectors(const typename Operand::Element* x, int64_t ld, const 
 
 template <class Operand>
 static void outer_tile(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* left,
-                       int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, bool begins, Ahead& ahead) {
+                       int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, bool begins,
+                       Ahead& ahead) {
     int64_t r = 0;
     for (; r + kOuterRanks <= ranks; r += kOuterRanks) {
-        outer_vectors<Operand, kOuterRanks>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, begins, ahead);
+        outer_vectors<Operand, kOuterRanks>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, begins,
+                                            ahead);
     }
     for (; r + 4 <= ranks; r += 4) {
         outer_vectors<Operand, 4>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, begins, ahead);

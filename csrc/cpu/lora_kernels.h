@@ -139,8 +139,13 @@ static inline Ahead ahead_of(const Part<Tiles>& part, int64_t row, int64_t colum
     const int64_t rows = at_most(kTileRows, part.row_end - row);
     if (rows <= 0 || x.stride_column != 1) return {nullptr, nullptr, 0, 0, 0, 0, 0};
     const int64_t size = element_size(x.dtype), columns = at_most(kTileColumns, part.column_end - column);
-    return {(const char*)x.data + column * size, part.s.rows,  part.s.first_row + row, row, row + rows,
-            x.stride_row * size,                 columns * size};
+    return {(const char*)x.data + column * size,
+            part.s.rows,
+            part.s.first_row + row,
+            row,
+            row + rows,
+            x.stride_row * size,
+            columns * size};
 }
 
 template <class Tiles>
@@ -174,7 +179,8 @@ static void sweep(const Sweep& s, int64_t task, float* scratch) {
                 }
                 if (p.by_rows()) {
                     dot_tile<Tiles>(x, ld, part.panel(p, rank) + done / Tiles::kTerms * p.ranks, rows, p.ranks,
-                                    ceil_div(columns, kWidth * Tiles::kTerms), lanes + rank * rows * kWidth, done == 0, ahead);
+                                    ceil_div(columns, kWidth * Tiles::kTerms), lanes + rank * rows * kWidth, done == 0,
+                                    ahead);
                 }
                 if (p.by_columns()) {
                     const Element* right = Tiles::by_rows(x, &ld, rows, columns, masks ? masked : tile);
@@ -251,14 +257,16 @@ static void finish_block(const Expansion& e, const typename Tiles::Element* left
                          int64_t column) {
     int64_t m = 0;
     for (; m + kExpandBlockRows <= rows; m += kExpandBlockRows) {
-        finish_rows<Tiles, kExpandBlockRows, kType>(e, left + m * ranks, panel, ranks, bits ? bits + m * ld_bits : nullptr, ld_bits, row + m,
-                                                    column);
+        finish_rows<Tiles, kExpandBlockRows, kType>(e, left + m * ranks, panel, ranks,
+                                                    bits ? bits + m * ld_bits : nullptr, ld_bits, row + m, column);
     }
     for (; m + 2 <= rows; m += 2) {
-        finish_rows<Tiles, 2, kType>(e, left + m * ranks, panel, ranks, bits ? bits + m * ld_bits : nullptr, ld_bits, row + m, column);
+        finish_rows<Tiles, 2, kType>(e, left + m * ranks, panel, ranks, bits ? bits + m * ld_bits : nullptr, ld_bits,
+                                     row + m, column);
     }
     for (; m < rows; ++m) {
-        finish_rows<Tiles, 1, kType>(e, left + m * ranks, panel, ranks, bits ? bits + m * ld_bits : nullptr, ld_bits, row + m, column);
+        finish_rows<Tiles, 1, kType>(e, left + m * ranks, panel, ranks, bits ? bits + m * ld_bits : nullptr, ld_bits,
+                                     row + m, column);
     }
 }
 
@@ -436,5 +444,6 @@ static const PairKernels* const pairs_of_table = &pair_kernels;
 static const PairKernels* const pairs_of_table = nullptr;
 #endif
 
-static const LoraKernels lora_table = {kWidth,          kExpandVecs * kWidth, pack,       sweep<FloatTiles>, combine,
-                                       combine_columns, expand<FloatTiles>,   gain_grads, dropout_add,       pairs_of_table};
+static const LoraKernels lora_table = {
+    kWidth,          kExpandVecs * kWidth, pack,       sweep<FloatTiles>, combine,
+    combine_columns, expand<FloatTiles>,   gain_grads, dropout_add,       pairs_of_table};

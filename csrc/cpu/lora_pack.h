@@ -89,19 +89,20 @@ static void combine_square(const float* sums, int64_t parts, int64_t part_size, 
     for (int i = 0; i < kWidth; ++i) store_as<kType>(out.data, at + i * out.stride_column, square[i]);
 }
 
-#define PEFTFAST_BY_DTYPE(dtype, function, ...)    \
-    switch (dtype) {                               \
-        case DType::f32:                           \
-            function<DType::f32>(__VA_ARGS__);     \
-            break;                                 \
-        case DType::bf16:                          \
-            function<DType::bf16>(__VA_ARGS__);    \
-            break;                                 \
-        case DType::f16:                           \
-            function<DType::f16>(__VA_ARGS__);     \
+#define PEFTFAST_BY_DTYPE(dtype, function, ...) \
+    switch (dtype) {                            \
+        case DType::f32:                        \
+            function<DType::f32>(__VA_ARGS__);  \
+            break;                              \
+        case DType::bf16:                       \
+            function<DType::bf16>(__VA_ARGS__); \
+            break;                              \
+        case DType::f16:                        \
+            function<DType::f16>(__VA_ARGS__);  \
     }
 
-// pack() of `count` columns from `first` on where the ranks of a column lie side by side: squares of vectors, transposed.
+// pack() of `count` columns from `first` on where the ranks of a column lie side by side: squares of vectors,
+// transposed.
 static void pack_across(const Matrix& view, int64_t first, int64_t count, int64_t width, float* out) {
     float lanes[kWidth * (kWidth + 1)];
     const bool run = view.rows <= kWidth && view.stride_column == view.rows;  // the columns are one run of memory

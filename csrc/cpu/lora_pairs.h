@@ -86,9 +86,9 @@ static void pack_columns(const Matrix& view, uint32_t* dst, int64_t begin, int64
                 __m512i square[kWidth];
                 for (int64_t i = 0; i < kWidth; ++i) {
                     const uint16_t* a = data + (first + 2 * i) * view.stride_column + r;
-                    square[i] = 2 * i >= count ? _mm512_setzero_si512()
-                                               : pair_rows(a, 2 * i + 1 < count ? a + view.stride_column : nullptr,
-                                                           view.rows - r);
+                    square[i] = 2 * i >= count
+                                    ? _mm512_setzero_si512()
+                                    : pair_rows(a, 2 * i + 1 < count ? a + view.stride_column : nullptr, view.rows - r);
                 }
                 transpose_words(square);
                 for (int64_t i = 0; i < at_most(kWidth, view.rows - r); ++i) {

@@ -33,12 +33,12 @@ inline Matrix rows_from(const Matrix& matrix, int64_t begin) {
 struct Product {
     Dropout dropout;
     int64_t ranks;
-    Matrix panel;         // [R, C]
-    const void* packed;   // panel as pack() writes it for kWidth columns, or pack_columns(); null: a task packs its own
-    Matrix left;          // [rows of x, R]
-    float* row_sums;      // [column_parts][rows][R]; null: no row products
-    float* column_sums;   // [row_parts][R][padded_columns]; null: the one row part finishes them
-    Matrix column_out;    // [R, C]; no data: no column products
+    Matrix panel;        // [R, C]
+    const void* packed;  // panel as pack() writes it for kWidth columns, or pack_columns(); null: a task packs its own
+    Matrix left;         // [rows of x, R]
+    float* row_sums;     // [column_parts][rows][R]; null: no row products
+    float* column_sums;  // [row_parts][R][padded_columns]; null: the one row part finishes them
+    Matrix column_out;   // [R, C]; no data: no column products
     float scale;
 
     bool by_rows() const { return row_sums != nullptr; }
@@ -72,10 +72,11 @@ struct Sweep {
 struct ExpandTerm {
     Dropout dropout;
     int64_t ranks;
-    Matrix left;         // [rows of base, R]
-    Matrix panel;        // [R, N]
-    const void* packed;  // panel as pack() writes it for expand_width columns, or pack_ranks(); null: a task packs its own
-    const float* bias;   // [N / width][width], or null
+    Matrix left;   // [rows of base, R]
+    Matrix panel;  // [R, N]
+    const void*
+        packed;  // panel as pack() writes it for expand_width columns, or pack_ranks(); null: a task packs its own
+    const float* bias;  // [N / width][width], or null
     float scale;
 };
 

@@ -16,9 +16,10 @@ static inline Vec vec_add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec vec_mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 static inline Vec vec_fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-static inline Vec vec_load_bf16(const uint16_t* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+static inline Vec vec_from_bf16(__m128i half) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
+static inline Vec vec_load_bf16(const uint16_t* p) { return vec_from_bf16(_mm_loadu_si128((const __m128i*)p)); }
 static inline Vec vec_load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
 // narrow.h's bf16_from_float on eight lanes.
@@ -34,6 +35,8 @@ static inline __m128i vec_to_bf16(Vec v) {
     return _mm_packus_epi32(_mm256_castsi256_si128(narrow), _mm256_extracti128_si256(narrow, 1));
 }
 static inline __m128i vec_to_f16(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vec vec_round_bf16(Vec v) { return vec_from_bf16(vec_to_bf16(v)); }
+static inline Vec vec_round_f16(Vec v) { return _mm256_cvtph_ps(vec_to_f16(v)); }
 static inline void vec_store_bf16(uint16_t* p, Vec v) { _mm_storeu_si128((__m128i*)p, vec_to_bf16(v)); }
 static inline void vec_store_f16(uint16_t* p, Vec v) { _mm_storeu_si128((__m128i*)p, vec_to_f16(v)); }
 

@@ -16,10 +16,10 @@ static inline Vec vec_add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 static inline Vec vec_mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 static inline Vec vec_fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
-static inline Vec vec_load_bf16(const uint16_t* p) {
-    const __m256i half = _mm256_loadu_si256((const __m256i*)p);
+static inline Vec vec_from_bf16(__m256i half) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
+static inline Vec vec_load_bf16(const uint16_t* p) { return vec_from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
 static inline Vec vec_load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 
 // narrow.h's bf16_from_float on sixteen lanes.
@@ -37,6 +37,8 @@ static inline __m256i vec_to_bf16(Vec v) {
     return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
 static inline __m256i vec_to_f16(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vec vec_round_bf16(Vec v) { return vec_from_bf16(vec_to_bf16(v)); }
+static inline Vec vec_round_f16(Vec v) { return _mm512_cvtph_ps(vec_to_f16(v)); }
 static inline void vec_store_bf16(uint16_t* p, Vec v) { _mm256_storeu_si256((__m256i*)p, vec_to_bf16(v)); }
 static inline void vec_store_f16(uint16_t* p, Vec v) { _mm256_storeu_si256((__m256i*)p, vec_to_f16(v)); }
 

@@ -38,6 +38,15 @@ static inline void vec_store_f16(uint16_t* p, Vec v) {
     for (int i = 0; i < 4; ++i) p[i] = f16_from_float(v[i]);
 }
 
+static inline Vec vec_round_bf16(Vec v) {
+    for (int i = 0; i < 4; ++i) v[i] = float_from_bf16(bf16_from_float(v[i]));
+    return v;
+}
+static inline Vec vec_round_f16(Vec v) {
+    for (int i = 0; i < 4; ++i) v[i] = float_from_f16(f16_from_float(v[i]));
+    return v;
+}
+
 // Lanes whose bit is clear become zero; `bits` is a row's mask and `column`, a multiple of kWidth, the vector's place
 // in it.
 static inline Vec vec_keep(Vec v, const uint8_t* bits, int64_t column) {
