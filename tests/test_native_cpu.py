@@ -219,6 +219,83 @@ def test_results_do_not_depend_on_threads(isa: str, threads: Callable[[int], Non
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
 
 
+ROWS_OF_TERMS = {
+    "together": [-1] * 5 + [0] * 70 + [1] + [3] * 300 + [-1] * 2 + [2] * 16,  # every adapter's rows follow one another
+    "scattered": [(7 * i) % 6 - 1 for i in range(130)],  # of which 4 is no adapter
+    "none of one": [0, 0, 0, 2, 2, 3],
+}
+
+
+@pytest.mark.parametrize("named", ROWS_OF_TERMS)
+@pytest.mark.parametrize(("dtype", "adapter"), [(F32, F32), (BF16, BF16), (BF16, F32)])
+def test_rows_of_terms(named: str, dtype: torch.dtype, adapter: torch.dtype, isa: str) -> None:
+    """Each adapter's part of a pass over many has the bits of a pass of its own over its rows; the other rows are 0, or as they were."""
+    rows, width, columns, ranks = torch.tensor(ROWS_OF_TERMS[named], dtype=torch.int32), 417, 211, (16, 7, 33, 1)
+    count, offsets, m = len(ranks), [0, 16, 23, 56], len(rows)
+    x, dy, base = randn(m, width, dtype=dtype), randn(m, columns, dtype=dtype), randn(m, columns + 1, dtype=dtype)[:, 1:]
+    s = randn(m, sum(ranks), dtype=dtype)
+    a = [randn(rank, width, dtype=adapter) for rank in ranks]
+    b = [randn(columns, rank, dtype=adapter, strides="wide" if rank == 33 else "plain") for rank in ranks]
+    scalings = [0.5 + t for t in range(count)]
+    shrunk, ds = poisoned(m, sum(ranks), dtype=dtype), poisoned(m, sum(ranks), dtype=dtype)
+    da, db, y = poisoned(sum(ranks), width, dtype=adapter), poisoned(columns * sum(ranks), dtype=adapter), base.clone()
+    ops.lora_terms_shrink(x, a, rows, None, [0.0] * count, scalings, shrunk)
+    ops.lora_terms_dy_grads(dy, s, b, rows, scalings, ds, db)
+    ops.lora_terms_weight_grad(s, x, list(ranks), rows, None, [0.0] * count, scalings, da)
+    ops.lora_terms_expand(y, s, b, [], rows, None, [0.0] * count, scalings, y)
+    expected = [torch.zeros_like(shrunk), torch.zeros_like(ds), torch.zeros_like(da), base.clone()]
+    for t, (rank, offset, scaling) in enumerate(zip(ranks, offsets, scalings, strict=True)):
+        own, at = (rows == t).nonzero()[:, 0], slice(offset, offset + rank)
+        alone = [poisoned(len(own), rank, dtype=dtype), poisoned(len(own), rank, dtype=dtype)]
+        grads = [poisoned(rank, width, dtype=adapter), poisoned(columns, rank, dtype=adapter)]
+        ops.lora_shrink(x[own], a[t], None, 0.0, scaling, alone[0])
+        ops.lora_dy_grads(dy[own], s[own, at], b[t], scaling, alone[1], grads[1])
+        ops.lora_weight_grad(s[own, at], x[own], None, 0.0, scaling, grads[0])
+        whole = base[own]
+        ops.lora_expand(whole, s[own, at], b[t], None, None, 0.0, scaling, whole)
+        expected[0][own, at], expected[1][own, at], expected[2][at], expected[3][own] = *alone, grads[0], whole
+        assert torch.equal(db[columns * offset : columns * (offset + rank)].view(columns, rank), grads[1]), t
+    for name, actual, one in zip(("s", "ds", "da", "y"), (shrunk, ds, da, y), expected, strict=True):
+        assert torch.equal(actual, one), name
+
+
+def test_rows_of_terms_do_not_depend_on_threads(isa: str, threads: Callable[[int], None]) -> None:
+    rows = torch.tensor(ROWS_OF_TERMS["together"] * 2, dtype=torch.int32)
+    width, rank, count = 1300, 16, 4
+    x, s = randn(len(rows), width, dtype=BF16), randn(len(rows), rank * count, dtype=BF16)
+    a, b = [randn(rank, width)] * count, [randn(width, rank)] * count
+    seeds, ps, scalings = torch.arange(count), [0.1, 0.0, 0.2, 0.3], [1.5] * count
+
+    def run() -> list[Tensor]:
+        outs = [poisoned(*s.shape), poisoned(*s.shape), poisoned(width * rank * count), poisoned(rank * count, width)]
+        ops.lora_terms_shrink(x, a, rows, seeds, ps, scalings, outs[0])
+        ops.lora_terms_dy_grads(x, s, b, rows, scalings, outs[1], outs[2])
+        ops.lora_terms_weight_grad(s, x, [rank] * count, rows, seeds, ps, scalings, outs[3])
+        y = x.clone()
+        ops.lora_terms_expand(y, s, b, [], rows, seeds, ps, scalings, y)
+        return [*outs, y]
+
+    results = []
+    for number in (1, 2, 3):
+        threads(number)
+        results.append(run())
+    for other in results[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_denormals_stay(dtype: torch.dtype, isa: str) -> None:
+    """An instruction that rounds to bfloat16 takes denormals for zeros; a pass that adds nothing leaves base as it was."""
+    integers = torch.int32 if dtype == F32 else torch.int16
+    base = torch.arange(1, 1 + 3 * 80, dtype=integers).reshape(3, 80).view(dtype)
+    y = poisoned(3, 80, dtype=dtype)
+    ops.lora_expand(base, torch.zeros(3, 4, dtype=dtype), torch.ones(80, 4, dtype=dtype), None, None, 0.0, 1.0, y)
+    assert torch.equal(y.view(integers), base.view(integers))
+    h = poisoned(3, 80, dtype=dtype)
+    ops.gated_activation(torch.ones_like(base), base, 3, h)  # relu(1) = 1
+    assert torch.equal(h.view(integers), base.view(integers))
+
+
 def test_dropped_values_may_be_infinite(isa: str) -> None:
     x = randn(9, 40)
     x[~reference_philox.dropout_mask(SEED, 9, 40, 0.5)] = float("inf")

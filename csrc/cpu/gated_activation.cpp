@@ -21,6 +21,7 @@ struct GatedKernels {
 
 #define PEFTFAST_KERNELS "cpu/gated_activation_kernels.h"
 #define PEFTFAST_TABLE gated_table
+#define PEFTFAST_WITH_DOT_BF16
 #include "cpu/each_isa.h"
 
 namespace peftfast::cpu {

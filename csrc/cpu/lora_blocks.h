@@ -14,13 +14,31 @@ struct Floats {
     static inline Vec add_product(Vector a, Vector b, Vec c) { return vec_fma(a, b, c); }
 };
 
-static inline void vec_add_to(float* total, Vec sum) { vec_store(total, vec_add(vec_load(total), sum)); }
+// Lines of the tile to come, asked for between the products of this one: rows of a weight matrix lie pages apart, where
+// no prefetcher of the processor's follows. Into L2, since the rows of a power of two of bytes share a few sets of L1.
+struct Ahead {
+    const char* at;       // of a tile's first column in row 0
+    const int64_t* rows;  // the rows' numbers, or null: from `first` on
+    int64_t first, row, end, stride, bytes;
+
+    inline void ask(int64_t count) {
+        for (; count > 0 && row < end; --count, ++row, ++first) {
+            const char* line = at + (rows ? rows[row] : first) * stride;
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(line + byte, 0, 2);
+        }
+    }
+};
+
+// The first tile of a sum is where it begins; total need not have been written.
+static inline void vec_add_to(float* total, Vec sum, bool begins) {
+    vec_store(total, begins ? sum : vec_add(vec_load(total), sum));
+}
 
 // lanes[m][r] += x[m] * panel[r], lane by lane over the vectors of a tile: kRows * kRanks products for kRows + kRanks
 // loads. An element's terms are columns.
 template <class Operand, int kRows, int kRanks>
 static void dot_block(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* panel,
-                      int64_t ranks, int64_t vectors, float* lanes) {
+                      int64_t ranks, int64_t vectors, float* lanes, bool begins) {
     Vec sum[kRows][kRanks];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
@@ -41,38 +59,54 @@ static void dot_block(const typename Operand::Element* x, int64_t ld, const type
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-        for (int r = 0; r < kRanks; ++r) vec_add_to(lanes + (m * ranks + r) * kWidth, sum[m][r]);
+        for (int r = 0; r < kRanks; ++r) {
+            vec_add_to(lanes + (m * ranks + r) * kWidth, sum[m][r], begins);
+        }
     }
 }
 
-template <class Operand, int kRanks>
-static void dot_rows(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* panel,
-                     int64_t rows, int64_t ranks, int64_t vectors, float* lanes) {
-    int64_t m = 0;
-    for (; m + kDotRows <= rows; m += kDotRows) {
-        dot_block<Operand, kDotRows, kRanks>(x + m * ld, ld, panel, ranks, vectors, lanes + m * ranks * kWidth);
+template <class Operand, int kRows>
+static void dot_ranks(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* panel,
+                      int64_t ranks, int64_t first, int64_t last, int64_t vectors, float* lanes, bool begins) {
+    int64_t r = first;
+    for (; r + kDotRanks <= last; r += kDotRanks) {
+        dot_block<Operand, kRows, kDotRanks>(x, ld, panel + r * kWidth, ranks, vectors, lanes + r * kWidth, begins);
     }
-    for (; m < rows; ++m)
-        dot_block<Operand, 1, kRanks>(x + m * ld, ld, panel, ranks, vectors, lanes + m * ranks * kWidth);
+    for (; r + 4 <= last; r += 4) {
+        dot_block<Operand, kRows, 4>(x, ld, panel + r * kWidth, ranks, vectors, lanes + r * kWidth, begins);
+    }
+    for (; r < last; ++r) {
+        dot_block<Operand, kRows, 1>(x, ld, panel + r * kWidth, ranks, vectors, lanes + r * kWidth, begins);
+    }
 }
+
+// All of kDotPanel ranks of a few rows before the next rows: both stay in L1.
+constexpr int64_t kDotPanel = 32;
 
 template <class Operand>
 static void dot_tile(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* panel,
-                     int64_t rows, int64_t ranks, int64_t vectors, float* lanes) {
-    int64_t r = 0;
-    for (; r + kDotRanks <= ranks; r += kDotRanks) {
-        dot_rows<Operand, kDotRanks>(x, ld, panel + r * kWidth, rows, ranks, vectors, lanes + r * kWidth);
+                     int64_t rows, int64_t ranks, int64_t vectors, float* lanes, bool begins, Ahead& ahead) {
+    for (int64_t first = 0; first < ranks; first += kDotPanel) {
+        const int64_t last = at_most(ranks, first + kDotPanel);
+        int64_t m = 0;
+        for (; m + kDotRows <= rows; m += kDotRows) {
+            ahead.ask(kDotRows);
+            dot_ranks<Operand, kDotRows>(x + m * ld, ld, panel, ranks, first, last, vectors, lanes + m * ranks * kWidth,
+                                         begins);
+        }
+        for (; m < rows; ++m) {
+            dot_ranks<Operand, 1>(x + m * ld, ld, panel, ranks, first, last, vectors, lanes + m * ranks * kWidth,
+                                  begins);
+        }
     }
-    for (; r + 4 <= ranks; r += 4)
-        dot_rows<Operand, 4>(x, ld, panel + r * kWidth, rows, ranks, vectors, lanes + r * kWidth);
-    for (; r < ranks; ++r) dot_rows<Operand, 1>(x, ld, panel + r * kWidth, rows, ranks, vectors, lanes + r * kWidth);
+    ahead.ask(kTileRows);
 }
 
 // sums[r][vector] += left[m][r] * x[m][vector] over the rows of a tile, in order. An element's terms are rows, and
 // `rows` counts elements.
 template <class Operand, int kRanks, int kVecs>
 static void outer_block(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* left,
-                        int64_t rows, int64_t ranks, float* sums, int64_t ld_sums) {
+                        int64_t rows, int64_t ranks, float* sums, int64_t ld_sums, bool begins) {
     Vec sum[kRanks][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRanks; ++r) {
@@ -93,45 +127,53 @@ static void outer_block(const typename Operand::Element* x, int64_t ld, const ty
 #pragma GCC unroll 8
     for (int r = 0; r < kRanks; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) vec_add_to(sums + r * ld_sums + v * kWidth, sum[r][v]);
+        for (int v = 0; v < kVecs; ++v) {
+            vec_add_to(sums + r * ld_sums + v * kWidth, sum[r][v], begins);
+        }
     }
 }
 
 template <class Operand, int kRanks>
 static void outer_vectors(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* left,
-                          int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums) {
+                          int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, bool begins,
+                          Ahead& ahead) {
     int64_t v = 0;
     for (; v + kOuterVecs <= vectors; v += kOuterVecs) {
-        outer_block<Operand, kRanks, kOuterVecs>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums);
+        ahead.ask(kDotRows);
+        outer_block<Operand, kRanks, kOuterVecs>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums,
+                                                 begins);
     }
     for (; v < vectors; ++v) {
-        outer_block<Operand, kRanks, 1>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums);
+        outer_block<Operand, kRanks, 1>(x + v * kWidth, ld, left, rows, ranks, sums + v * kWidth, ld_sums, begins);
     }
 }
 
 template <class Operand>
 static void outer_tile(const typename Operand::Element* x, int64_t ld, const typename Operand::Element* left,
-                       int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums) {
+                       int64_t rows, int64_t ranks, int64_t vectors, float* sums, int64_t ld_sums, bool begins,
+                       Ahead& ahead) {
     int64_t r = 0;
     for (; r + kOuterRanks <= ranks; r += kOuterRanks) {
-        outer_vectors<Operand, kOuterRanks>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums);
+        outer_vectors<Operand, kOuterRanks>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, begins,
+                                            ahead);
     }
     for (; r + 4 <= ranks; r += 4) {
-        outer_vectors<Operand, 4>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums);
+        outer_vectors<Operand, 4>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, begins, ahead);
     }
     for (; r < ranks; ++r)
-        outer_vectors<Operand, 1>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums);
+        outer_vectors<Operand, 1>(x, ld, left + r, rows, ranks, vectors, sums + r * ld_sums, ld_sums, begins, ahead);
+    ahead.ask(kTileRows);
 }
 
 constexpr int64_t kExpandRanks = 32;  // of a partial sum
 
-// delta[m][column] = start[column] + sum over the ranks of left[m][r] * panel[r][column], for one block of columns,
-// with start the bias or nothing; or that sum added to delta. `ranks` counts elements.
+// sum[m][column] = start[column] + sum over the ranks of left[m][r] * panel[r][column], for one block of columns, with
+// start the bias or nothing. `ranks` counts elements.
 template <class Operand, int kRows>
-static void expand_rows(const typename Operand::Element* left, int64_t ld_left, const typename Operand::Element* panel,
-                        const float* bias, int64_t ranks, bool add, float* delta) {
+static inline __attribute__((always_inline)) void expand_sums(const typename Operand::Element* left, int64_t ld_left,
+                                                              const typename Operand::Element* panel, const float* bias,
+                                                              int64_t ranks, Vec (&sum)[kRows][kExpandVecs]) {
     constexpr int kBlock = kExpandVecs * kWidth;
-    Vec sum[kRows][kExpandVecs];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
@@ -148,6 +190,15 @@ static void expand_rows(const typename Operand::Element* left, int64_t ld_left, 
             for (int v = 0; v < kExpandVecs; ++v) sum[m][v] = Operand::add_product(factor, right[v], sum[m][v]);
         }
     }
+}
+
+// delta = those sums, or with `add` those sums added to it.
+template <class Operand, int kRows>
+static void expand_rows(const typename Operand::Element* left, int64_t ld_left, const typename Operand::Element* panel,
+                        const float* bias, int64_t ranks, bool add, float* delta) {
+    constexpr int kBlock = kExpandVecs * kWidth;
+    Vec sum[kRows][kExpandVecs];
+    expand_sums<Operand, kRows>(left, ld_left, panel, bias, ranks, sum);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8

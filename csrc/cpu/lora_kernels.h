@@ -3,87 +3,7 @@
 #include "cpu/philox_vector.h"
 #include "cpu/lora_blocks.h"
 #include "cpu/typed_vector.h"
-
-static inline float element(const void* data, DType dtype, int64_t offset) {
-    switch (dtype) {
-        case DType::f32:
-            return ((const float*)data)[offset];
-        case DType::bf16:
-            return float_from_bf16(((const uint16_t*)data)[offset]);
-        default:
-            return float_from_f16(((const uint16_t*)data)[offset]);
-    }
-}
-
-static inline void set_element(void* data, DType dtype, int64_t offset, float value) {
-    switch (dtype) {
-        case DType::f32:
-            ((float*)data)[offset] = value;
-            return;
-        case DType::bf16:
-            ((uint16_t*)data)[offset] = bf16_from_float(value);
-            return;
-        default:
-            ((uint16_t*)data)[offset] = f16_from_float(value);
-    }
-}
-
-// `count` elements from `offset` on, `stride` apart, to float32. Only whole vectors are read as such.
-static void widen(const void* data, DType dtype, int64_t offset, int64_t stride, int64_t count, float* dst) {
-    int64_t i = 0;
-    if (stride == 1) {
-        const int64_t whole = count / kWidth * kWidth;
-        if (dtype == DType::f32) {
-            const float* src = (const float*)data + offset;
-            for (; i < whole; i += kWidth) vec_store(dst + i, vec_load(src + i));
-        } else if (dtype == DType::bf16) {
-            const uint16_t* src = (const uint16_t*)data + offset;
-            for (; i < whole; i += kWidth) vec_store(dst + i, vec_load_bf16(src + i));
-        } else {
-            const uint16_t* src = (const uint16_t*)data + offset;
-            for (; i < whole; i += kWidth) vec_store(dst + i, vec_load_f16(src + i));
-        }
-    }
-    for (; i < count; ++i) dst[i] = element(data, dtype, offset + i * stride);
-}
-
-static void narrow(const float* src, int64_t count, void* data, DType dtype, int64_t offset, int64_t stride) {
-    int64_t i = 0;
-    if (stride == 1) {
-        const int64_t whole = count / kWidth * kWidth;
-        if (dtype == DType::f32) {
-            float* dst = (float*)data + offset;
-            for (; i < whole; i += kWidth) vec_store(dst + i, vec_load(src + i));
-        } else if (dtype == DType::bf16) {
-            uint16_t* dst = (uint16_t*)data + offset;
-            for (; i < whole; i += kWidth) vec_store_bf16(dst + i, vec_load(src + i));
-        } else {
-            uint16_t* dst = (uint16_t*)data + offset;
-            for (; i < whole; i += kWidth) vec_store_f16(dst + i, vec_load(src + i));
-        }
-    }
-    for (; i < count; ++i) set_element(data, dtype, offset + i * stride, src[i]);
-}
-
-static void pack(const Matrix& view, int64_t width, float* dst, int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-        float* out = dst + block * view.rows * width;
-        const int64_t first = block * width;
-        const int64_t count = at_most(width, view.columns - first);
-        if (count < width) __builtin_memset(out, 0, view.rows * width * sizeof(float));
-        if (view.stride_row == 1 && view.stride_column != 1 && view.dtype == DType::f32) {
-            for (int64_t i = 0; i < count; ++i) {
-                const float* src = (const float*)view.data + (first + i) * view.stride_column;
-                for (int64_t r = 0; r < view.rows; ++r) out[r * width + i] = src[r];
-            }
-            continue;
-        }
-        for (int64_t r = 0; r < view.rows; ++r) {
-            widen(view.data, view.dtype, r * view.stride_row + first * view.stride_column, view.stride_column, count,
-                  out + r * width);
-        }
-    }
-}
+#include "cpu/lora_pack.h"
 
 // How a tile of x is made of float32.
 struct FloatTiles : Floats {
@@ -100,6 +20,23 @@ struct FloatTiles : Floats {
     }
     // A tile as the outer products read it: as it is.
     static const float* by_rows(const float* x, int64_t* ld, int64_t rows, int64_t columns, float* buffer) { return x; }
+    // What the products of a tile read beside it: dst[block][r][lane] of a view [R, C], and dst[row][r] of rows
+    // [begin, end) of those that are swept or expanded (`run`), of a matrix [M, R].
+    static void panel(const Matrix& view, float* dst) { pack(view, kWidth, dst, 0, ceil_div(view.columns, kWidth)); }
+    static void expand_panel(const Matrix& view, float* dst) {
+        constexpr int64_t kBlock = kExpandVecs * kWidth;
+        pack(view, kBlock, dst, 0, ceil_div(view.columns, kBlock));
+    }
+    template <class Run>
+    static void factors(const Run& run, const Matrix& matrix, int64_t begin, int64_t end, float* dst) {
+        for (int64_t i = begin; i < end; ++i, dst += matrix.columns) {
+            widen(matrix.data, matrix.dtype, run.row(i) * matrix.stride_row, matrix.stride_column, matrix.columns, dst);
+        }
+    }
+    template <class Run>
+    static void left(const Run& run, const Matrix& matrix, int64_t begin, int64_t end, float* dst) {
+        factors(run, matrix, begin, end, dst);
+    }
 };
 
 #if defined(PEFTFAST_DOT_BF16)
@@ -127,7 +64,7 @@ static const typename Tiles::Element* stage(const Sweep& s, const Dropout* dropo
     const Matrix& x = s.x;
     if (!dropout && !s.rows && Tiles::lies(x, columns)) {
         *ld = x.stride_row / Tiles::kTerms;
-        return (const Element*)x.data + (row * x.stride_row + column) / Tiles::kTerms;
+        return (const Element*)x.data + (s.row(row) * x.stride_row + column) / Tiles::kTerms;
     }
     *ld = kTileColumns / Tiles::kTerms;
     for (int64_t i = 0; i < rows; ++i) {
@@ -139,40 +76,99 @@ static const typename Tiles::Element* stage(const Sweep& s, const Dropout* dropo
     return tile;
 }
 
-static int64_t sweep_scratch(int64_t ranks) { return kTileRows * (2 * kTileColumns + ranks * kWidth); }
+// One task of a sweep: its part of x, and where a product that begins at `rank` has what it reads and adds to.
+template <class Tiles>
+struct Part {
+    typedef typename Tiles::Element Element;
+    const Sweep& s;
+    int64_t row_part, column_part, row_begin, row_end, column_begin, column_end;
+    float *lanes, *panels, *sums, *lefts;
+
+    Part(const Sweep& sweep, int64_t task, float* scratch)
+        : s(sweep), row_part(task / sweep.column_parts), column_part(task % sweep.column_parts) {
+        row_begin = row_part * s.rows_per_part();
+        row_end = at_most(s.row_count, row_begin + s.rows_per_part());
+        column_begin = column_part * s.columns_per_part();
+        column_end = at_most(s.x.columns, column_begin + s.columns_per_part());
+        lanes = scratch + 2 * kTileRows * kTileColumns;
+        panels = lanes + s.ranks * kTileRows * kWidth;
+        sums = panels + s.ranks * s.columns_per_part();
+        lefts = sums + s.ranks * s.columns_per_part();
+    }
+    Element* panel(const Product& p, int64_t rank) const {
+        if (p.packed) return (Element*)p.packed + column_begin / Tiles::kTerms * p.ranks;
+        return (Element*)panels + rank * s.columns_per_part();
+    }
+    Element* left(int64_t rank) const { return (Element*)lefts + rank * s.rows_per_part(); }
+    float* column_sums(const Product& p, int64_t rank) const {
+        if (p.column_sums) return p.column_sums + row_part * p.ranks * s.padded_columns() + column_begin;
+        return sums + rank * s.columns_per_part();
+    }
+    int64_t ld_sums(const Product& p) const { return p.column_sums ? s.padded_columns() : s.columns_per_part(); }
+
+    void begin() const {
+        const int64_t padded = ceil_div(column_end - column_begin, kTileColumns) * kTileColumns;
+        for (int64_t i = 0, rank = 0; i < s.count; rank += s.products[i++].ranks) {
+            const Product& p = s.products[i];
+            if (p.by_rows() && !p.packed) {
+                Tiles::panel(columns_from(p.panel, column_begin, column_end), panel(p, rank));
+            }
+            if (!p.by_columns()) continue;
+            Tiles::left(s, p.left, row_begin, row_end, left(rank));
+            for (int64_t r = 0; r < p.ranks && row_begin >= row_end; ++r) {  // else the first tile begins the sums
+                __builtin_memset(column_sums(p, rank) + r * ld_sums(p), 0, padded * sizeof(float));
+            }
+        }
+    }
+    void finish() const {
+        for (int64_t i = 0, rank = 0; i < s.count; rank += s.products[i++].ranks) {
+            const Product& p = s.products[i];
+            if (!p.by_columns() || p.column_sums) continue;
+            combine_columns(column_sums(p, rank), 1, 0, ld_sums(p), p.scale,
+                            columns_from(p.column_out, column_begin, column_end), 0, column_end - column_begin);
+        }
+    }
+};
+
+// The tile that comes after the one at (row, column).
+template <class Tiles>
+static inline Ahead ahead_of(const Part<Tiles>& part, int64_t row, int64_t column) {
+    const Matrix& x = part.s.x;
+    column += kTileColumns;
+    if (column >= part.column_end) column = part.column_begin, row += kTileRows;
+    const int64_t rows = at_most(kTileRows, part.row_end - row);
+    if (rows <= 0 || x.stride_column != 1) return {nullptr, nullptr, 0, 0, 0, 0, 0};
+    const int64_t size = element_size(x.dtype), columns = at_most(kTileColumns, part.column_end - column);
+    return {(const char*)x.data + column * size,
+            part.s.rows,
+            part.s.first_row + row,
+            row,
+            row + rows,
+            x.stride_row * size,
+            columns * size};
+}
 
 template <class Tiles>
 static void sweep(const Sweep& s, int64_t task, float* scratch) {
     typedef typename Tiles::Element Element;
     static_assert(sizeof(Element) == sizeof(float), "buffers are counted in floats");
-    const int64_t row_part = task / s.column_parts, column_part = task % s.column_parts;
-    const int64_t row_begin = row_part * s.rows_per_part();
-    const int64_t row_end = at_most(s.row_count, row_begin + s.rows_per_part());
-    const int64_t column_begin = column_part * s.columns_per_part();
-    const int64_t column_end = at_most(s.x.columns, column_begin + s.columns_per_part());
-    const int64_t ld_sums = s.padded_columns();
+    const Part<Tiles> part(s, task, scratch);
     Element* tile = (Element*)scratch;
     Element* masked = tile + kTileRows * kTileColumns;
-    // Of each product [kTileRows][R][kWidth], summed at the end.
-    float* lanes = scratch + 2 * kTileRows * kTileColumns;
-    for (int64_t i = 0; i < s.count && column_begin < column_end; ++i) {
-        const Product& p = s.products[i];
-        const int64_t padded = ceil_div(column_end - column_begin, kTileColumns) * kTileColumns;
-        for (int64_t r = 0; r < p.ranks && p.left; ++r) {
-            __builtin_memset(p.column_sums + (row_part * p.ranks + r) * ld_sums + column_begin, 0,
-                             padded * sizeof(float));
+    float* lanes = part.lanes;  // of each product [kTileRows][R][kWidth], summed at the end
+    part.begin();
+    for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
+        const int64_t rows = at_most(kTileRows, part.row_end - row);
+        if (part.column_begin >= part.column_end) {
+            __builtin_memset(lanes, 0, rows * s.ranks * kWidth * sizeof(float));
         }
-    }
-    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-        const int64_t rows = at_most(kTileRows, row_end - row);
-        __builtin_memset(lanes, 0, rows * s.ranks * kWidth * sizeof(float));
-        for (int64_t column = column_begin; column < column_end; column += kTileColumns) {
-            const int64_t columns = at_most(kTileColumns, column_end - column);
+        for (int64_t column = part.column_begin; column < part.column_end; column += kTileColumns) {
+            const int64_t columns = at_most(kTileColumns, part.column_end - column), done = column - part.column_begin;
+            Ahead ahead = ahead_of(part, row, column);
             int64_t plain_ld;
             const Dropout* own = s.count == 1 && s.products[0].dropout.active() ? &s.products[0].dropout : nullptr;
             const Element* plain = stage<Tiles>(s, own, row, rows, column, columns, tile, &plain_ld);
-            float* own_lanes = lanes;
-            for (int64_t i = 0; i < s.count; ++i) {
+            for (int64_t i = 0, rank = 0; i < s.count; rank += s.products[i++].ranks) {
                 const Product& p = s.products[i];
                 const bool masks = p.dropout.active() && !own;
                 const Element* x = masks ? masked : plain;
@@ -181,54 +177,27 @@ static void sweep(const Sweep& s, int64_t task, float* scratch) {
                     mask_row<Tiles>(s, p.dropout, s.row(row + m), column, columns, plain + m * plain_ld,
                                     masked + m * ld);
                 }
-                if (p.panel) {
-                    dot_tile<Tiles>(x, ld, (const Element*)p.panel + column / Tiles::kTerms * p.ranks, rows, p.ranks,
-                                    ceil_div(columns, kWidth * Tiles::kTerms), own_lanes);
+                if (p.by_rows()) {
+                    dot_tile<Tiles>(x, ld, part.panel(p, rank) + done / Tiles::kTerms * p.ranks, rows, p.ranks,
+                                    ceil_div(columns, kWidth * Tiles::kTerms), lanes + rank * rows * kWidth, done == 0,
+                                    ahead);
                 }
-                if (p.left) {
+                if (p.by_columns()) {
                     const Element* right = Tiles::by_rows(x, &ld, rows, columns, masks ? masked : tile);
-                    float* sums = p.column_sums + row_part * p.ranks * ld_sums + column;
-                    outer_tile<Tiles>(right, ld, (const Element*)p.left + row / Tiles::kTerms * p.ranks,
-                                      ceil_div(rows, Tiles::kTerms), p.ranks, ceil_div(columns, kWidth), sums, ld_sums);
+                    outer_tile<Tiles>(right, ld, part.left(rank) + (row - part.row_begin) / Tiles::kTerms * p.ranks,
+                                      ceil_div(rows, Tiles::kTerms), p.ranks, ceil_div(columns, kWidth),
+                                      part.column_sums(p, rank) + done, part.ld_sums(p), row == part.row_begin, ahead);
                 }
-                own_lanes += rows * p.ranks * kWidth;
             }
         }
-        const float* own_lanes = lanes;
-        for (int64_t i = 0; i < s.count; ++i) {
+        for (int64_t i = 0, rank = 0; i < s.count; rank += s.products[i++].ranks) {
             const Product& p = s.products[i];
-            for (int64_t j = 0; j < rows * p.ranks && p.panel; ++j) {
-                p.row_sums[(column_part * s.row_count + row) * p.ranks + j] = vec_sum(vec_load(own_lanes + j * kWidth));
-            }
-            own_lanes += rows * p.ranks * kWidth;
+            if (!p.by_rows()) continue;
+            vec_sums(lanes + rank * rows * kWidth, rows * p.ranks,
+                     p.row_sums + (part.column_part * s.row_count + row) * p.ranks);
         }
     }
-}
-
-static void combine(const float* sums, int64_t parts, int64_t part_size, int64_t ld, float scale, const Matrix& out,
-                    const int64_t* rows, int64_t begin, int64_t end) {
-    constexpr int64_t kChunk = 256;
-    float total[kChunk];
-    const Vec factor = vec_set(scale);
-    for (int64_t row = begin; row < end; ++row) {
-        const int64_t out_row = (rows ? rows[row] : row) * out.stride_row;
-        for (int64_t column = 0; column < out.columns; column += kChunk) {
-            const int64_t count = at_most(kChunk, out.columns - column);
-            const float* src = sums + row * ld + column;
-            const int64_t whole = count / kWidth * kWidth;
-            for (int64_t i = 0; i < whole; i += kWidth) {
-                Vec sum = vec_load(src + i);
-                for (int64_t part = 1; part < parts; ++part) sum = vec_add(sum, vec_load(src + part * part_size + i));
-                vec_store(total + i, vec_mul(sum, factor));
-            }
-            for (int64_t i = whole; i < count; ++i) {
-                float sum = src[i];
-                for (int64_t part = 1; part < parts; ++part) sum += src[part * part_size + i];
-                total[i] = sum * scale;
-            }
-            narrow(total, count, out.data, out.dtype, out_row + column * out.stride_column, out.stride_column);
-        }
-    }
+    part.finish();
 }
 
 // DoRA's z and out for `count` columns of one row. Where the gain is 1 and delta 0, out has the bits of what it starts
@@ -260,16 +229,44 @@ static void finish_dora_row(const Expansion& e, const float* base, const float* 
            e.out.stride_column);
 }
 
-// finish_row where nothing is ragged, strided or converted: from registers, with no call and no buffer.
-template <DType kType>
-static inline void finish_whole(const Expansion& e, const float* delta, float scaling, const uint8_t* bits,
-                                int64_t bit_column, int64_t row, int64_t column) {
-    const Vec scale = vec_set(scaling);
-    const int64_t from = row * e.base.stride_row + column, to = row * e.out.stride_row + column;
-    for (int64_t i = 0; i < kExpandVecs * kWidth; i += kWidth) {
-        Vec term = vec_mul(vec_load(delta + i), scale);
-        if (bits) term = vec_keep(term, bits, bit_column + i);
-        store_as<kType>(e.out.data, to + i, vec_add(load_as<kType>(e.base.data, from + i), term));
+// Where a lone term's block is neither ragged nor strided nor converted, and its ranks are one sum: base +
+// keep(scale * delta) from registers.
+template <class Tiles, int kRows, DType kType>
+static void finish_rows(const Expansion& e, const typename Tiles::Element* left, const typename Tiles::Element* panel,
+                        int64_t ranks, const uint8_t* bits, int64_t ld_bits, int64_t row, int64_t column) {
+    const ExpandTerm& term = e.terms[0];
+    Vec sum[kRows][kExpandVecs];
+    expand_sums<Tiles, kRows>(left, ranks, panel, term.bias ? term.bias + column : nullptr, ranks, sum);
+    const Vec scale = vec_set(term.scale);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+        const int64_t at = e.row(row + m);
+        const int64_t from = at * e.base.stride_row + column, to = at * e.out.stride_row + column;
+#pragma GCC unroll 8
+        for (int v = 0; v < kExpandVecs; ++v) {
+            Vec own = vec_mul(sum[m][v], scale);
+            if (bits) own = vec_keep(own, bits + m * ld_bits, v * kWidth);
+            store_as<kType>(e.out.data, to + v * kWidth, vec_add(load_as<kType>(e.base.data, from + v * kWidth), own));
+        }
+    }
+}
+
+template <class Tiles, DType kType>
+static void finish_block(const Expansion& e, const typename Tiles::Element* left, const typename Tiles::Element* panel,
+                         int64_t rows, int64_t ranks, const uint8_t* bits, int64_t ld_bits, int64_t row,
+                         int64_t column) {
+    int64_t m = 0;
+    for (; m + kExpandBlockRows <= rows; m += kExpandBlockRows) {
+        finish_rows<Tiles, kExpandBlockRows, kType>(e, left + m * ranks, panel, ranks,
+                                                    bits ? bits + m * ld_bits : nullptr, ld_bits, row + m, column);
+    }
+    for (; m + 2 <= rows; m += 2) {
+        finish_rows<Tiles, 2, kType>(e, left + m * ranks, panel, ranks, bits ? bits + m * ld_bits : nullptr, ld_bits,
+                                     row + m, column);
+    }
+    for (; m < rows; ++m) {
+        finish_rows<Tiles, 1, kType>(e, left + m * ranks, panel, ranks, bits ? bits + m * ld_bits : nullptr, ld_bits,
+                                     row + m, column);
     }
 }
 
@@ -277,17 +274,6 @@ static inline void finish_whole(const Expansion& e, const float* delta, float sc
 static void finish_row(const Expansion& e, const float* delta, float scaling, const uint8_t* bits, int64_t bit_column,
                        int64_t row, int64_t column, int64_t count) {
     constexpr int64_t kBlock = kExpandVecs * kWidth;
-    if (count == kBlock && !e.gain && e.base.dtype == e.out.dtype && e.base.stride_column == 1 &&
-        e.out.stride_column == 1) {
-        switch (e.out.dtype) {
-            case DType::f32:
-                return finish_whole<DType::f32>(e, delta, scaling, bits, bit_column, row, column);
-            case DType::bf16:
-                return finish_whole<DType::bf16>(e, delta, scaling, bits, bit_column, row, column);
-            case DType::f16:
-                return finish_whole<DType::f16>(e, delta, scaling, bits, bit_column, row, column);
-        }
-    }
     const Vec scale = vec_set(scaling);
     float sum[kBlock], base[kBlock];
     for (int64_t i = count; i < kBlock; ++i) base[i] = 0.0f;
@@ -313,16 +299,39 @@ static void add_term(const float* delta, float scaling, const uint8_t* bits, boo
     }
 }
 
-template <class Operand>
-static void expand(const Expansion& e, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
+// Asks for the lines of `rows` rows of a block of base that are expanded after this one.
+static inline void ask_for(const Expansion& e, int64_t row, int64_t rows, int64_t column) {
+    const int64_t size = element_size(e.base.dtype);
+    for (int64_t i = row; i < at_most(row + rows, e.row_count); ++i) {
+        const char* at = (const char*)e.base.data + (e.row(i) * e.base.stride_row + column) * size;
+        for (int64_t byte = 0; byte < kExpandVecs * kWidth * size; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    }
+}
+
+template <class Tiles>
+static void expand(const Expansion& e, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+                   float* scratch) {
+    typedef typename Tiles::Element Element;
     constexpr int64_t kBlock = kExpandVecs * kWidth;
     constexpr int64_t kBits = kExpandColumns / 8 + 16;
     static_assert(kExpandColumns % kBlock == 0, "the mask buffer holds whole blocks");
     uint8_t bits[kExpandBlockRows][kBits];
     float delta[kExpandBlockRows * kBlock], total[kExpandBlockRows * kBlock];
     const int64_t counters = ceil_div(e.base.columns, philox::kDrawsPerCounter);
-    const bool alone = e.count == 1;
+    const bool alone = e.count == 1, asks = e.base.stride_column == 1;
     const ExpandTerm& first = e.terms[0];
+    const bool plain = alone && !e.gain && e.base.dtype == e.out.dtype && asks && e.out.stride_column == 1 &&
+                       first.ranks <= kExpandRanks;
+    // Of each term its rows' factors, one after the other, then its panel.
+    Element* panels = (Element*)scratch + e.ranks * kExpandRows;
+    const int64_t panel_columns = ceil_div(column_end - column_begin, kBlock) * kBlock;
+    for (int64_t t = 0, rank = 0; t < e.count; rank += e.terms[t++].ranks) {
+        const ExpandTerm& term = e.terms[t];
+        Tiles::factors(e, term.left, row_begin, row_end, (Element*)scratch + rank * kExpandRows);
+        if (!term.packed) {
+            Tiles::expand_panel(columns_from(term.panel, column_begin, column_end), panels + rank * panel_columns);
+        }
+    }
     for (int64_t row = row_begin; row < row_end; row += kExpandBlockRows) {
         const int64_t rows = at_most(kExpandBlockRows, row_end - row);
         for (int64_t i = 0; i < rows && alone && first.dropout.active(); ++i) {
@@ -331,12 +340,28 @@ static void expand(const Expansion& e, int64_t row_begin, int64_t row_end, int64
         }
         for (int64_t column = column_begin; column < column_end; column += kBlock) {
             const int64_t count = at_most(kBlock, column_end - column);
-            for (int64_t t = 0; t < e.count; ++t) {
+            if (asks) ask_for(e, row + kExpandBlockRows, kExpandBlockRows, column);
+            for (int64_t t = 0, rank = 0; t < e.count; rank += e.terms[t++].ranks) {
                 const ExpandTerm& term = e.terms[t];
-                const int64_t elements = ceil_div(term.ranks, Operand::kTerms);
-                expand_block<Operand>((const typename Operand::Element*)term.left + row * elements,
-                                      (const typename Operand::Element*)term.panel + column * elements,
-                                      term.bias ? term.bias + column : nullptr, rows, elements, delta);
+                const int64_t elements = ceil_div(term.ranks, Tiles::kTerms);
+                const Element* left = (const Element*)scratch + rank * kExpandRows + (row - row_begin) * elements;
+                const Element* panel = term.packed ? (const Element*)term.packed + column * elements
+                                                   : panels + rank * panel_columns + (column - column_begin) * elements;
+                if (plain && count == kBlock) {
+                    const uint8_t* own = term.dropout.active() ? bits[0] + (column - column_begin) / 8 : nullptr;
+                    switch (e.out.dtype) {
+                        case DType::f32:
+                            finish_block<Tiles, DType::f32>(e, left, panel, rows, elements, own, kBits, row, column);
+                            break;
+                        case DType::bf16:
+                            finish_block<Tiles, DType::bf16>(e, left, panel, rows, elements, own, kBits, row, column);
+                            break;
+                        case DType::f16:
+                            finish_block<Tiles, DType::f16>(e, left, panel, rows, elements, own, kBits, row, column);
+                    }
+                    continue;
+                }
+                expand_block<Tiles>(left, panel, term.bias ? term.bias + column : nullptr, rows, elements, delta);
                 for (int64_t i = 0; i < rows && !alone; ++i) {
                     if (term.dropout.active()) {
                         keep_bytes(bits[i], term.dropout.seed, (uint64_t)(e.row(row + i) * counters + column / 8),
@@ -346,7 +371,7 @@ static void expand(const Expansion& e, int64_t row_begin, int64_t row_end, int64
                              total + i * kBlock);
                 }
             }
-            for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t i = 0; i < rows && !(plain && count == kBlock); ++i) {
                 if (alone) {
                     finish_row(e, delta + i * kBlock, first.scale, first.dropout.active() ? bits[i] : nullptr,
                                column - column_begin, e.row(row + i), column, count);
@@ -413,12 +438,12 @@ static void dropout_add(const Matrix& base, const Matrix& x, const Dropout& drop
 }
 
 #if defined(PEFTFAST_DOT_BF16)
-static const PairKernels pair_kernels = {pack_columns, pack_rows,        pack_ranks,
-                                         pack_factors, sweep<PairTiles>, expand<Pairs>};
+static const PairKernels pair_kernels = {pack_columns, pack_ranks, sweep<PairTiles>, expand<PairTiles>};
 static const PairKernels* const pairs_of_table = &pair_kernels;
 #else
 static const PairKernels* const pairs_of_table = nullptr;
 #endif
 
-static const LoraKernels lora_table = {kWidth,  kExpandVecs * kWidth, pack,       sweep_scratch, sweep<FloatTiles>,
-                                       combine, expand<Floats>,       gain_grads, dropout_add,   pairs_of_table};
+static const LoraKernels lora_table = {
+    kWidth,          kExpandVecs * kWidth, pack,       sweep<FloatTiles>, combine,
+    combine_columns, expand<FloatTiles>,   gain_grads, dropout_add,       pairs_of_table};

@@ -24,6 +24,136 @@ static void read_bf16(const Matrix& view, int64_t offset, int64_t stride, int64_
     for (int64_t i = 0; i < count; ++i) dst[i] = src[i * stride];
 }
 
+// The `count` first numbers at p, zeros behind; none where count is not positive.
+static inline __m512i load_words(const uint16_t* p, int64_t count) {
+    return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1, p);
+}
+static inline void store_words(uint32_t* p, int64_t count, __m512i words) {
+    _mm512_mask_storeu_epi32(p, (__mmask16)(count >= 16 ? 0xffff : (1u << count) - 1), words);
+}
+
+// Sixteen numbers of two rows of bfloat16, pair by pair.
+static inline __m512i pair_rows(const uint16_t* a, const uint16_t* b, int64_t count) {
+    const __m512i even = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load_words(a, at_most(16, count))));
+    if (!b) return even;
+    const __m512i odd = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load_words(b, at_most(16, count))));
+    return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+}
+
+// A whole square of pack_columns(): kPairColumns columns of kWidth ranks that lie side by side.
+static inline void pack_pair_square(const uint16_t* data, int64_t stride, uint32_t* out) {
+    __m512i square[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+        const uint16_t* at = data + 2 * i * stride;
+        const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at));
+        const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(at + stride)));
+        square[i] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+    }
+    transpose_words(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) _mm512_storeu_si512(out + i * kWidth, square[i]);
+}
+
+// kWidth columns of kWidth ranks, which are eight pairs, for pack_ranks().
+static inline void pack_rank_square(const uint16_t* data, int64_t stride, int64_t ld, uint32_t* out) {
+    __m512i square[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+        square[i] = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(data + i * stride)));
+    }
+    transpose_words(square);
+#pragma GCC unroll 8
+    for (int i = 0; i < kWidth / 2; ++i) _mm512_storeu_si512(out + i * ld, square[i]);
+}
+
+// Blocks [begin, end) of kPairColumns columns of a view [R, C]: dst[block][r] of pairs of columns, zero past the last.
+static void pack_columns(const Matrix& view, uint32_t* dst, int64_t begin, int64_t end) {
+    const uint16_t* data = (const uint16_t*)view.data;
+    for (int64_t block = begin; block < end; ++block) {
+        uint32_t* out = dst + block * view.rows * kWidth;
+        const int64_t first = block * kPairColumns, count = at_most(kPairColumns, view.columns - first);
+        for (int64_t r = 0; r < view.rows && view.stride_column == 1; ++r) {
+            _mm512_storeu_si512(out + r * kWidth, load_words(data + r * view.stride_row + first, count));
+        }
+        if (view.stride_column == 1) continue;
+        if (view.stride_row == 1) {  // a column's ranks lie side by side
+            for (int64_t r = 0; r < view.rows; r += kWidth) {
+                if (count == kPairColumns && view.rows - r >= kWidth) {
+                    pack_pair_square(data + first * view.stride_column + r, view.stride_column, out + r * kWidth);
+                    continue;
+                }
+                __m512i square[kWidth];
+                for (int64_t i = 0; i < kWidth; ++i) {
+                    const uint16_t* a = data + (first + 2 * i) * view.stride_column + r;
+                    square[i] = 2 * i >= count
+                                    ? _mm512_setzero_si512()
+                                    : pair_rows(a, 2 * i + 1 < count ? a + view.stride_column : nullptr, view.rows - r);
+                }
+                transpose_words(square);
+                for (int64_t i = 0; i < at_most(kWidth, view.rows - r); ++i) {
+                    _mm512_storeu_si512(out + (r + i) * kWidth, square[i]);
+                }
+            }
+            continue;
+        }
+        if (count < kPairColumns) __builtin_memset(out, 0, view.rows * kWidth * sizeof(uint32_t));
+        for (int64_t r = 0; r < view.rows; ++r) {
+            read_bf16(view, r * view.stride_row + first * view.stride_column, view.stride_column, count,
+                      (uint16_t*)(out + r * kWidth));
+        }
+    }
+}
+
+// Blocks [begin, end) of an expand's columns of a view [R, N]: dst[block][pair of ranks][lane], zero past the last
+// column and rank.
+static void pack_ranks(const Matrix& view, uint32_t* dst, int64_t begin, int64_t end) {
+    constexpr int64_t kBlock = kExpandVecs * kWidth;
+    const int64_t pairs = ceil_div(view.rows, 2);
+    const uint16_t* data = (const uint16_t*)view.data;
+    for (int64_t block = begin; block < end; ++block) {
+        uint32_t* out = dst + block * pairs * kBlock;
+        const int64_t first = block * kBlock, count = at_most(kBlock, view.columns - first);
+        if (view.stride_column == 1) {
+            for (int64_t r = 0; r < view.rows; r += 2) {
+                const uint16_t* a = data + r * view.stride_row + first;
+                const uint16_t* b = r + 1 < view.rows ? a + view.stride_row : nullptr;
+                for (int64_t i = 0; i < kBlock; i += kWidth) {
+                    _mm512_storeu_si512(out + r / 2 * kBlock + i, pair_rows(a + i, b ? b + i : nullptr, count - i));
+                }
+            }
+            continue;
+        }
+        for (int64_t i = 0; i < kBlock && view.stride_row == 1; i += kWidth) {  // a column's ranks lie side by side
+            for (int64_t pair = 0; pair < pairs; pair += kWidth / 2) {
+                if (i + kWidth <= count && view.rows - 2 * pair >= kWidth) {
+                    pack_rank_square(data + (first + i) * view.stride_column + 2 * pair, view.stride_column, kBlock,
+                                     out + pair * kBlock + i);
+                    continue;
+                }
+                __m512i square[kWidth];
+                for (int64_t j = 0; j < kWidth; ++j) {
+                    square[j] = i + j < count ? load_words(data + (first + i + j) * view.stride_column + 2 * pair,
+                                                           view.rows - 2 * pair)
+                                              : _mm512_setzero_si512();
+                }
+                transpose_words(square);
+                for (int64_t j = 0; j < at_most(kWidth / 2, pairs - pair); ++j) {
+                    _mm512_storeu_si512(out + (pair + j) * kBlock + i, square[j]);
+                }
+            }
+        }
+        if (view.stride_row == 1) continue;
+        __builtin_memset(out, 0, pairs * kBlock * sizeof(uint32_t));
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t r = 0; r < view.rows; ++r) {
+                ((uint16_t*)(out + r / 2 * kBlock + i))[r % 2] =
+                    data[(first + i) * view.stride_column + r * view.stride_row];
+            }
+        }
+    }
+}
+
 // How a tile of x is made of pairs of columns.
 struct PairTiles : Pairs {
     static bool lies(const Matrix& x, int64_t columns) {
@@ -62,74 +192,38 @@ struct PairTiles : Pairs {
         *ld = kTileColumns;
         return out;
     }
+    static void panel(const Matrix& view, uint32_t* dst) {
+        pack_columns(view, dst, 0, ceil_div(view.columns, kPairColumns));
+    }
+    static void expand_panel(const Matrix& view, uint32_t* dst) {
+        constexpr int64_t kBlock = kExpandVecs * kWidth;
+        pack_ranks(view, dst, 0, ceil_div(view.columns, kBlock));
+    }
+    // Pairs of columns: dst[row][pair].
+    template <class Run>
+    static void factors(const Run& run, const Matrix& matrix, int64_t begin, int64_t end, uint32_t* dst) {
+        const int64_t pairs = ceil_div(matrix.columns, 2);
+        for (int64_t i = begin; i < end; ++i, dst += pairs) {
+            read_bf16(matrix, run.row(i) * matrix.stride_row, matrix.stride_column, matrix.columns, (uint16_t*)dst);
+            if (matrix.columns % 2) ((uint16_t*)dst)[matrix.columns] = 0;
+        }
+    }
+    // Pairs of rows: dst[pair][r], with zeros for a second row past the last.
+    template <class Run>
+    static void left(const Run& run, const Matrix& matrix, int64_t begin, int64_t end, uint32_t* dst) {
+        for (int64_t i = begin; i < end; i += 2, dst += matrix.columns) {
+            const uint16_t* a = (const uint16_t*)matrix.data + run.row(i) * matrix.stride_row;
+            const uint16_t* b =
+                i + 1 < end ? (const uint16_t*)matrix.data + run.row(i + 1) * matrix.stride_row : nullptr;
+            for (int64_t r = 0; r < matrix.columns && matrix.stride_column == 1; r += kWidth) {
+                const int64_t count = matrix.columns - r;
+                store_words(dst + r, count, pair_rows(a + r, b ? b + r : nullptr, count));
+            }
+            for (int64_t r = 0; r < matrix.columns && matrix.stride_column != 1; ++r) {
+                const int64_t at = r * matrix.stride_column;
+                dst[r] = a[at] | (b ? (uint32_t)b[at] << 16 : 0);
+            }
+        }
+    }
 };
 static_assert(kTileColumns % kPairColumns == 0 && kTileRows % 2 == 0, "a whole tile is whole pairs");
-
-// Blocks [begin, end) of kPairColumns columns of a view [R, C]: dst[block][r] of pairs of columns, zero past the last.
-static void pack_columns(const Matrix& view, uint32_t* dst, int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-        uint16_t* out = (uint16_t*)(dst + block * view.rows * kWidth);
-        const int64_t first = block * kPairColumns, count = at_most(kPairColumns, view.columns - first);
-        if (count < kPairColumns) __builtin_memset(out, 0, view.rows * kPairColumns * sizeof(uint16_t));
-        if (view.stride_row == 1 && view.stride_column != 1) {
-            for (int64_t i = 0; i < count; ++i) {
-                const uint16_t* src = (const uint16_t*)view.data + (first + i) * view.stride_column;
-                for (int64_t r = 0; r < view.rows; ++r) out[r * kPairColumns + i] = src[r];
-            }
-            continue;
-        }
-        for (int64_t r = 0; r < view.rows; ++r) {
-            read_bf16(view, r * view.stride_row + first * view.stride_column, view.stride_column, count,
-                      out + r * kPairColumns);
-        }
-    }
-}
-
-// Pairs [begin, end) of rows of columns [column, column + ranks) of a matrix, of its rows `rows` where that is not
-// null: dst[pair][r], with zeros for a second row past `row_count`.
-static void pack_rows(const Matrix& matrix, const int64_t* rows, int64_t row_count, int64_t column, int64_t ranks,
-                      uint32_t* dst, int64_t begin, int64_t end) {
-    for (int64_t i = 2 * begin; i < at_most(2 * end, row_count); ++i) {
-        uint16_t* out = (uint16_t*)(dst + i / 2 * ranks) + i % 2;
-        const int64_t at = (rows ? rows[i] : i) * matrix.stride_row + column * matrix.stride_column;
-        for (int64_t r = 0; r < ranks; ++r) {
-            out[2 * r] = ((const uint16_t*)matrix.data)[at + r * matrix.stride_column];
-            if (i + 1 == row_count && i % 2 == 0) out[2 * r + 1] = 0;
-        }
-    }
-}
-
-// Blocks [begin, end) of an expand's columns of a view [R, N]: dst[block][pair of ranks][lane], zero past the last
-// column and rank.
-static void pack_ranks(const Matrix& view, uint32_t* dst, int64_t begin, int64_t end) {
-    constexpr int64_t kBlock = kExpandVecs * kWidth;
-    const int64_t pairs = ceil_div(view.rows, 2);
-    const uint16_t* data = (const uint16_t*)view.data;
-    const bool whole = view.stride_row == 1 && view.rows % 2 == 0;
-    for (int64_t block = begin; block < end; ++block) {
-        uint32_t* out = dst + block * pairs * kBlock;
-        const int64_t first = block * kBlock, count = at_most(kBlock, view.columns - first);
-        if (count < kBlock || view.rows % 2) __builtin_memset(out, 0, pairs * kBlock * sizeof(uint32_t));
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = (first + i) * view.stride_column;
-            for (int64_t pair = 0; whole && pair < pairs; ++pair) {
-                __builtin_memcpy(out + pair * kBlock + i, data + at + 2 * pair, sizeof(uint32_t));
-            }
-            for (int64_t r = 0; !whole && r < view.rows; ++r) {
-                ((uint16_t*)(out + r / 2 * kBlock + i))[r % 2] = data[at + r * view.stride_row];
-            }
-        }
-    }
-}
-
-// Rows [begin, end) of columns [column, column + ranks) of a matrix, as pairs of columns: dst[row][pair].
-static void pack_factors(const Matrix& matrix, const int64_t* rows, int64_t column, int64_t ranks, uint32_t* dst,
-                         int64_t begin, int64_t end) {
-    const int64_t pairs = ceil_div(ranks, 2);
-    for (int64_t i = begin; i < end; ++i) {
-        uint16_t* out = (uint16_t*)(dst + i * pairs);
-        const int64_t at = (rows ? rows[i] : i) * matrix.stride_row + column * matrix.stride_column;
-        read_bf16(matrix, at, matrix.stride_column, ranks, out);
-        if (ranks % 2) out[ranks] = 0;
-    }
-}

@@ -16,9 +16,10 @@ static inline Vec vec_add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec vec_mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 static inline Vec vec_fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-static inline Vec vec_load_bf16(const uint16_t* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+static inline Vec vec_from_bf16(__m128i half) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
+static inline Vec vec_load_bf16(const uint16_t* p) { return vec_from_bf16(_mm_loadu_si128((const __m128i*)p)); }
 static inline Vec vec_load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
 // narrow.h's bf16_from_float on eight lanes.
@@ -34,6 +35,8 @@ static inline __m128i vec_to_bf16(Vec v) {
     return _mm_packus_epi32(_mm256_castsi256_si128(narrow), _mm256_extracti128_si256(narrow, 1));
 }
 static inline __m128i vec_to_f16(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vec vec_round_bf16(Vec v) { return vec_from_bf16(vec_to_bf16(v)); }
+static inline Vec vec_round_f16(Vec v) { return _mm256_cvtph_ps(vec_to_f16(v)); }
 static inline void vec_store_bf16(uint16_t* p, Vec v) { _mm_storeu_si128((__m128i*)p, vec_to_bf16(v)); }
 static inline void vec_store_f16(uint16_t* p, Vec v) { _mm_storeu_si128((__m128i*)p, vec_to_f16(v)); }
 
@@ -50,6 +53,32 @@ static inline float vec_sum(Vec v) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+}
+
+static inline void vec_sums(const float* v, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = vec_sum(vec_load(v + i * kWidth));
+}
+
+// Eight rows of eight numbers to its columns: pairs, pairs of those, then halves.
+static inline void vec_transpose(Vec v[kWidth]) {
+    Vec pair[kWidth], four[kWidth];
+#pragma GCC unroll 4
+    for (int i = 0; i < kWidth; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kWidth; i += 4) {
+        four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+        four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+        four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+        four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
+    }
 }
 
 // Philox on four counters, one to a 64-bit lane; only a lane's low half is meaningful, which is all that mul_epu32

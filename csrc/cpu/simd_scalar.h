@@ -38,6 +38,15 @@ static inline void vec_store_f16(uint16_t* p, Vec v) {
     for (int i = 0; i < 4; ++i) p[i] = f16_from_float(v[i]);
 }
 
+static inline Vec vec_round_bf16(Vec v) {
+    for (int i = 0; i < 4; ++i) v[i] = float_from_bf16(bf16_from_float(v[i]));
+    return v;
+}
+static inline Vec vec_round_f16(Vec v) {
+    for (int i = 0; i < 4; ++i) v[i] = float_from_f16(f16_from_float(v[i]));
+    return v;
+}
+
 // Lanes whose bit is clear become zero; `bits` is a row's mask and `column`, a multiple of kWidth, the vector's place
 // in it.
 static inline Vec vec_keep(Vec v, const uint8_t* bits, int64_t column) {
@@ -49,6 +58,21 @@ static inline Vec vec_keep(Vec v, const uint8_t* bits, int64_t column) {
 }
 
 static inline float vec_sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+static inline void vec_sums(const float* v, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = vec_sum(vec_load(v + i * kWidth));
+}
+
+// Four rows of four numbers to its columns.
+static inline void vec_transpose(Vec v[kWidth]) {
+    for (int i = 0; i < kWidth; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const float below = v[i][j];
+            v[i][j] = v[j][i];
+            v[j][i] = below;
+        }
+    }
+}
 
 // Philox on one counter at a time.
 typedef uint64_t Counters;

@@ -268,7 +268,8 @@ class _Backward:
         return self.needs[position]
 
     def _give(self, position: int, grad: Tensor) -> None:
-        self.grads[position] = grad.to(self.dtypes[position - 4])
+        dtype = self.dtypes[position - 4]
+        self.grads[position] = grad if grad.dtype == dtype else grad.to(dtype)
 
     def run(self, parts: list[_Part], dys: Sequence[Tensor | None]) -> None:
         plan, dtype = self.plan, self.plan.dtype

@@ -50,6 +50,21 @@ def _check_terms(
         require(seeds.device == like.device, lambda: f"seeds: expected on {like.device}, got on {seeds.device}")
 
 
+def _check_matrices(name: str, tensors: list[Tensor], rows: int | None, columns: int | None, like: Tensor) -> None:
+    """_check_matrix of each, of which there may be hundreds at every call."""
+    device = like.device
+    for one in tensors:
+        shape = one.shape
+        if (
+            len(shape) != 2
+            or (rows is not None and shape[0] != rows)
+            or (columns is not None and shape[1] != columns)
+            or one.device != device
+            or not one.is_floating_point()
+        ):
+            _check_matrix(name, one, rows, columns, like)
+
+
 def _check_shrink(
     x: Tensor,
     a: list[Tensor],
@@ -61,8 +76,7 @@ def _check_shrink(
 ) -> None:
     _check_matrix("x", x, None, None, x)
     _check_terms(len(a), rows, seeds, ps, scalings, x)
-    for one in a:
-        _check_matrix("a", one, None, x.shape[1], x)
+    _check_matrices("a", a, None, x.shape[1], x)
     _check_dtype(dtype)
 
 
@@ -78,8 +92,7 @@ def _check_expand_(
 ) -> None:
     _check_matrix("base", base, None, None, base)
     _check_terms(len(w), rows, seeds, ps, scalings, base)
-    for one in w:
-        _check_matrix("w", one, base.shape[1], None, base)
+    _check_matrices("w", w, base.shape[1], None, base)
     _check_matrix("s", s, base.shape[0], sum(one.shape[1] for one in w), base)
     require(len(biases) in (0, len(w)), lambda: f"biases: expected none or {len(w)}, got {len(biases)}")
     for bias in biases:
@@ -118,8 +131,7 @@ def _check_dy_grads(
 ) -> None:
     _check_matrix("dy", dy, None, None, dy)
     _check_terms(len(b), rows, None, None, scalings, dy)
-    for one in b:
-        _check_matrix("b", one, dy.shape[1], None, dy)
+    _check_matrices("b", b, dy.shape[1], None, dy)
     _check_matrix("s", s, dy.shape[0], sum(one.shape[1] for one in b), dy)
     _check_dtype(dtype)
 
