@@ -8,9 +8,10 @@ import torch
 from benchmarks import timing
 from peftfast import functional as F
 from peftfast import nn as fast
+from peftfast import ops
 from peftfast.configs import nf4_product
 from peftfast.ops import nf4 as ops_nf4
-from peftfast.ops import philox
+from peftfast.ops import philox, replay
 from peftfast.reference import lora as definition
 from peftfast.reference import nf4 as nf4_definition
 from peftfast.reference import philox as philox_definition
@@ -38,6 +39,44 @@ def layer_inputs(m: int, n: int, k: int, r: int, dtype: torch.dtype = BF16, adap
 def gradients(y: torch.Tensor, tensors: dict, dy: torch.Tensor) -> dict:
     names = [name for name, tensor in tensors.items() if tensor.requires_grad]
     return dict(zip(names, torch.autograd.grad(y, [tensors[name] for name in names], dy), strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("nf4", [False, True])
+def test_a_replayed_layer_is_the_layer(nf4: bool, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third call on launches come from a record: on another stream and in a captured graph too."""
+
+    def results(shift: float) -> dict:
+        tensors = layer_inputs(300, 256, 512, 16)
+        tensors["x"] = (tensors["x"].detach() + shift).requires_grad_()
+        weight = F.nf4_quantize(tensors["weight"]) if nf4 else tensors["weight"]
+        seed = torch.tensor([5], device="cuda") if dropout else None
+        y = F.lora_linear(**{**tensors, "weight": weight}, scaling=2.0, dropout_p=dropout, seed=seed)
+        return {"y": y.detach(), **gradients(y, tensors, torch.ones_like(y) * 0.5)}
+
+    monkeypatch.setenv("PEFTFAST_REPLAY", "never")
+    expected = [results(float(step)) for step in range(5)]
+    monkeypatch.delenv("PEFTFAST_REPLAY")
+    for step in range(4):
+        for name, found in results(float(step)).items():
+            assert torch.equal(found, expected[step][name]), (step, name)
+    assert any(isinstance(one, replay.Recording) for each in replay._all for one in each.recordings.values())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = results(4.0)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(aside[name], expected[4][name]) for name in aside)
+    x = layer_inputs(300, 256, 512, 16)["x"].detach()
+    a, b = torch.ones(16, 512, device="cuda", dtype=BF16), torch.ones(256, 16, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        s = [ops.lora.lora_shrink(x, a, None, 0.0, 1.0, BF16) for _ in range(4)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ops.lora.lora_shrink(x, a, None, 0.0, 1.0, BF16) @ b.T
+        x.mul_(2.0)
+        graph.replay()
+    assert torch.equal(captured, (s[0] * 2.0) @ b.T)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

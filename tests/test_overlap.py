@@ -5,12 +5,14 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from peftfast.functional import overlap
+from peftfast.kernels import launch as launches
 
 DEVICE = torch.device("cuda", 0)
 
@@ -174,3 +176,12 @@ def test_one_side_stream_a_device_and_one_for_a_capture(machine: Callable[..., M
     captured = overlap.side_stream(DEVICE, made.main)
     assert captured is not asked[0] and captured is overlap.side_stream(DEVICE, made.main)
     assert captured is not overlap.side_stream(DEVICE, Stream(made))
+
+
+def test_a_call_on_two_streams_is_not_replayed(machine: Callable[..., Machine]) -> None:
+    """What is recorded is done again on one stream."""
+    machine()
+    refusals: list[str] = []
+    with launches.recorded_by(SimpleNamespace(refuse=refusals.append)):
+        overlap.overlapped(1, lambda *_: None, lambda *_: None, DEVICE)
+    assert refusals == ["two streams"]
