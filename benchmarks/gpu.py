@@ -1,12 +1,12 @@
 """Everything that a machine with a GPU can say about this tree, in one command: ``python -m benchmarks.gpu --out DIR`` (``make gpu``).
 
 Stages, in this order, each also alone by ``--stages``: build (csrc for the GPU at hand), doctor, tests (the files that use a GPU),
-sanitizer (compute-sanitizer over one small call of every operator), verify, bench, end-to-end, plots, host (what a layer costs the host),
-product and nf4-product (the product kernels' candidates and the other ways beside the library: ``python -m benchmarks.product --from
-DIR/product.json --write``, and the same of nf4_product.json, make tables of them), dram (bytes by ncu) and suite (the other tests). A stage that fails or runs out of
-its time does not stop the others; the summary says which. DIR holds at most eight files: summary.json and summary.txt, the results
-that ``python -m benchmarks.record DIR`` files, and two archives, logs.tar.gz and plots.tar.gz. CONTRIBUTING.md says how the stages
-are shared out where a machine can be had for minutes only.
+sanitizer (compute-sanitizer over one small call of every operator), verify, bench, end-to-end, plots, host (what a layer costs the
+host), product and nf4-product (the product kernels' candidates and the other ways beside the library: ``python -m benchmarks.product
+--from DIR/product.json --write``, and the same of nf4_product.json, make tables of them), dram (bytes by ncu) and suite (the other
+tests). A stage that fails or runs out of its time does not stop the others; the summary says which. DIR holds at most eight files:
+summary.json and summary.txt, the results that ``python -m benchmarks.record DIR`` files, and two archives, logs.tar.gz and
+plots.tar.gz. CONTRIBUTING.md says how the stages are shared out where a machine can be had for minutes only.
 """
 
 import argparse
