@@ -229,7 +229,7 @@ ROWS_OF_TERMS = {
 @pytest.mark.parametrize("named", ROWS_OF_TERMS)
 @pytest.mark.parametrize(("dtype", "adapter"), [(F32, F32), (BF16, BF16), (BF16, F32)])
 def test_rows_of_terms(named: str, dtype: torch.dtype, adapter: torch.dtype, isa: str) -> None:
-    """Each adapter's part of a pass over many has the bits of a pass of its own over its rows; the others are 0, or as they were."""
+    """Each adapter's part of a pass over many has the bits of a pass of its own; the other rows are 0, or as they were."""
     rows, width, columns, ranks = torch.tensor(ROWS_OF_TERMS[named], dtype=torch.int32), 417, 211, (16, 7, 33, 1)
     count, offsets, m = len(ranks), [0, 16, 23, 56], len(rows)
     x, dy, base = (
