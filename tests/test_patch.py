@@ -539,3 +539,19 @@ def test_a_tensor_that_a_transform_left_behind() -> None:
     plain = x.clone().requires_grad_()
     layer(plain).sum().backward()
     torch.testing.assert_close(torch.func.grad(lambda t: layer(t).sum())(x), plain.grad)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_the_report_names_the_way_of_many_rows(four_bit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a 4-bit layer that is asked to take another than the usual one, and a step that takes it gives what the usual one gives."""
+    model = stir(adapted(four_bit=four_bit))
+    report = peftfast.patch(model)
+    assert report.fused and not any("slabs" in kernel for kernel in report.fused.values())
+    x = torch.randn(20, K, generator=torch.Generator().manual_seed(3))
+    usual = run(model, x)
+    monkeypatch.setenv("PEFTFAST_NF4_PRODUCT", "slabs")
+    kernels = peftfast.report(model).fused.values()
+    assert all(kernel.endswith("; forward slabs, dX slabs]") is four_bit for kernel in kernels), kernels
+    for name, found in run(model, x).items():
+        largest = usual[name].abs().max().item()
+        assert (found - usual[name]).abs().max().item() <= 0.02 * largest, name

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftfast import ops
 from peftfast.functional import lora as layer
+from peftfast.functional import nf4_routes
 from peftfast.ops.dispatch import Operator
 from peftfast.reference import lora as definition
 from peftfast.reference import philox
@@ -394,7 +395,8 @@ def plant_in_layer(monkeypatch: pytest.MonkeyPatch, mutant: LayerMutant) -> None
         for name, operator in vars(ops.lora).items()
         if isinstance(operator, Operator)
     }
-    monkeypatch.setattr(layer, "ops", SimpleNamespace(lora=SimpleNamespace(**passes), nf4=ops.nf4))
+    for module in (layer, nf4_routes):  # the second adds the adapter's product for both
+        monkeypatch.setattr(module, "ops", SimpleNamespace(lora=SimpleNamespace(**passes), nf4=ops.nf4))
     monkeypatch.setattr(layer, "_as_one", lambda *_: False)  # the passes one by one, each of which can be replaced
     if "linear" in mutant.replacements:
         linear = functools.partial(mutant.replacements["linear"], torch.nn.functional.linear)
