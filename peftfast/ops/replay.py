@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..configs.variable import Choice, settings
 from ..kernels import launch as launches  # type: ignore[attr-defined]
 
-# Argument lists of a model's layers are few, numbers of tokens may be many. A function that has seen more begins again.
-MOST_RECORDINGS = 1024
+# Of one function: a model's layers times the numbers of tokens that its batches have. One that has seen more begins again. A recording
+# and its key take about 8 kB.
+MOST_RECORDINGS = 8192
 _PLAIN = (Tensor, torch.nn.Parameter)
 _VALUES = (torch.dtype, type(None), str, torch.device)
 choice = Choice("PEFTFAST_REPLAY", ("auto", "never"))
