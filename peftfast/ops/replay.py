@@ -11,7 +11,7 @@ from elsewhere, a value read from the device, an argument of another kind) is ne
 see single operators: torch.compile, a dispatch mode, functorch, the profiler, Triton's launch hooks.
 
 Host time of a LoRA layer, r = 4, under dropout, launches left out, us of one thread (Zen 5, torch 2.13, triton 3.7, 2026-11-21;
-``python -m benchmarks.host``): forward 124 without replay, 27 with, PEFT's 33; with the backward 343, 93 and 75.
+``python -m benchmarks.host``): forward 134 without replay, 26 with, PEFT's 34; with the backward 372, 91 and 76.
 """
 
 import contextlib
