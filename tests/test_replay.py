@@ -251,6 +251,24 @@ def test_watchers_see_single_operators(who: str, replaying: None) -> None:
     assert len(used) == 1
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("what", ["layer", "group", "gated"])
+def test_a_compiler_sees_one_graph(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a call under torch.compile asks none of what only eager mode can answer."""
+    monkeypatch.setattr(replay, "_on_gpu", lambda tensor: True)
+    call, make = {
+        "layer": (F.lora_linear, layer),
+        "group": (F.lora_linears, group),
+        "gated": (F.lora_gated_linear, gated),
+    }[what]
+    given = make(1)
+    expected = outcome(call, given)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for found, want in zip(outcome(compiled, given), expected, strict=True):
+        torch.testing.assert_close(found, want)
+
+
 def calls(function: Callable[..., Any], *args: Any) -> Replayed:
     replayed = Replayed(function)
     with torch.no_grad():

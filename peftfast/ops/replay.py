@@ -38,9 +38,10 @@ _SEEN, _NEVER = "seen once", "cannot be recorded"
 
 def allowed(first: Any) -> bool:
     """Whether a call may be replayed of which this is a tensor: a plain one on a GPU, with nothing to be differentiated or cast, and
-    nobody watching single operators."""
+    nobody watching single operators. A compiler is asked for first: it cannot trace the other questions."""
     return (
-        type(first) in _PLAIN
+        not torch.compiler.is_compiling()
+        and type(first) in _PLAIN
         and _on_gpu(first)
         and choice() == "auto"
         and not (
