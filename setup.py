@@ -2,12 +2,16 @@
 
 ``none`` (the default) makes a pure Python and Triton wheel and needs no compiler; ``cpu``, ``cuda`` and ``cpu,cuda``
 add the libraries globbed from csrc/. They are on libtorch's stable ABI and hold no Python, so one build serves torch
->= 2.11 and every Python; build with ``--no-build-isolation``, or the build environment fetches another torch.
+>= 2.11 and every Python; build with ``--no-build-isolation``, or the build environment fetches another torch. Any of
+them also adds the module of csrc/autograd, which serves the torch and the Python of the build alone, and which all
+others do without.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,11 +27,24 @@ ARCHITECTURES_VARIABLE = "PEFTFAST_CUDA_ARCHITECTURES"
 # sm_90a is Hopper with its architecture-specific instructions; the PTX of the last serves what comes later.
 DEFAULT_ARCHITECTURES = "80;90a;100"
 STABLE_ABI_VERSION = "0x020b000000000000"  # torch 2.11
+AUTOGRAD = "peftfast._autograd"
 
 # Folders at the top of the repository that a wheel holds inside the package.
 MOVED_FOLDERS = ("kernels", "benchmarks")
 MOVED_SUFFIXES = (".py", ".json", ".csv", ".md")
 
+AUTOGRAD_FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-missing-field-initializers",
+    "-DNDEBUG",
+]
 CPU_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -64,10 +81,15 @@ def glob_sources(backend: str) -> list[str]:
 
 def extensions() -> list[Extension]:
     depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
-    return [
+    backends = requested_backends()
+    libraries = [
         Extension(f"peftfast._{backend}", glob_sources(backend), depends=depends, py_limited_api=True)
-        for backend in requested_backends()
+        for backend in backends
     ]
+    if backends:
+        sources = sorted(str(source.relative_to(ROOT)) for source in (ROOT / "csrc" / "autograd").glob("*.cpp"))
+        libraries.append(Extension(AUTOGRAD, sources, depends=depends))
+    return libraries
 
 
 def find_nvcc(cuda_home: str | None) -> str:
@@ -120,6 +142,10 @@ class BuildLibraries(build_ext):
 
         torch_library = str(Path(torch.__file__).parent / "lib")
         ext.include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
+        if ext.name == AUTOGRAD:
+            self._set_up_autograd(ext, torch_library)
+            super().build_extension(ext)
+            return
         ext.define_macros = [("TORCH_TARGET_VERSION", STABLE_ABI_VERSION)]
         ext.library_dirs = [torch_library]
         ext.extra_compile_args = list(CPU_FLAGS)
@@ -129,6 +155,35 @@ class BuildLibraries(build_ext):
         else:
             ext.libraries = ["torch_cpu", "c10"]
         super().build_extension(ext)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        name = super().get_ext_filename(fullname)
+        if not fullname.endswith("_autograd"):
+            return name
+        import torch
+
+        return name.replace("_autograd.", f"_autograd.torch-{torch.__version__}.", 1)
+
+    def _set_up_autograd(self, ext: Extension, torch_library: str) -> None:
+        """A Python module on torch's whole C++ interface. Its files take most of their time in torch's headers: side by side."""
+        ext.library_dirs = [torch_library]
+        ext.libraries = ["torch_cpu", "torch_python", "c10"]
+        ext.language = "c++"
+        flags = [*AUTOGRAD_FLAGS, *(f"-isystem{path}" for path in ext.include_dirs[1:])]
+        flags += [f"-I{ext.include_dirs[0]}", f"-I{sysconfig.get_path('include')}"]
+        folder = Path(self.build_temp, "autograd")
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = [str(folder / f"{Path(source).stem}.o") for source in ext.sources]
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        extra = shlex.split(os.environ.get("CXXFLAGS", os.environ.get("CFLAGS", "")))
+
+        def compile_one(source: str, target: str) -> None:
+            subprocess.run([*compiler, *flags, *extra, "-c", source, "-o", target], check=True)
+
+        with ThreadPoolExecutor(job_count()) as pool:
+            list(pool.map(compile_one, ext.sources, targets))
+        ext.extra_objects = targets
+        ext.sources = []
 
     def _add_cuda_objects(self, ext: Extension, cuda_home: str | None) -> None:
         nvcc = find_nvcc(cuda_home)

@@ -22,6 +22,7 @@ from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
 from .nf4_routes import adapted_gradient
 from .nf4_routes import add_product as _add_product
+from .node import Function
 from .precision import autocast_off, autocast_on, compute_dtype_of
 from .shapes import as_rows, shaped, unviewed
 
@@ -174,27 +175,7 @@ class LoRALinearFunction(torch.autograd.Function):
             return *passes(dy, ctx.plan, ctx.needs_input_grad[:6], *ctx.saved_tensors), *rest
 
 
-def shortest(function: Any) -> Any:
-    """A Function's ``apply`` without what Function.apply does before it, a sixth of a small layer's forward: to unwrap every argument
-    that a functorch transform left behind. For a caller that is not being compiled; x, the first argument, is asked, and those after it
-    are as plain as parameters and fresh seeds are.
-
-    What eager mode costs a patched layer of 16 x 16 with r = 4 and two rows, us of one thread (Zen 5, torch 2.13, 2026-11-21): PEFT's
-    layer 29 forward and 76 with its backward, 37 and 89 under dropout; this one 19 and 67, 23 and 77; a Function in Python that
-    computes nothing 8 and 28, the frozen layer 5. A third of PEFT's time is thus not in reach of a Function in Python, and the stable
-    ABI, to which csrc/ keeps, names no node of autograd's graph (torch 2.11 and 2.13 let a library read and set requires_grad).
-    """
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def run(x: Tensor, *rest: Any) -> Any:
-        if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return function.apply(x, *rest)
-        return apply(x, *rest)
-
-    return run
-
-
-apply_plain = shortest(LoRALinearFunction)
+by_library = Function(LoRALinearFunction)
 
 
 def _backward(
@@ -396,6 +377,7 @@ def lora_linear(
             if y is not None:
                 return y.reshape(*x.shape[:-1], weight.shape[0])
         base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight,)
-        return LoRALinearFunction.apply(
+        apply = LoRALinearFunction.apply if torch.compiler.is_compiling() else by_library.general
+        return apply(  # type: ignore[no-any-return]
             x, base, lora_a, lora_b, bias, lora_bias, seed_tensor, p, float(scaling), dtype, out_dtype, *quantisation
         )

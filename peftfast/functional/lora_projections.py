@@ -12,8 +12,9 @@ from torch.nn import functional
 from .. import ops
 from ..ops import replay
 from .derivatives import once_differentiable
-from .lora import _plain_on_cpu, shortest
+from .lora import _plain_on_cpu
 from .lora_group import _expand, _shrink
+from .node import Function
 from .precision import autocast_off
 from .shapes import as_rows, shaped, unviewed
 
@@ -175,7 +176,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         return (dx, None, None, None, None, *factors)
 
 
-apply_plain = shortest(LoRAProjectionsFunction)
+by_library = Function(LoRAProjectionsFunction)
 
 
 def _base_gradient(dys: Any, weights: Any) -> Tensor:

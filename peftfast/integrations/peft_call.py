@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..functional.dora import forget_norms
-from ..functional.lora import apply_plain, draw_seed
+from ..functional.lora import by_library, draw_seed
 from ..functional.lora_multi import apply_group
 from ..functional.precision import compute_dtype_of
 from ..nn.nf4 import is_bitsandbytes_4bit
@@ -138,7 +138,7 @@ def fused_or_stock(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[st
         if x.dim() and x.shape[-1] == verdict.width and not torch.is_autocast_enabled(verdict.device_type):
             name, a, b, lora_bias, dropout, _ = verdict.adapters[0]
             p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-            return apply_plain(
+            return by_library.call(  # type: ignore[no-any-return]
                 x,
                 verdict.weight,
                 a,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..functional.lora import draw_seed
 from ..functional.lora_multi import apply_group
-from ..functional.lora_projections import apply_plain, projections_of
+from ..functional.lora_projections import by_library, projections_of
 from ..functional.nf4_product import has_a_way_alone
 from ..functional.precision import compute_dtype_of
 from . import bitsandbytes as bnb
@@ -152,7 +152,7 @@ class Shared:
             ps = tuple([own[1][0] for own in numbers])
             scalings = tuple([own[0][0] for own in numbers])
             plain = known.plain
-            return apply_plain(x, _seeds(x, ps), ps, scalings, plain, *plain.a, *plain.b)  # type: ignore[no-any-return]
+            return by_library.call(x, _seeds(x, ps), ps, scalings, plain, *plain.a, *plain.b)  # type: ignore[no-any-return]
         return self._general(x, verdicts, numbers)
 
     def _general(self, x: Tensor, verdicts: tuple[Verdict, ...], numbers: Sequence[Numbers]) -> tuple[Tensor, ...]:

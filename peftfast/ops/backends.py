@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..configs.device import Device
+from ..kernels import launch as launches  # type: ignore[attr-defined]
 from . import native
 from .dispatch import Verdict, requested_backend
 
@@ -63,8 +64,9 @@ def takes_cuda(*tensors: Tensor | None) -> Verdict:
 
 def undisturbed() -> bool:
     """Whether a caller may join operators into one of the C++ library: it is there, no backend is asked for by name, and no dispatch
-    mode watches, which would not see the single ones."""
-    return requested_backend() is None and torch._C._len_torch_dispatch_stack() == 0 and native.cpu_available()[0]
+    mode watches, which would not see the single ones; but who records a call for replay writes down the one."""
+    watching = torch._C._len_torch_dispatch_stack() - launches.recording()
+    return requested_backend() is None and not watching and native.cpu_available()[0]
 
 
 def takes_cpu(*tensors: Tensor | None) -> Verdict:

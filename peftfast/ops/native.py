@@ -1,13 +1,16 @@
-"""The two compiled libraries: where they are, whether they load, and why not.
+"""The compiled libraries: where they are, whether they load, and why not.
 
-Each is loaded at the first question about it, once; after that an answer is a dictionary look-up. Their operators live
+Each is loaded at the first question about it, once; after that an answer is a dictionary look-up. The operators of two live
 in the namespaces ``torch.ops.peftfast_cpu`` and ``torch.ops.peftfast_cuda`` and write into tensors that the caller
-allocates.
+allocates. The third is a Python module without kernels, for the torch and the Python that it was built with.
 """
 
+import importlib.machinery
+import importlib.util
 import logging
 import os
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -20,6 +23,7 @@ ISAS = ("auto", "avx512_bf16", "avx512", "avx2", "scalar")
 
 _FOLDER = Path(__file__).resolve().parents[1]
 _verdicts: dict[str, Verdict] = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def cpu_available() -> Verdict:
@@ -35,6 +39,24 @@ def cuda_available() -> Verdict:
     """Whether ``torch.ops.peftfast_cuda`` can be used, and why not. The library is not touched under a torch without
     CUDA, where it cannot load."""
     return _verdicts.get("cuda") or _ask("cuda")
+
+
+def autograd_available() -> Verdict:
+    """Whether :func:`autograd_module` can be used, and why not: it speaks torch's C++ interface of autograd, which is no part of the
+    stable ABI, so it serves the one version of torch that it was built with."""
+    return _verdicts.get("autograd") or _ask("autograd")
+
+
+def autograd_module() -> ModuleType:
+    """``peftfast._autograd``, built from csrc/autograd.
+
+    Raises:
+        RuntimeError: it is not available.
+    """
+    ok, reason = autograd_available()
+    if not ok:
+        raise RuntimeError(f"the autograd library is not available: {reason}")
+    return _modules["autograd"]
 
 
 def cpu_isa() -> str:
@@ -54,7 +76,30 @@ def _ask(backend: str) -> Verdict:
     return verdict
 
 
+def _load_autograd() -> Verdict:
+    built = sorted(_FOLDER.glob("_autograd.*.so"))
+    # As setup.py names it.
+    own = [_FOLDER / f"_autograd.torch-{torch.__version__}{tag}" for tag in importlib.machinery.EXTENSION_SUFFIXES[:1]]
+    path = next((path for path in own if path in built), None)
+    if path is None:
+        there = f"built for another torch or Python: {', '.join(path.name for path in built)}" if built else "not built"
+        return False, f"{there} (install with PEFTFAST_BUILD=cpu)"
+    try:
+        spec = importlib.util.spec_from_file_location("peftfast._autograd", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        reason = f"{path.name} does not load: {error}"
+        logger.warning("peftfast: %s", reason)
+        return False, reason
+    _modules["autograd"] = module
+    return True, ""
+
+
 def _load(backend: str) -> Verdict:
+    if backend == "autograd":
+        return _load_autograd()
     if backend == "cuda":
         if torch.version.cuda is None:
             return False, f"torch {torch.__version__} is built without CUDA"

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def signature(args: Sequence[Any], flat: list[Any]) -> tuple[Any, ...] | None:
     return tuple(key)
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Writes down what runs under it. Every value has a place: the arguments first, then constants and results as they come; a tensor
     is known by its identity, for which all are kept alive."""
 
@@ -99,7 +100,7 @@ class _Recorder(TorchDispatchMode):
         self.values = list(flat)
         self.inputs = len(self.values)
         self.constants: list[int] = []
-        self.steps: list[Callable[[list[Any], Any], None]] = []
+        self.steps: list[OperatorStep | LaunchStep] = []
         self.launches = 0
         self.refusal = ""
         tensors = [(id(one), place) for place, one in enumerate(self.values) if isinstance(one, Tensor)]
@@ -137,22 +138,20 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        call, keywords = _SHORTER.get(func, func), kwargs
-        if func is torch.ops.aten.empty.memory_format and (allocate := _allocation(kwargs)):
-            call, keywords = allocate, {}
         slots = [self.place(one) for one in args]
-        named = {name: self.place(one) for name, one in keywords.items()}
+        named = {name: self.place(one) for name, one in kwargs.items()}
         out = func(*args, **kwargs)
         if func is torch.ops.aten.detach.default and slots[0] >= self.inputs:
             self._places[id(out)] = slots[0]  # what torch.empty does to its result, seen from within a dispatch mode
             self.values.append(out)
             return out
-        if out is None:
-            self.steps.append(_operator(call, slots, named, None))
-        elif isinstance(out, tuple | list):
-            self.steps.append(_operator(call, slots, named, [self._result(one) for one in out]))
-        else:
-            self.steps.append(_operator(call, slots, named, self._result(out)))
+        into: Any = None
+        if isinstance(out, tuple | list):
+            into = [self._result(one) for one in out]
+        elif out is not None:
+            into = self._result(out)
+        keywords = kwargs if func is torch.ops.aten.empty.memory_format else {}
+        self.steps.append(OperatorStep(func, slots, named, keywords, into))
         return out
 
     def launched(
@@ -167,7 +166,7 @@ class _Recorder(TorchDispatchMode):
         slots = [self.place(one) for one in args]
         if not hasattr(compiled, "packed_metadata"):  # interpreted
             named = {name: self.place(one) for name, one in constants.items()}
-            self.steps.append(_operator(kernel[grid], slots, named, None))
+            self.steps.append(LaunchStep(kernel, None, grid, slots, named))
             return
         # A compiled kernel takes its constexprs too, in order, and skips them; the compiler's options are none of its arguments.
         names = kernel.arg_names[len(args) :]
@@ -175,7 +174,7 @@ class _Recorder(TorchDispatchMode):
             self.refuse("a kernel's argument left to its default")
             return
         slots += [self.place(constants[name]) for name in names]
-        self.steps.append(_launch(compiled, (*grid, 1, 1)[:3], slots))
+        self.steps.append(LaunchStep(kernel, compiled, (*grid, 1, 1)[:3], slots, {}))
 
     def constant(self, tensor: Tensor, addressed: Sequence[Tensor]) -> None:
         if any(one.data_ptr() not in self._addressed for one in addressed):
@@ -184,6 +183,40 @@ class _Recorder(TorchDispatchMode):
             self.values.append(tensor)
             self.constants.append(len(self.values) - 1)
             self._places[id(tensor)] = self.constants[-1]
+
+
+@dataclass
+class OperatorStep:
+    """An operator of torch's: where its arguments stand, by position and by name, and its results: one, several or none.
+    ``keywords``: of an allocation, the values of the named ones."""
+
+    operator: Any
+    slots: list[Any]
+    named: dict[str, int]
+    keywords: dict[str, Any]
+    into: int | list[int] | None
+
+    def again(self) -> Callable[[list[Any], Any], None]:
+        call, named = _SHORTER.get(self.operator, self.operator), self.named
+        if self.operator is torch.ops.aten.empty.memory_format and (allocate := _allocation(self.keywords)):
+            call, named = allocate, {}
+        return _operator(call, self.slots, named, self.into)
+
+
+@dataclass
+class LaunchStep:
+    """A kernel's launch; ``compiled`` is None where Triton interprets it, and only then ``named`` is not empty."""
+
+    kernel: Any
+    compiled: Any
+    grid: tuple[int, ...]
+    slots: list[int]
+    named: dict[str, int]
+
+    def again(self) -> Callable[[list[Any], Any], None]:
+        if self.compiled is None:
+            return _operator(self.kernel[self.grid], self.slots, self.named, None)
+        return _launch(self.compiled, self.grid, self.slots)
 
 
 # The same operators by a shorter way from Python.
@@ -243,7 +276,7 @@ def _launch(compiled: Any, grid: tuple[int, ...], slots: list[int]) -> Callable[
     return step
 
 
-class _Device:
+class Device:
     """The device on which a recording was made, as Triton's driver knows it, and its current stream."""
 
     def __init__(self) -> None:
@@ -265,13 +298,11 @@ class _Device:
 class Recording:
     """What a call did, to be done again. ``launches`` and ``operators``: how many."""
 
-    def __init__(
-        self, recorder: _Recorder, result: int | tuple[int | None, ...] | None, device: _Device | None
-    ) -> None:
+    def __init__(self, recorder: Recorder, result: int | tuple[int | None, ...] | None, device: Device | None) -> None:
         self._rest: list[Any] = [None] * (len(recorder.values) - recorder.inputs)
         for place in recorder.constants:
             self._rest[place - recorder.inputs] = recorder.values[place]
-        self._steps = recorder.steps
+        self._steps = [step.again() for step in recorder.steps]
         self._result = result
         self._device = device
         self.launches = recorder.launches
@@ -297,12 +328,15 @@ class Recording:
 
 
 _all: list["Replayed"] = []
+forgetful: list[Callable[[], None]] = []  # what drops recordings that are kept elsewhere
 
 
 def forget() -> None:
     """Drop all recordings: what they depend on beside their arguments (a table of configurations) has been changed."""
     for one in _all:
         one.recordings.clear()
+    for call in forgetful:
+        call()
 
 
 class Replayed:
@@ -334,11 +368,7 @@ class Replayed:
         return self._plain(*args)
 
     def _record(self, key: Any, args: Sequence[Any], flat: list[Any]) -> Any:
-        recorder = _Recorder(args, flat)
-        with _on_device_of(flat):
-            with recorder, launches.recorded_by(recorder):
-                out = self._function(*args)
-            device = _Device() if recorder.launches and not _interpreted() else None
+        recorder, out, device = record(self._function, args, flat)
         several = isinstance(out, tuple | list)
         result: Any = None
         if several:
@@ -347,6 +377,15 @@ class Replayed:
             result = recorder.place(out)
         self.recordings[key] = _NEVER if recorder.refusal else Recording(recorder, result, device)
         return out
+
+
+def record(function: Callable[..., Any], args: Sequence[Any], flat: list[Any]) -> tuple[Recorder, Any, Device | None]:
+    """Call ``function`` and write down what it does. The device is None where no compiled kernel was launched."""
+    recorder = Recorder(args, flat)
+    with _on_device_of(flat):
+        with recorder, launches.recorded_by(recorder):
+            out = function(*args)
+        return recorder, out, Device() if recorder.launches and not _interpreted() else None
 
 
 def _on_device_of(values: Sequence[Any]) -> Any:

@@ -1,0 +1,43 @@
+// What a recording depends on: all of a call's arguments but the addresses and the contents of its tensors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/python_headers.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace peftfast::autograd {
+
+using Key = std::vector<int64_t>;
+
+struct KeyHash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = 0x9e3779b97f4a7c15u ^ key.size();
+    for (int64_t word : key) {
+      hash ^= static_cast<uint64_t>(word);
+      hash *= 0xff51afd7ed558ccdu;
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+};
+
+// The arguments as places: each tensor, and each plain value as one that is not defined, those of a list in its order.
+struct Call {
+  Key key;
+  std::vector<at::Tensor> places;
+
+  // False for an argument that no recording holds.
+  bool add(PyObject* argument);
+  bool add(const at::Tensor& tensor);
+
+ private:
+  bool add_all(PyObject* sequence);
+};
+
+// Whether nothing in this thread sees or changes single operators: dispatch modes, functorch, autocast, tracers, the profiler, anomaly
+// mode, forward-mode differentiation.
+bool undisturbed();
+
+}  // namespace peftfast::autograd

@@ -1,0 +1,226 @@
+"""Autograd Functions whose calls are made by csrc/autograd: what costs a layer's time on the host is Python between its launches.
+
+The library keeps a recording (:mod:`peftfast.ops.replay`) of each kind of call: of the forward when its arguments come a second time,
+with what it saves; of the backward likewise. After that a call looks its recording up, does the same operators and launches with the
+tensors at hand, and adds a node to autograd's graph, all in C++. A call that cannot be recorded, and any while somebody watches
+(dispatch modes, the profiler, autocast, anomaly mode, functorch, forward-mode differentiation), is the Function's own.
+
+The library serves the version of torch that it was built with (setup.py); without it the Functions are called as Python has them.
+``PEFTFAST_AUTOGRAD=python`` asks for that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..configs import variable
+from ..configs.variable import Choice
+from ..ops import native, replay
+
+choice = Choice("PEFTFAST_AUTOGRAD", ("auto", "python"))
+_numbers: dict[tuple[Any, ...], int] = {}
+
+
+class _Context:
+    """What a Function finds in its ``ctx``. Attributes that it sets itself are in ``vars``."""
+
+    __slots__ = ("__dict__", "materialize", "needs_input_grad", "saved_tensors")
+
+    def __init__(self, needs: tuple[bool, ...], saved: tuple[Tensor | None, ...] = (), attributes: Any = ()) -> None:
+        self.needs_input_grad, self.saved_tensors, self.materialize = needs, saved, True
+        vars(self).update(attributes)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize = value
+
+
+def _settings_number() -> int:
+    """Of the environment's values, for the library's keys; -1 where it must leave all calls to Python."""
+    if choice() == "python" or replay.choice() == "never":
+        return -1
+    return _numbers.setdefault(variable.settings(), len(_numbers))
+
+
+def _apart(args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The arguments and all of them flat, no tensor twice: a recording tells them apart by their identity."""
+    seen: set[int] = set()
+
+    def own(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) in seen:
+                value = value.detach()
+            seen.add(id(value))
+            flat.append(value)
+        elif isinstance(value, list | tuple):
+            parts = [own(one) for one in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        else:
+            flat.append(value)
+        return value
+
+    flat: list[Any] = []
+    return [own(one) for one in args], flat
+
+
+def _described(recorder: replay.Recorder, step: replay.OperatorStep | replay.LaunchStep) -> tuple[Any, ...]:
+    def value(slot: Any) -> tuple[str, Any]:
+        if isinstance(slot, list):
+            if not all(isinstance(recorder.values[one], Tensor) for one in slot):
+                recorder.refuse("a list that is not of tensors alone")
+            return "tensors", slot
+        one = recorder.values[slot]
+        return ("tensor", slot) if isinstance(one, Tensor) else ("value", one)
+
+    if isinstance(step, replay.LaunchStep):
+        if step.compiled is None:
+            if step.named:
+                names, values = list(step.named), [value(slot) for slot in step.named.values()]
+                call = step.kernel[step.grid]
+                return "launch", _ByName(call, len(step.slots), names), [*map(value, step.slots), *values]
+            return "launch", step.kernel[step.grid], [value(slot) for slot in step.slots]
+        compiled = step.compiled
+        head = [("value", one) for one in step.grid] + [("stream", None)]
+        head += [("value", one) for one in (compiled.function, compiled.packed_metadata, None, None, None)]
+        args = [("address" if kind == "tensor" else kind, one) for kind, one in map(value, step.slots)]
+        return "launch", compiled.run, head + args
+    schema = step.operator._schema
+    args = [value(slot) for slot in step.slots]
+    for argument in schema.arguments[len(args) :]:
+        if argument.name in step.named:
+            args.append(value(step.named[argument.name]))
+        else:
+            args.append(("value", argument.default_value))
+    into = [] if step.into is None else step.into if isinstance(step.into, list) else [step.into]
+    return "operator", schema.name, schema.overload_name, args, into
+
+
+class _ByName:
+    """A call whose last arguments go by names."""
+
+    def __init__(self, call: Callable[..., Any], positional: int, names: list[str]) -> None:
+        self._call, self._positional, self._names = call, positional, names
+
+    def __call__(self, *args: Any) -> None:
+        count = self._positional
+        self._call(*args[:count], **dict(zip(self._names, args[count:], strict=True)))
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_tensor(one) for one in value)
+    return isinstance(value, Tensor)
+
+
+@functools.cache
+def _library() -> Any:
+    """The compiled module, told where the environment's variables are; None where it is not available."""
+    if not native.autograd_available()[0] or not isinstance(variable._environment, dict):
+        return None
+    library = native.autograd_module()
+    library.configure(variable._environment, variable._keys, _settings_number, replay.MOST_RECORDINGS)
+    return library
+
+
+class Function:
+    """``function``, an autograd Function with ``forward(ctx, ...)``, by the library where that is available.
+
+    ``call`` is for arguments of which the first alone may be of a functorch transform, as :func:`shortest` has it, and ``general`` for
+    all. Neither is for a caller that is being compiled.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.call: Callable[..., Any] = self._first_call
+        self.general: Callable[..., Any] = self._first_general
+        self.native: Any = None
+        replay.forgetful.append(self.forget)
+
+    def forget(self) -> None:
+        if self.native is not None:
+            self.native.forget()
+
+    def _choose(self) -> None:
+        library = _library()
+        if library is None:
+            self.call, self.general = shortest(self._function), self._function.apply
+            return
+        name = f"{self._function.__name__}Backward"
+        hooks = (self._function.apply, self._record_forward, self._record_backward, self._backward)
+        self.native = self.call = self.general = library.Function(name, *hooks)
+
+    def _first_call(self, *args: Any) -> Any:
+        self._choose()
+        return self.call(*args)
+
+    def _first_general(self, *args: Any) -> Any:
+        self._choose()
+        return self.general(*args)
+
+    def _record_forward(self, args: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Any, ...] | None:
+        context = _Context(needs)
+        given, flat = _apart(args)
+        with torch.no_grad():
+            recorder, out, device = replay.record(lambda *own: self._function.forward(context, *own), given, flat)
+        single = isinstance(out, Tensor)
+        results = [recorder.place(one) for one in ([out] if single else out)]
+        if any(place < recorder.inputs for place in results) or len(set(results)) < len(results):
+            recorder.refuse("a result that is an argument or another result")
+        saved = [None if one is None else recorder.place(one) for one in context.saved_tensors]
+        attributes = dict(vars(context))
+        if _holds_tensor(list(attributes.values())):
+            recorder.refuse("a tensor as an attribute of ctx")
+        program = _program(recorder, device)
+        return program and (program, results, single, saved, context.materialize, attributes)
+
+    def _backward(self, attributes: Any, needs: tuple[bool, ...], dys: tuple[Any, ...], saved: tuple[Any, ...]) -> Any:
+        found = self._function.backward(_Context(needs, saved, attributes), *dys)
+        return found if isinstance(found, tuple) else (found,)
+
+    def _record_backward(
+        self, attributes: Any, needs: tuple[bool, ...], dys: tuple[Any, ...], saved: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        def backward(*given: Any) -> Any:
+            return self._backward(attributes, needs, given[: len(dys)], given[len(dys) :])
+
+        given, flat = _apart((*dys, *saved))
+        recorder, found, device = replay.record(backward, given, flat)
+        places = [None if one is None else recorder.place(one) for one in found]
+        made = [place for place in places if place is not None]
+        if any(place < recorder.inputs for place in made) or len(set(made)) < len(made):
+            recorder.refuse("a gradient that is an argument or another gradient")
+        program = _program(recorder, device)
+        return program and (program, places)
+
+
+def _program(recorder: replay.Recorder, device: replay.Device | None) -> tuple[Any, ...] | None:
+    """What the library makes a program of: the numbers of inputs and of places, constant tensors, steps, and what gives the stream of
+    the launches or None where they may not be made."""
+    steps = [_described(recorder, step) for step in recorder.steps]
+    constants = [(place, recorder.values[place]) for place in recorder.constants]
+    constants = [(place, one) for place, one in constants if isinstance(one, Tensor)]
+    if recorder.refusal:
+        return None
+    return recorder.inputs, len(recorder.values), constants, steps, None if device is None else device.stream
+
+
+def shortest(function: Any) -> Any:
+    """A Function's ``apply`` without what Function.apply does before it, a sixth of a small layer's forward: to unwrap every argument
+    that a functorch transform left behind. For a caller that is not being compiled; x, the first argument, is asked, and those after it
+    are as plain as parameters and fresh seeds are.
+    """
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def run(x: Tensor, *rest: Any) -> Any:
+        if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return function.apply(x, *rest)
+        return apply(x, *rest)
+
+    return run
