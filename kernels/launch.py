@@ -10,10 +10,13 @@ _local = threading.local()
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """``kernel[grid](*args, **constants)``: the ordinary arguments in the kernel's order, then by name its constexprs and the
     compiler's options."""
-    compiled = kernel[grid](*args, **constants)
     recorder = getattr(_local, "recorder", None)
-    if recorder is not None:
-        recorder.launched(kernel, compiled, grid, args, constants)
+    if recorder is None:
+        kernel[grid](*args, **constants)
+        return
+    with recorder.aside():  # the interpreter copies tensors
+        compiled = kernel[grid](*args, **constants)
+    recorder.launched(kernel, compiled, grid, args, constants)
 
 
 def constant(tensor, *addressed) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftfast import functional as F
 from peftfast import ops
+from peftfast.functional.node import known
 from peftfast.kernels import launch as launches
 from peftfast.ops import replay
 from peftfast.ops.replay import Recording, Replayed
@@ -33,9 +34,21 @@ def recordings() -> list[Recording]:
     return [one for each in replay._all for one in each.recordings.values() if isinstance(one, Recording)]
 
 
+@pytest.fixture(params=["library", "python"])
+def autograd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether whole Functions are replayed by the autograd library or their parts by Python."""
+    monkeypatch.setenv("PEFTFAST_AUTOGRAD", "auto" if request.param == "library" else "python")
+    return request.param  # type: ignore[no-any-return]
+
+
+def calls_by_library() -> int:
+    """Forward and backward calls that the autograd library has made."""
+    return sum(sum(one.native.counts()[which] for which in ("forwards", "backwards")) for one in known() if one.native)
+
+
 @contextlib.contextmanager
 def replays() -> Iterator[list[Recording]]:
-    """The recordings that are used within the block."""
+    """The recordings that are used within the block, those of the autograd library left out."""
     used: list[Recording] = []
     real = Recording.__call__
 
@@ -112,32 +125,42 @@ def gated(seed: int) -> dict[str, Any]:
 def expect_like_plain(
     call: Callable[..., Any], make: Callable[[int], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, least: int
 ) -> list[Recording]:
-    """Three calls on data of their own, of which the last is replayed, are what they are without replay, bit for bit."""
+    """Three calls on data of their own, of which the last is replayed, are what they are without replay, bit for bit. Of what
+    Python replays there are at least so many; the library replays a forward and a backward."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFTFAST_REPLAY", "never")
         expected = [outcome(call, make(seed)) for seed in (1, 2, 3)]
     with replays() as used:
         for seed, wanted in zip((1, 2, 3), expected, strict=True):
-            before = len(used)
-            for found, want in zip(outcome(call, make(seed)), wanted, strict=True):
+            given = make(seed)
+            before, made = len(used), calls_by_library()
+            for found, want in zip(outcome(call, given), wanted, strict=True):
                 assert torch.equal(found, want), seed
-    assert len(used) - before >= least  # the last of them
+    if os.environ["PEFTFAST_AUTOGRAD"] == "python":
+        assert len(used) - before >= least  # the last of them
+        assert calls_by_library() == made
+    else:
+        assert (len(used) - before, calls_by_library() - made) == (0, 2)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_a_layer(dropout: float, quantised: bool, replaying: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer(
+    dropout: float, quantised: bool, replaying: None, autograd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = (2, 40) if quantised else (2, 3)  # more rows than the few that are decoded on the way
     expect_like_plain(F.lora_linear, lambda seed: layer(seed, dropout, quantised, shape), monkeypatch, least=2)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_a_group(dropout: float, quantised: bool, replaying: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group(
+    dropout: float, quantised: bool, replaying: None, autograd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expect_like_plain(F.lora_linears, lambda seed: group(seed, dropout, quantised), monkeypatch, least=2)
 
 
-def test_the_end_of_a_gated_mlp(replaying: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_gated_mlp(replaying: None, autograd: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expect_like_plain(F.lora_gated_linear, gated, monkeypatch, least=3)
 
 
@@ -369,11 +392,16 @@ COMPILED = """
 import json, torch
 torch.set_num_threads(1)
 from benchmarks.host import pretended_driver, layer
+from peftfast.functional.node import known
 from peftfast.ops import replay
 x = torch.randn(2, 16, dtype=torch.bfloat16).requires_grad_()
 dy = torch.randn(2, 16, dtype=torch.bfloat16)
 
 def plain(value, tensors):
+    if isinstance(value, int) and value > 2**32:  # an address, as the autograd library hands it over
+        return tensors.get(value, "memory of the call's own")
+    if isinstance(value, torch.Tensor) and tensors.get(value.data_ptr()) is None:
+        return "memory of the call's own"
     if isinstance(value, torch.Tensor):
         return tensors.get(value.data_ptr(), [str(value.dtype), list(value.shape), value.data_ptr() % 16])
     return value if isinstance(value, (int, float, type(None))) else str(value)
@@ -388,28 +416,33 @@ with pretended_driver() as driver:
             own(x).backward(dy)
         found.append([(name, grid, [plain(one, tensors) for one in args]) for name, grid, args in seen])
     import triton
-    count = lambda: sum(isinstance(v, replay.Recording) for one in replay._all for v in one.recordings.values())
-    recorded, used = count(), []
+    used = []
     real = replay.Recording.__call__
     replay.Recording.__call__ = lambda self, *rest: used.append(self) or real(self, *rest)
+    calls = lambda: [sum(one.native.counts()[which] for one in known() if one.native) for which in ("forwards", "backwards")]
+    steps = calls()
     own(x)
-    plainly = len(used)
+    plainly = len(used), calls()[0] - steps[0]
     hook = lambda *_: None
     triton.knobs.runtime.launch_enter_hook.add(hook)
     own(x)
-    hooked = len(used) - plainly
+    hooked = len(used) - plainly[0], calls()[0] - steps[0] - plainly[1]
     triton.knobs.runtime.launch_enter_hook.remove(hook)
-print(json.dumps([found, recorded, plainly, hooked]))
+print(json.dumps([found, steps, plainly, hooked]))
 """
 
 
-def test_compiled_kernels_are_launched_with_the_same_arguments() -> None:
+def test_compiled_kernels_are_launched_with_the_same_arguments(autograd: str) -> None:
     """Compiled for sm_90, launched by a driver that writes down what it is given: a replayed step is the step itself."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     environment.pop("PEFTFAST_BACKEND", None)
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    found, recorded, plainly, hooked = json.loads(run.stdout.splitlines()[-1])
-    assert len(found[0]) == 5 and recorded >= 2 and (plainly, hooked) == (1, 0)
+    found, steps, plainly, hooked = json.loads(run.stdout.splitlines()[-1])
+    assert len(found[0]) == 5
+    if autograd == "library":
+        assert steps == [4, 4] and (plainly, hooked) == ([0, 1], [0, 0])
+    else:
+        assert steps == [0, 0] and (plainly, hooked) == ([1, 0], [0, 0])
     for step in found[1:]:
         assert step == found[0]

@@ -22,10 +22,23 @@ using torch::autograd::variable_list;
 constexpr size_t kMostArguments = 64;
 
 struct Settings {
-  Object environment, keys, number;
+  Object sources, number;
   size_t most = 0;
-  std::vector<Object> values;  // of the keys, as they were when the number was asked for
+  std::vector<Object> values;  // of the sources' keys, as they were when the number was asked for
   int64_t current = -1;
+
+  // Calls see(value, borrowed or null) for each key of each source while it answers true.
+  template <typename See>
+  bool each(See see) const {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources.get()); ++i) {
+      PyObject* source = PyTuple_GET_ITEM(sources.get(), i);
+      PyObject *dictionary = PyTuple_GET_ITEM(source, 0), *keys = PyTuple_GET_ITEM(source, 1);
+      for (Py_ssize_t k = 0; k < PyList_GET_SIZE(keys); ++k) {
+        if (!see(PyDict_GetItem(dictionary, PyList_GET_ITEM(keys, k)))) return false;
+      }
+    }
+    return true;
+  }
 };
 
 Settings& settings() {
@@ -44,21 +57,19 @@ PyObject* checked(PyObject* owned) {
   return owned;
 }
 
-// The number of the environment's values, negative where nothing is to be recorded.
+// The number of the values now, negative where nothing is to be recorded.
 int64_t settings_number() {
   Settings& known = settings();
-  const Py_ssize_t count = PyList_GET_SIZE(known.keys.get());
-  bool same = static_cast<size_t>(count) == known.values.size();
-  for (Py_ssize_t i = 0; same && i < count; ++i) {
-    same = PyDict_GetItem(known.environment.get(), PyList_GET_ITEM(known.keys.get(), i)) == known.values[i].get();
-  }
-  if (same) return known.current;
+  size_t count = 0;
+  const bool same = known.each([&](PyObject* value) { return count < known.values.size() && value == known.values[count++].get(); });
+  if (same && count == known.values.size() && count > 0) return known.current;
   known.values.clear();
   const Object number = Object::taken(checked(PyObject_CallNoArgs(known.number.get())));
   known.current = PyLong_AsLongLong(number.get());
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(known.keys.get()); ++i) {
-    known.values.emplace_back(PyDict_GetItem(known.environment.get(), PyList_GET_ITEM(known.keys.get(), i)));
-  }
+  known.each([&](PyObject* value) {
+    known.values.emplace_back(value);
+    return true;
+  });
   return known.current;
 }
 
@@ -139,10 +150,14 @@ variable_list LayerNode::apply(variable_list&& dys) {
   call.places.reserve(dys.size() + given.size());
   call.key.push_back(settings_number());
   if (call.key[0] < 0) return in_python(dys, given);
-  for (const auto* tensors : {&dys, &given}) {
-    for (const at::Tensor& tensor : *tensors) {
-      if (!(tensor.defined() ? call.add(tensor) : call.add(Py_None))) return in_python(dys, given);
-    }
+  const auto add = [&](const at::Tensor& tensor, bool parameter) {
+    return tensor.defined() ? call.add(tensor, parameter, forward->hooks->addressed) : call.add(Py_None, false);
+  };
+  for (const at::Tensor& dy : dys) {
+    if (!add(dy, false)) return in_python(dys, given);
+  }
+  for (size_t i = 0; i < given.size(); ++i) {
+    if (!add(given[i], forward->parameters[i])) return in_python(dys, given);
   }
   const std::shared_ptr<Backward> backward = find(call.key, dys, given);
   if (!backward || !backward->program.run(call.places)) return in_python(dys, given);
@@ -198,14 +213,12 @@ auto make_node(edge_list&& edges, std::shared_ptr<Forward> forward) {
 
 }  // namespace
 
-void configure(PyObject* environment, PyObject* keys, PyObject* number, size_t most) {
+void configure(PyObject* sources, PyObject* number, size_t most) {
   Settings& known = settings();
-  known.environment = Object(environment);
-  known.keys = Object(keys);
+  known.sources = Object(sources);
   known.number = Object(number);
   known.most = most;
   known.values.clear();
-  known.current = -1;
 }
 
 // (program, places of the gradients of all the forward's arguments)
@@ -219,7 +232,7 @@ Backward::Backward(PyObject* description, const std::vector<int>& arguments)
       program(described(description, 0), gradients) {}
 
 // (program, places of the results, whether they are one tensor, places of what is saved, whether gradients are materialized, attributes)
-Forward::Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vector<int> arguments, PyObject* needs)
+Forward::Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vector<int> arguments, PyObject* needs, const Call& call)
     : hooks(std::move(hooks)),
       results(places_of(described(description, 1))),
       saved(places_of(described(description, 3))),
@@ -228,7 +241,11 @@ Forward::Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vecto
       attributes(described(description, 5)),
       needs(needs),
       arguments(std::move(arguments)),
-      program(described(description, 0), joined(results, saved)) {}
+      program(described(description, 0), joined(results, saved)) {
+  for (int place : saved) {
+    parameters.push_back(place >= 0 && static_cast<size_t>(place) < call.parameters.size() && call.parameters[place]);
+  }
+}
 
 int64_t Function::recorded() const {
   int64_t count = 0;
@@ -250,16 +267,15 @@ PyObject* Function::call(PyObject* const* args, size_t count) {
   call.key.reserve(160);
   call.places.reserve(count + 8);
   call.key.push_back(settings_number());
-  if (PyErr_Occurred()) return nullptr;
   if (call.key[0] < 0) return plain(args, count);
   const bool recording = at::GradMode::is_enabled();
   uint64_t needs = 0;
   for (size_t i = 0; i < count; ++i) {
-    if (!call.add(args[i])) return plain(args, count);
+    if (!call.add(args[i], hooks_->addressed)) return plain(args, count);
     if (recording && THPVariable_Check(args[i]) && THPVariable_Unpack(args[i]).requires_grad()) needs |= uint64_t{1} << i;
   }
   call.key.push_back(static_cast<int64_t>(needs));
-  const std::shared_ptr<Forward> forward = find(call.key, args, count, needs);
+  const std::shared_ptr<Forward> forward = find(call, args, count, needs);
   if (!forward || !forward->program.run(call.places)) return plain(args, count);
   ++hooks_->forwards;
 
@@ -283,7 +299,8 @@ PyObject* Function::call(PyObject* const* args, size_t count) {
   return Py_NewRef(tuple_of(results).get());
 }
 
-std::shared_ptr<Forward> Function::find(const Key& key, PyObject* const* args, size_t count, uint64_t needs) {
+std::shared_ptr<Forward> Function::find(const Call& call, PyObject* const* args, size_t count, uint64_t needs) {
+  const Key& key = call.key;
   if (!seen_before(recordings_, key, settings().most)) return nullptr;
   const Entry<Forward>& found = recordings_.at(key);
   if (found.never || found.recorded) return found.recorded;
@@ -300,7 +317,7 @@ std::shared_ptr<Forward> Function::find(const Key& key, PyObject* const* args, s
   std::shared_ptr<Forward> made;
   if (description.get() != Py_None) {
     try {
-      made = std::make_shared<Forward>(hooks_, description.get(), std::move(arguments), needed.get());
+      made = std::make_shared<Forward>(hooks_, description.get(), std::move(arguments), needed.get(), call);
     } catch (const std::invalid_argument& error) {
       hooks_->refusal = error.what();
     }

@@ -21,6 +21,7 @@ struct Hooks {
   Object record_forward;   // (args, needs) -> description or None
   Object record_backward;  // (attributes, needs, dys, saved) -> description or None
   Object backward;         // (attributes, needs, dys, saved) -> the Function's gradients
+  bool addressed = false;  // its kernels find its parameters by a table of addresses, as they find those of a list
   int64_t forwards = 0, backwards = 0;
   std::string refusal;     // why a call was last not held
 };
@@ -43,10 +44,11 @@ using Entries = std::unordered_map<Key, Entry<Recorded>, KeyHash>;
 
 // A recorded forward: what a node of the graph needs, beside the tensors that it saves.
 struct Forward {
-  Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vector<int> arguments, PyObject* needs);
+  Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vector<int> arguments, PyObject* needs, const Call& call);
 
   std::shared_ptr<Hooks> hooks;
   std::vector<int> results, saved;  // places
+  std::vector<bool> parameters;     // of what is saved, whether it is an nn.Parameter among the arguments
   bool single;                      // a tensor and no tuple
   bool materialize;                 // a gradient that is not there is one of zeros
   Object attributes, needs;
@@ -67,14 +69,14 @@ class Function {
 
  private:
   PyObject* plain(PyObject* const* args, size_t count) const;
-  std::shared_ptr<Forward> find(const Key& key, PyObject* const* args, size_t count, uint64_t needs);
+  std::shared_ptr<Forward> find(const Call& call, PyObject* const* args, size_t count, uint64_t needs);
 
   std::shared_ptr<Hooks> hooks_;
   Entries<Forward> recordings_;
 };
 
-// Environment variables that choose kernels: the process's dictionary of them, the keys to be looked at, how many recordings a Function
-// may have, and what gives the number of a set of values, negative where nothing is to be recorded.
-void configure(PyObject* environment, PyObject* keys, PyObject* number, size_t most);
+// What beside their arguments calls depend on: ((dictionary, list of its keys), ...), such as the process's environment; what gives the
+// number of a set of their values, negative where nothing is to be recorded; and how many recordings a Function may have.
+void configure(PyObject* sources, PyObject* number, size_t most);
 
 }  // namespace peftfast::autograd

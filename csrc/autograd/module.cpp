@@ -34,11 +34,13 @@ PyObject* call(PyObject* self, PyObject* const* args, size_t flags, PyObject* na
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   const char* name;
   PyObject *plain, *record_forward, *record_backward, *backward;
-  if (!PyArg_ParseTuple(args, "sOOOO", &name, &plain, &record_forward, &record_backward, &backward)) return nullptr;
+  int addressed;
+  if (!PyArg_ParseTuple(args, "spOOOO", &name, &addressed, &plain, &record_forward, &record_backward, &backward)) return nullptr;
   auto* self = reinterpret_cast<FunctionObject*>(type->tp_alloc(type, 0));
   if (self == nullptr) return nullptr;
   auto hooks = std::make_shared<Hooks>();
   hooks->name = name;
+  hooks->addressed = addressed != 0;
   hooks->plain = Object(plain);
   hooks->record_forward = Object(record_forward);
   hooks->record_backward = Object(record_backward);
@@ -68,10 +70,14 @@ PyObject* counts(PyObject* self, PyObject*) {
 }
 
 PyObject* configure(PyObject*, PyObject* args) {
-  PyObject *environment, *keys, *number;
+  PyObject *sources, *number;
   Py_ssize_t most;
-  if (!PyArg_ParseTuple(args, "O!O!On", &PyDict_Type, &environment, &PyList_Type, &keys, &number, &most)) return nullptr;
-  peftfast::autograd::configure(environment, keys, number, static_cast<size_t>(most));
+  if (!PyArg_ParseTuple(args, "O!On", &PyTuple_Type, &sources, &number, &most)) return nullptr;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources); ++i) {
+    PyObject *dictionary, *keys;
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(sources, i), "O!O!", &PyDict_Type, &dictionary, &PyList_Type, &keys)) return nullptr;
+  }
+  peftfast::autograd::configure(sources, number, static_cast<size_t>(most));
   Py_RETURN_NONE;
 }
 
@@ -95,7 +101,7 @@ PyType_Spec function_spec = {"peftfast._autograd.Function", sizeof(FunctionObjec
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, function_slots};
 
 PyMethodDef module_methods[] = {
-    {"configure", configure, METH_VARARGS, "The environment's dictionary, keys in it, what numbers their values, most recordings."},
+    {"configure", configure, METH_VARARGS, "((dictionary, keys), ...), what numbers their values, most recordings."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_autograd", nullptr, -1, module_methods, nullptr, nullptr, nullptr, nullptr};

@@ -1,5 +1,6 @@
 #include "autograd/program.h"
 
+#include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
@@ -83,6 +84,14 @@ c10::IValue value_of(PyObject* value, const c10::Type& type) {
         }
         throw std::invalid_argument("a list of " + type.str());
     }
+  }
+  if (type.kind() == c10::TypeKind::TensorType) {  // a number beside a tensor
+    if (!PyFloat_CheckExact(value) && !PyLong_CheckExact(value)) throw std::invalid_argument("no number for a tensor");
+    const at::Tensor number = c10::scalar_to_tensor(
+        PyFloat_CheckExact(value) ? at::Scalar(PyFloat_AS_DOUBLE(value)) : at::Scalar(static_cast<int64_t>(PyLong_AsLongLong(value))));
+    check_python();
+    number.unsafeGetTensorImpl()->set_wrapped_number(true);
+    return number;
   }
   if (type.kind() == c10::TypeKind::FloatType) {
     const double number = PyFloat_AsDouble(value);

@@ -36,7 +36,7 @@ int64_t number_of(PyObject* text) {
 
 }  // namespace
 
-bool Call::add(const at::Tensor& tensor) {
+bool Call::add(const at::Tensor& tensor, bool parameter, bool addressed) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   if ((impl->key_set().raw_repr() & ~kPlain.raw_repr()) != 0) return false;
   if (impl->layout() != c10::kStrided || !impl->has_storage()) return false;
@@ -49,12 +49,17 @@ bool Call::add(const at::Tensor& tensor) {
                 static_cast<int64_t>(address & 15) << 32 | static_cast<int64_t>(sizes.size()) << 40);
   key.insert(key.end(), sizes.begin(), sizes.end());
   key.insert(key.end(), strides.begin(), strides.end());
+  if (parameter && addressed) key.push_back(static_cast<int64_t>(address));
   places.push_back(tensor);
+  parameters.push_back(parameter);
   return true;
 }
 
-bool Call::add(PyObject* argument) {
-  if (THPVariable_CheckExact(argument)) return add(THPVariable_Unpack(argument));
+bool Call::add(PyObject* argument, bool addressed) {
+  if (THPVariable_CheckExact(argument)) {
+    const bool parameter = reinterpret_cast<PyObject*>(Py_TYPE(argument)) == ParameterClass;
+    return add(THPVariable_Unpack(argument), parameter, addressed);
+  }
   if (argument == Py_None) {
     key.push_back(kNone);
   } else if (PyFloat_CheckExact(argument)) {
@@ -86,6 +91,7 @@ bool Call::add(PyObject* argument) {
     return false;
   }
   places.emplace_back();
+  parameters.push_back(false);
   return true;
 }
 
@@ -93,12 +99,8 @@ bool Call::add_all(PyObject* sequence) {
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
   key.push_back(kSequence | static_cast<int64_t>(PyList_Check(sequence)) << 8);
   for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* one = PySequence_Fast_GET_ITEM(sequence, i);
-    if (!add(one)) return false;
     // Kernels find the parameters of a list by a table of their addresses, which is made for these.
-    if (reinterpret_cast<PyObject*>(Py_TYPE(one)) == ParameterClass) {
-      key.push_back(reinterpret_cast<int64_t>(THPVariable_Unpack(one).unsafeGetTensorImpl()->data()));
-    }
+    if (!add(PySequence_Fast_GET_ITEM(sequence, i), true)) return false;
   }
   key.push_back(kEnd);
   return true;

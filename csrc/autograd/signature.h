@@ -27,10 +27,11 @@ struct KeyHash {
 struct Call {
   Key key;
   std::vector<at::Tensor> places;
+  std::vector<bool> parameters;  // of each place, whether it is an nn.Parameter
 
-  // False for an argument that no recording holds.
-  bool add(PyObject* argument);
-  bool add(const at::Tensor& tensor);
+  // False for an argument that no recording holds. ``addressed``: a parameter's address is a part of the key.
+  bool add(PyObject* argument, bool addressed);
+  bool add(const at::Tensor& tensor, bool parameter, bool addressed);
 
  private:
   bool add_all(PyObject* sequence);

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..reference.gated_activation import ACTIVATIONS
 from .derivatives import once_differentiable
+from .node import Function
 from .shapes import as_rows
 
 
@@ -34,6 +35,9 @@ class GatedActivationFunction(torch.autograd.Function):
             for grad, needed in zip(grads, ctx.needs_input_grad[:2], strict=True)
         )
         return dgate, dup, None
+
+
+by_library = Function(GatedActivationFunction)
 
 
 def check_gated(gate: Any, up: Any, activation: Any) -> None:
@@ -76,4 +80,4 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_gated(gate, up, activation)
-    return GatedActivationFunction.apply(gate, up, activation)  # type: ignore[no-any-return]
+    return by_library.apply(gate, up, activation)  # type: ignore[no-any-return]

@@ -377,7 +377,6 @@ def lora_linear(
             if y is not None:
                 return y.reshape(*x.shape[:-1], weight.shape[0])
         base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight,)
-        apply = LoRALinearFunction.apply if torch.compiler.is_compiling() else by_library.general
-        return apply(  # type: ignore[no-any-return]
+        return by_library.apply(  # type: ignore[no-any-return]
             x, base, lora_a, lora_b, bias, lora_bias, seed_tensor, p, float(scaling), dtype, out_dtype, *quantisation
         )

@@ -22,6 +22,7 @@ from .lora import (
     lora_linear,
 )
 from .nf4 import NF4Weight
+from .node import Function
 from .precision import autocast_off, autocast_on, compute_dtype_of
 from .shapes import as_rows, unviewed
 
@@ -121,6 +122,9 @@ class LoRAGatedFunction(torch.autograd.Function):
             own = (ctx.activation, inner.plan, inner.needs_input_grad[:6], ctx.needs_input_grad[:2])
             dgate, dup, *grads = passes(dy, *own, *ctx.saved_tensors)
         return dgate, dup, None, *grads, *(None,) * (len(ctx.needs_input_grad) - _FIRST - 5)
+
+
+by_library = Function(LoRAGatedFunction)
 
 
 def _backward(
@@ -237,4 +241,4 @@ def apply_gated(gate: Tensor, up: Tensor, activation: str, weight: Tensor | NF4W
     """The Function on LoRALinearFunction's arguments after the weight. Nothing is checked."""
     base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight,)
     with autocast_off(gate.device.type):
-        return LoRAGatedFunction.apply(gate, up, activation, base, *layer, *quantisation)  # type: ignore[no-any-return]
+        return by_library.apply(gate, up, activation, base, *layer, *quantisation)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from ..ops import lora_product as fused
 from ..ops import replay
 from .derivatives import once_differentiable
 from .nf4 import dequantized
+from .node import Function
 from .precision import autocast_off
 
 _FIELDS = ("weight", "absmax", "code", "nested_absmax", "nested_code", "nested_offset", "bias", "gain")
@@ -209,6 +210,9 @@ class LoRAGroupFunction(torch.autograd.Function):
             passes = _replayed_backward if replay.allowed(live) else _backward
             settled = (ctx.plan, ctx.ranks, ctx.needs_input_grad, ctx.dtypes, ctx.x_dtype)
             return passes(dys, *settled, x, rows, seeds, s, saved)  # type: ignore[no-any-return]
+
+
+by_library = Function(LoRAGroupFunction, addressed=True)
 
 
 def _backward(

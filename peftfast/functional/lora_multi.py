@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import lora_group, lora_projections
 from .dora import row_gain
 from .lora import _check_arguments, _seed_tensor, draw_seed
-from .lora_group import LoRAGroupFunction, Plan
-from .lora_projections import LoRAProjectionsFunction, Projections, projections_of
+from .lora_group import Plan
+from .lora_projections import Projections, projections_of
 from .nf4 import NF4Weight
 from .precision import autocast_off, autocast_on, compute_dtype_of
 
@@ -87,7 +88,7 @@ def apply_group(
         plain = _plain(x, projections, terms, rows, dtype, out_dtype)
         if plain is not None:
             scalings = tuple(float(term.scaling) for term in flat)
-            return LoRAProjectionsFunction.apply(x, seeds, ps, scalings, plain, *plain.a, *plain.b)
+            return lora_projections.by_library.apply(x, seeds, ps, scalings, plain, *plain.a, *plain.b)
         tensors: list[Any] = []
         quantised: list[Any] = []
         for (weight, bias, magnitude), own in zip(projections, terms, strict=True):
@@ -113,7 +114,7 @@ def apply_group(
             ps,
             tuple(float(term.scaling) for term in flat),
         )
-        results = LoRAGroupFunction.apply(x.reshape(-1, x.shape[-1]), rows, seeds, tuple(plan), *tensors)
+        results = lora_group.by_library.apply(x.reshape(-1, x.shape[-1]), rows, seeds, tuple(plan), *tensors)
         return tuple(
             y.reshape(*x.shape[:-1], weight.shape[0]) for y, (weight, _, _) in zip(results, projections, strict=True)
         )

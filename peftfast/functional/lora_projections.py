@@ -176,7 +176,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         return (dx, None, None, None, None, *factors)
 
 
-by_library = Function(LoRAProjectionsFunction)
+by_library = Function(LoRAProjectionsFunction, addressed=True)
 
 
 def _base_gradient(dys: Any, weights: Any) -> Tensor:

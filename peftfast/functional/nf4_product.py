@@ -22,10 +22,12 @@ from ..configs import nf4_product as product_configs
 from . import nf4_routes as routes
 from .derivatives import refuse_tangents
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
+from .node import watch
 from .precision import autocast_off, cache_signature, compute_dtype_of
 
 # Process-wide, not of a thread: a backward pass runs on threads of autograd's own.
 _switches = {"shared": False, "merged": False}
+watch(_switches)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,8 @@ from ..ops import native, replay
 
 choice = Choice("PEFTFAST_AUTOGRAD", ("auto", "python"))
 _numbers: dict[tuple[Any, ...], int] = {}
+_states: list[dict[str, Any]] = []
+_all: list[Function] = []
 
 
 class _Context:
@@ -46,28 +48,29 @@ def _settings_number() -> int:
     """Of the environment's values, for the library's keys; -1 where it must leave all calls to Python."""
     if choice() == "python" or replay.choice() == "never":
         return -1
-    return _numbers.setdefault(variable.settings(), len(_numbers))
+    values = variable.settings(), *[tuple(state.items()) for state in _states]
+    return _numbers.setdefault(values, len(_numbers))
 
 
-def _apart(args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The arguments and all of them flat, no tensor twice: a recording tells them apart by their identity."""
-    seen: set[int] = set()
+def watch(state: dict[str, Any]) -> None:
+    """Calls with other values in ``state``, whose keys stay as they are, are other calls."""
+    _states.append(state)
 
-    def own(value: Any) -> Any:
+
+def _apart(args: Sequence[Any], flat: list[Any], seen: set[int]) -> list[Any]:
+    """The arguments, no tensor twice, since a recording tells them apart by their identity; all that they hold is added to ``flat``."""
+    given: list[Any] = []
+    for value in args:
+        if isinstance(value, list | tuple):
+            parts = _apart(value, flat, seen)
+            given.append(type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts))
+            continue
         if isinstance(value, Tensor):
-            if id(value) in seen:
-                value = value.detach()
+            value = value.detach() if id(value) in seen else value
             seen.add(id(value))
-            flat.append(value)
-        elif isinstance(value, list | tuple):
-            parts = [own(one) for one in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        else:
-            flat.append(value)
-        return value
-
-    flat: list[Any] = []
-    return [own(one) for one in args], flat
+        flat.append(value)
+        given.append(value)
+    return given
 
 
 def _described(recorder: replay.Recorder, step: replay.OperatorStep | replay.LaunchStep) -> tuple[Any, ...]:
@@ -121,26 +124,28 @@ def _holds_tensor(value: Any) -> bool:
 
 @functools.cache
 def _library() -> Any:
-    """The compiled module, told where the environment's variables are; None where it is not available."""
+    """The compiled module, told what calls depend on beside their arguments; None where it is not available."""
     if not native.autograd_available()[0] or not isinstance(variable._environment, dict):
         return None
     library = native.autograd_module()
-    library.configure(variable._environment, variable._keys, _settings_number, replay.MOST_RECORDINGS)
+    sources = [(variable._environment, variable._keys), *[(state, list(state)) for state in _states]]
+    library.configure(tuple(sources), _settings_number, replay.MOST_RECORDINGS)
     return library
 
 
 class Function:
     """``function``, an autograd Function with ``forward(ctx, ...)``, by the library where that is available.
 
-    ``call`` is for arguments of which the first alone may be of a functorch transform, as :func:`shortest` has it, and ``general`` for
-    all. Neither is for a caller that is being compiled.
+    ``apply`` is for all callers; ``call`` for one that is not being compiled, with arguments of which the first alone may be of a
+    functorch transform, as :func:`shortest` has it. ``addressed``: kernels find its parameters by a table of their addresses.
     """
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
+    def __init__(self, function: Any, addressed: bool = False) -> None:
+        self._function, self._addressed = function, addressed
         self.call: Callable[..., Any] = self._first_call
         self.general: Callable[..., Any] = self._first_general
         self.native: Any = None
+        _all.append(self)
         replay.forgetful.append(self.forget)
 
     def forget(self) -> None:
@@ -154,7 +159,10 @@ class Function:
             return
         name = f"{self._function.__name__}Backward"
         hooks = (self._function.apply, self._record_forward, self._record_backward, self._backward)
-        self.native = self.call = self.general = library.Function(name, *hooks)
+        self.native = self.call = self.general = library.Function(name, self._addressed, *hooks)
+
+    def apply(self, *args: Any) -> Any:
+        return self._function.apply(*args) if torch.compiler.is_compiling() else self.general(*args)
 
     def _first_call(self, *args: Any) -> Any:
         self._choose()
@@ -166,9 +174,13 @@ class Function:
 
     def _record_forward(self, args: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Any, ...] | None:
         context = _Context(needs)
-        given, flat = _apart(args)
+        flat: list[Any] = []
+        given = _apart(args, flat, set())
         with torch.no_grad():
-            recorder, out, device = replay.record(lambda *own: self._function.forward(context, *own), given, flat)
+            addressed = given if self._addressed else []
+            recorder, out, device = replay.record(
+                lambda *own: self._function.forward(context, *own), given, flat, addressed
+            )
         single = isinstance(out, Tensor)
         results = [recorder.place(one) for one in ([out] if single else out)]
         if any(place < recorder.inputs for place in results) or len(set(results)) < len(results):
@@ -190,14 +202,20 @@ class Function:
         def backward(*given: Any) -> Any:
             return self._backward(attributes, needs, given[: len(dys)], given[len(dys) :])
 
-        given, flat = _apart((*dys, *saved))
-        recorder, found, device = replay.record(backward, given, flat)
+        flat: list[Any] = []
+        given = _apart((*dys, *saved), flat, set())
+        recorder, found, device = replay.record(backward, given, flat, given if self._addressed else [])
         places = [None if one is None else recorder.place(one) for one in found]
         made = [place for place in places if place is not None]
         if any(place < recorder.inputs for place in made) or len(set(made)) < len(made):
             recorder.refuse("a gradient that is an argument or another gradient")
         program = _program(recorder, device)
         return program and (program, places)
+
+
+def known() -> list[Function]:
+    """All Functions that the library may call."""
+    return list(_all)
 
 
 def _program(recorder: replay.Recorder, device: replay.Device | None) -> tuple[Any, ...] | None:

@@ -21,10 +21,11 @@ from torch.nn.modules import module as torch_module
 
 from .. import ops
 from ..configs import gated_activation as configs
+from ..functional import lora_gated
 from ..functional.derivatives import transformed
-from ..functional.gated_activation import GatedActivationFunction
+from ..functional.gated_activation import by_library as gated_product
 from ..functional.lora import draw_seed
-from ..functional.lora_gated import LoRAGatedFunction, apply_gated
+from ..functional.lora_gated import apply_gated
 from ..ops.backends import FLOAT_DTYPES
 from ..ops.dispatch import requested_backend
 from ..reference.gated_activation import activate
@@ -234,7 +235,7 @@ def _forward(module: Any, args: Any, kwargs: Any) -> Any:
         return down(u * acted if form.up_is_left else acted * u)
     if whole:
         return _tail(down, verdict, g, u, activation)
-    return down(GatedActivationFunction.apply(g, u, activation))
+    return down(gated_product.apply(g, u, activation))
 
 
 def _served(g: Any, u: Any, whole: bool) -> bool:
@@ -255,7 +256,7 @@ def _tail(down: Any, verdict: Any, g: Tensor, u: Tensor, activation: str) -> Ten
     seed = draw_seed(g) if p else None  # as the layer would draw it
     layer = (a, b, verdict.bias, lora_bias, seed, p, float(down.scaling[name]))
     if _plain(verdict, g):
-        return LoRAGatedFunction.apply(g, u, activation, weight, *layer, g.dtype, g.dtype)  # type: ignore[no-any-return]
+        return lora_gated.by_library.apply(g, u, activation, weight, *layer, g.dtype, g.dtype)  # type: ignore[no-any-return]
     return apply_gated(g, u, activation, weight, *layer, *_dtypes(down, verdict, g))
 
 

@@ -17,7 +17,7 @@ Host time of a LoRA layer, r = 4, under dropout, launches left out, us of one th
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
     """Writes down what runs under it. Every value has a place: the arguments first, then constants and results as they come; a tensor
     is known by its identity, for which all are kept alive."""
 
-    def __init__(self, args: Sequence[Any], flat: list[Any]) -> None:
+    def __init__(self, args: Sequence[Any], flat: list[Any], addressed: Sequence[Any] = ()) -> None:
         super().__init__()
         self.values = list(flat)
         self.inputs = len(self.values)
@@ -103,16 +103,26 @@ class Recorder(TorchDispatchMode):
         self.steps: list[OperatorStep | LaunchStep] = []
         self.launches = 0
         self.refusal = ""
+        self._aside = False
         tensors = [(id(one), place) for place, one in enumerate(self.values) if isinstance(one, Tensor)]
         self._places = dict(tensors)
         if len(self._places) < len(tensors):
             self.refuse("one tensor stands for two arguments")
         listed: list[Any] = []
         signature([arg for arg in args if isinstance(arg, list | tuple)], listed)
-        self._addressed = {one.data_ptr() for one in listed if type(one) is torch.nn.Parameter}
+        self._addressed = {one.data_ptr() for one in (*listed, *addressed) if type(one) is torch.nn.Parameter}
 
     def refuse(self, reason: str) -> None:
         self.refusal = self.refusal or reason
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the block operators are not written down."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
     def place(self, value: Any) -> Any:
         """Where an argument of a step stands; a plain one becomes a constant."""
@@ -138,6 +148,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._aside:
+            return func(*args, **kwargs)
         slots = [self.place(one) for one in args]
         named = {name: self.place(one) for name, one in kwargs.items()}
         out = func(*args, **kwargs)
@@ -379,9 +391,12 @@ class Replayed:
         return out
 
 
-def record(function: Callable[..., Any], args: Sequence[Any], flat: list[Any]) -> tuple[Recorder, Any, Device | None]:
-    """Call ``function`` and write down what it does. The device is None where no compiled kernel was launched."""
-    recorder = Recorder(args, flat)
+def record(
+    function: Callable[..., Any], args: Sequence[Any], flat: list[Any], addressed: Sequence[Any] = ()
+) -> tuple[Recorder, Any, Device | None]:
+    """Call ``function`` and write down what it does. The device is None where no compiled kernel was launched. ``addressed``:
+    parameters whose addresses are a part of the call's key, beside those in lists."""
+    recorder = Recorder(args, flat, addressed)
     with _on_device_of(flat):
         with recorder, launches.recorded_by(recorder):
             out = function(*args)

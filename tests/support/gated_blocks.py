@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import peftfast
 from peftfast.functional.gated_activation import GatedActivationFunction
 from peftfast.functional.lora_gated import LoRAGatedFunction
+from tests.support.functions_ran import count
 from tests.test_patch import quantised, relative, stir
 
 K, N, ROWS = 64, 128, 34  # more rows than a 4-bit layer decodes its weight for
@@ -185,14 +186,11 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: flo
 class Counts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tails = self.products = 0
-        for function, name in ((LoRAGatedFunction, "tails"), (GatedActivationFunction, "products")):
-            plain = function.forward
+        count(monkeypatch, (LoRAGatedFunction, GatedActivationFunction), self._ran)
 
-            def counted(*args: Any, plain: Any = plain, name: str = name) -> Any:
-                setattr(self, name, getattr(self, name) + 1)
-                return plain(*args)
-
-            monkeypatch.setattr(function, "forward", staticmethod(counted))
+    def _ran(self, function: Any, y: Any) -> None:
+        self.tails += function is LoRAGatedFunction
+        self.products += function is GatedActivationFunction
 
     def during(self, call: Callable[[], Any]) -> tuple[int, int]:
         before = self.tails, self.products

@@ -14,6 +14,7 @@ from peftfast.functional.lora import LoRALinearFunction
 from peftfast.functional.lora_group import LoRAGroupFunction
 from peftfast.functional.lora_projections import LoRAProjectionsFunction
 from peftfast.integrations import peft_groups
+from tests.support.functions_ran import count
 from tests.test_patch import K, quantised, relative, stir
 
 GROUPED = (LoRAProjectionsFunction, LoRAGroupFunction)
@@ -120,15 +121,10 @@ class Counts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: dict[str, int] = {"alone": 0, "together": 0}
-        for function in (LoRALinearFunction, *GROUPED):
-            plain = function.forward
+        count(monkeypatch, (LoRALinearFunction, *GROUPED), self._ran)
 
-            def counted(*args: Any, plain: Any = plain) -> Any:
-                ys = plain(*args)
-                self.calls["together" if isinstance(ys, tuple) and len(ys) > 1 else "alone"] += 1
-                return ys
-
-            monkeypatch.setattr(function, "forward", staticmethod(counted))
+    def _ran(self, function: Any, ys: Any) -> None:
+        self.calls["together" if isinstance(ys, tuple) and len(ys) > 1 else "alone"] += 1
 
     def during(self, call: Callable[[], Any]) -> tuple[int, int]:
         before = dict(self.calls)
