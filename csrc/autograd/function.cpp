@@ -94,11 +94,11 @@ std::vector<int> joined(std::vector<int> first, const std::vector<int>& second) 
   return first;
 }
 
-// The entry to be recorded now is the one that was seen before: null and not never.
+// Whether there was an entry already; there is one now, and not more than so many of others.
 template <typename Recorded>
-bool seen_before(Entries<Recorded>& entries, const Key& key, size_t most) {
+bool seen_before(Entries<Recorded>& entries, const Key& key) {
   if (entries.find(key) != entries.end()) return true;
-  if (entries.size() >= most) entries.clear();
+  if (entries.size() >= settings().most) entries.clear();
   entries.emplace(key, Entry<Recorded>{});
   return false;
 }
@@ -171,12 +171,13 @@ variable_list LayerNode::apply(variable_list&& dys) {
 
 std::shared_ptr<Backward> LayerNode::find(const Key& key, const variable_list& dys, const variable_list& given) const {
   auto& entries = forward->backwards;
-  if (!seen_before(entries, key, settings().most)) return nullptr;
+  seen_before(entries, key);  // its forward has come twice
   const Entry<Backward>& found = entries.at(key);
   if (found.never || found.recorded) return found.recorded;
   const Object first = tuple_of(dys), second = tuple_of(given);
   const Object description = Object::taken(checked(PyObject_CallFunctionObjArgs(
       forward->hooks->record_backward.get(), forward->attributes.get(), forward->needs.get(), first.get(), second.get(), nullptr)));
+  if (description.get() == Py_False) return nullptr;
   std::shared_ptr<Backward> made;
   if (description.get() != Py_None) {
     try {
@@ -301,7 +302,7 @@ PyObject* Function::call(PyObject* const* args, size_t count) {
 
 std::shared_ptr<Forward> Function::find(const Call& call, PyObject* const* args, size_t count, uint64_t needs) {
   const Key& key = call.key;
-  if (!seen_before(recordings_, key, settings().most)) return nullptr;
+  if (!seen_before(recordings_, key)) return nullptr;
   const Entry<Forward>& found = recordings_.at(key);
   if (found.never || found.recorded) return found.recorded;
   const Object given = Object::taken(checked(PyTuple_New(static_cast<Py_ssize_t>(count))));
@@ -314,6 +315,7 @@ std::shared_ptr<Forward> Function::find(const Call& call, PyObject* const* args,
   }
   const Object description =
       Object::taken(checked(PyObject_CallFunctionObjArgs(hooks_->record_forward.get(), given.get(), needed.get(), nullptr)));
+  if (description.get() == Py_False) return nullptr;
   std::shared_ptr<Forward> made;
   if (description.get() != Py_None) {
     try {

@@ -18,8 +18,8 @@ namespace peftfast::autograd {
 struct Hooks {
   std::string name;        // of the node in autograd's graph
   Object plain;            // the Function's own apply
-  Object record_forward;   // (args, needs) -> description or None
-  Object record_backward;  // (attributes, needs, dys, saved) -> description or None
+  Object record_forward;   // (args, needs) -> description, None for never, False for not now
+  Object record_backward;  // (attributes, needs, dys, saved) -> the same
   Object backward;         // (attributes, needs, dys, saved) -> the Function's gradients
   bool addressed = false;  // its kernels find its parameters by a table of addresses, as they find those of a list
   int64_t forwards = 0, backwards = 0;
@@ -36,7 +36,7 @@ struct Backward {
 template <typename Recorded>
 struct Entry {
   bool never = false;
-  std::shared_ptr<Recorded> recorded;  // null once the call was seen
+  std::shared_ptr<Recorded> recorded;  // null while the call was only seen
 };
 
 template <typename Recorded>

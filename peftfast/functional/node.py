@@ -73,6 +73,12 @@ def _apart(args: Sequence[Any], flat: list[Any], seen: set[int]) -> list[Any]:
     return given
 
 
+def _captured(values: Sequence[Any]) -> bool:
+    """Whether a CUDA graph is being captured, into which the recording, which does a call's work once more, would go too."""
+    on_gpu = any(isinstance(one, Tensor) and one.is_cuda for one in values)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
 def _described(recorder: replay.Recorder, step: replay.OperatorStep | replay.LaunchStep) -> tuple[Any, ...]:
     def value(slot: Any) -> tuple[str, Any]:
         if isinstance(slot, list):
@@ -172,10 +178,12 @@ class Function:
         self._choose()
         return self.general(*args)
 
-    def _record_forward(self, args: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Any, ...] | None:
+    def _record_forward(self, args: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Any, ...] | bool | None:
         context = _Context(needs)
         flat: list[Any] = []
         given = _apart(args, flat, set())
+        if _captured(flat):
+            return False
         with torch.no_grad():
             addressed = given if self._addressed else []
             recorder, out, device = replay.record(
@@ -198,12 +206,14 @@ class Function:
 
     def _record_backward(
         self, attributes: Any, needs: tuple[bool, ...], dys: tuple[Any, ...], saved: tuple[Any, ...]
-    ) -> tuple[Any, ...] | None:
+    ) -> tuple[Any, ...] | bool | None:
         def backward(*given: Any) -> Any:
             return self._backward(attributes, needs, given[: len(dys)], given[len(dys) :])
 
         flat: list[Any] = []
         given = _apart((*dys, *saved), flat, set())
+        if _captured(flat):
+            return False
         recorder, found, device = replay.record(backward, given, flat, given if self._addressed else [])
         places = [None if one is None else recorder.place(one) for one in found]
         made = [place for place in places if place is not None]
