@@ -80,14 +80,14 @@ def test_planting_in_the_layer_itself_breaks_nothing(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("index", FUSED)
 def test_torch_calls_in_a_wrapper_are_noticed(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients are right, the counts are not."""
-    monkeypatch.setattr(layer, "LoRALinearFunction", SimpleNamespace(apply=mutants.composed_apply))
+    monkeypatch.setattr(layer, "by_library", SimpleNamespace(apply=mutants.composed_apply))
     layer_checks.check_layer(kind(index))
     with pytest.raises(AssertionError):
         check_counts(index)
 
 
 def test_a_kept_dense_weight_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "LoRALinearFunction", SimpleNamespace(apply=mutants.composed_apply))
+    monkeypatch.setattr(layer, "by_library", SimpleNamespace(apply=mutants.composed_apply))
     case = kind(0)
     _, saved = saved_by(case)
     assert any(t.is_floating_point() and t.numel() == case.N * 67 for t in saved)

@@ -413,7 +413,7 @@ def plant_in_layer(monkeypatch: pytest.MonkeyPatch, mutant: LayerMutant) -> None
             named = edit(ctx, named)
             return *(named.get(name) for name in _RETURNED), *returned[6:]
 
-    monkeypatch.setattr(layer, "LoRALinearFunction", Edited)
+    monkeypatch.setattr(layer, "by_library", Edited)
 
 
 def _both_expands(change: Callable[..., tuple[Any, ...]]) -> dict[str, Callable[..., Any]]:
