@@ -19,6 +19,7 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 BACKENDS = ("cpu", "cuda")
@@ -88,7 +89,8 @@ def extensions() -> list[Extension]:
     ]
     if backends:
         sources = sorted(str(source.relative_to(ROOT)) for source in (ROOT / "csrc" / "autograd").glob("*.cpp"))
-        libraries.append(Extension(AUTOGRAD, sources, depends=depends))
+        # Where it does not build, for want of Python's headers or under a torch of another interface, the rest is as it was.
+        libraries.append(Extension(AUTOGRAD, sources, depends=depends, optional=True))
     return libraries
 
 
@@ -180,8 +182,11 @@ class BuildLibraries(build_ext):
         def compile_one(source: str, target: str) -> None:
             subprocess.run([*compiler, *flags, *extra, "-c", source, "-o", target], check=True)
 
-        with ThreadPoolExecutor(job_count()) as pool:
-            list(pool.map(compile_one, ext.sources, targets))
+        try:
+            with ThreadPoolExecutor(job_count()) as pool:
+                list(pool.map(compile_one, ext.sources, targets))
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(str(error)) from error  # setuptools' own, which leaves an optional extension out
         ext.extra_objects = targets
         ext.sources = []
 

@@ -1,7 +1,8 @@
 """What a layer costs the host before its kernels run: ``python -m benchmarks.host``.
 
-A frozen layer, PEFT's LoRA layer and the patched one, with and without replay, on matrices so small that a GPU waits for the host. The
-clock is the thread's processor time. Without a GPU Triton compiles for sm_90 and its launches do nothing, which leaves out what a
+A frozen layer, PEFT's LoRA layer and the patched one, as it is installed, with its Functions in Python, and without replay, on matrices so
+small that a GPU waits for the host. What an adapter adds to the frozen layer is also given as a part of what PEFT's adds. The clock is the
+thread's processor time. Without a GPU Triton compiles for sm_90 and its launches do nothing, which leaves out what a
 launch itself costs: about 3 us each, of which PEFT's layer has more than twice as many.
 """
 
@@ -19,6 +20,13 @@ import torch
 from torch import Tensor, nn
 
 CALLS, ROUNDS = 200, 15
+ARMS: dict[str, dict[str, str]] = {
+    "frozen": {},
+    "peft": {},
+    "peftfast": {},
+    "peftfast in Python": {"PEFTFAST_AUTOGRAD": "python"},
+    "peftfast without replay": {"PEFTFAST_REPLAY": "never"},
+}
 
 
 class _Launcher:
@@ -142,17 +150,23 @@ def layer(arm: str, dropout: float, device: str) -> nn.Module:
 
 def rows(device: str) -> list[dict[str, Any]]:
     """One row an arm and dropout: ``forward_us`` and ``step_us``, the forward with its backward."""
-    found = []
+    found: list[dict[str, Any]] = []
     x = torch.randn(2, 16, dtype=torch.bfloat16, device=device).requires_grad_()
     dy = torch.randn(2, 16, dtype=torch.bfloat16, device=device)
     for dropout in (0.0, 0.1):
-        for arm in ("frozen", "peft", "peftfast", "peftfast without replay"):
+        for arm, variables in ARMS.items():
             own = layer(arm.split()[0], dropout, device)
-            with mock.patch.dict(os.environ, {"PEFTFAST_REPLAY": "never" if "without" in arm else "auto"}):
+            with mock.patch.dict(os.environ, variables):
                 forward = host_us(lambda own=own: own(x), device)  # type: ignore[misc]
                 step = host_us(lambda own=own: own(x).backward(dy), device)  # type: ignore[misc]
             found.append({"arm": arm, "dropout": dropout, "forward_us": forward, "step_us": step})
     return found
+
+
+def added(found: list[dict[str, Any]], row: dict[str, Any], column: str) -> float:
+    """What this row's layer costs beyond the frozen one, over what PEFT's does."""
+    of = {one["arm"]: one[column] for one in found if one["dropout"] == row["dropout"]}
+    return float((row[column] - of["frozen"]) / (of["peft"] - of["frozen"]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,9 +180,11 @@ def main(argv: list[str] | None = None) -> None:
         print("no GPU: Triton's launches do nothing, torch's operators run on the CPU", flush=True)
     with contextlib.nullcontext() if device == "cuda" else pretended_driver():
         found = rows(device)
-    print(f"{'us of the host':26s} {'dropout':>7s} {'forward':>8s} {'and backward':>13s}")
+    print(f"{'us of the host':26s} {'dropout':>7s} {'forward':>8s} {'and backward':>13s} {'of what PEFT adds':>19s}")
     for row in found:
-        print(f"{row['arm']:26s} {row['dropout']:7.1f} {row['forward_us']:8.1f} {row['step_us']:13.1f}")
+        parts = [added(found, row, column) for column in ("forward_us", "step_us")]
+        shares = "" if row["arm"] == "frozen" else " ".join(f"{part:9.2f}" for part in parts)
+        print(f"{row['arm']:26s} {row['dropout']:7.1f} {row['forward_us']:8.1f} {row['step_us']:13.1f} {shares}")
     if args.out:
         args.out.write_text(json.dumps({"device": device, "rows": found}, indent=1) + "\n")
 

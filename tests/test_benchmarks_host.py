@@ -20,9 +20,11 @@ def test_the_layer_is_timed_with_and_without_replay(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     report = json.loads(out.read_text())
     rows = {(row["arm"], row["dropout"]): row for row in report["rows"]}
-    assert set(rows) == {
-        (arm, p) for arm in ("frozen", "peft", "peftfast", "peftfast without replay") for p in (0.0, 0.1)
-    }
-    assert rows["peftfast", 0.0]["forward_us"] < 0.6 * rows["peftfast without replay", 0.0]["forward_us"]
-    assert rows["peftfast", 0.1]["step_us"] < 0.6 * rows["peftfast without replay", 0.1]["step_us"]
+    arms = ("frozen", "peft", "peftfast", "peftfast in Python", "peftfast without replay")
+    assert set(rows) == {(arm, p) for arm in arms for p in (0.0, 0.1)}
+    assert rows["peftfast in Python", 0.0]["forward_us"] < 0.6 * rows["peftfast without replay", 0.0]["forward_us"]
+    assert rows["peftfast in Python", 0.1]["step_us"] < 0.6 * rows["peftfast without replay", 0.1]["step_us"]
+    # The library leaves out half of the rest, or more, and costs no more than PEFT's layer.
+    assert rows["peftfast", 0.1]["step_us"] < 0.7 * rows["peftfast in Python", 0.1]["step_us"]
+    assert rows["peftfast", 0.0]["forward_us"] < 0.7 * rows["peft", 0.0]["forward_us"]
     assert "replay" in run.stdout

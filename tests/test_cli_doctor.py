@@ -60,7 +60,7 @@ def test_a_sound_machine_in_json() -> None:
     assert "hunter2" not in done.stdout + done.stderr
     assert any("PEFTFAST_SPEED" in text for text in found["warnings"])
     assert found["peft"]["inside"] is True
-    assert set(found["backends"]) == {"CPU library", "CUDA library", "Triton"}
+    assert set(found["backends"]) == {"CPU library", "CUDA library", "autograd library", "Triton"}
     assert {row["name"] for row in found["operators"] if row["device"] == "cpu"} == set(ops.OPERATORS)
     for row in found["operators"]:
         serving = [entry for entry in row["implementations"] if entry["state"] == "serves"]

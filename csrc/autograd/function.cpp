@@ -22,218 +22,224 @@ using torch::autograd::variable_list;
 constexpr size_t kMostArguments = 64;
 
 struct Settings {
-  Object sources, number;
-  size_t most = 0;
-  std::vector<Object> values;  // of the sources' keys, as they were when the number was asked for
-  int64_t current = -1;
+    Object sources, number;
+    size_t most = 0;
+    std::vector<Object> values;  // of the sources' keys, as they were when the number was asked for
+    int64_t current = -1;
 
-  // Calls see(value, borrowed or null) for each key of each source while it answers true.
-  template <typename See>
-  bool each(See see) const {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources.get()); ++i) {
-      PyObject* source = PyTuple_GET_ITEM(sources.get(), i);
-      PyObject *dictionary = PyTuple_GET_ITEM(source, 0), *keys = PyTuple_GET_ITEM(source, 1);
-      for (Py_ssize_t k = 0; k < PyList_GET_SIZE(keys); ++k) {
-        if (!see(PyDict_GetItem(dictionary, PyList_GET_ITEM(keys, k)))) return false;
-      }
+    // Calls see(value, borrowed or null) for each key of each source while it answers true.
+    template <typename See>
+    bool each(See see) const {
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources.get()); ++i) {
+            PyObject* source = PyTuple_GET_ITEM(sources.get(), i);
+            PyObject *dictionary = PyTuple_GET_ITEM(source, 0), *keys = PyTuple_GET_ITEM(source, 1);
+            for (Py_ssize_t k = 0; k < PyList_GET_SIZE(keys); ++k) {
+                if (!see(PyDict_GetItem(dictionary, PyList_GET_ITEM(keys, k)))) return false;
+            }
+        }
+        return true;
     }
-    return true;
-  }
 };
 
 Settings& settings() {
-  static Settings* settings = new Settings;  // Python is gone when statics are destroyed
-  return *settings;
+    static Settings* settings = new Settings;  // Python is gone when statics are destroyed
+    return *settings;
 }
 
 [[noreturn]] void throw_python() {
-  python_error error;
-  error.persist();
-  throw error;
+    python_error error;
+    error.persist();
+    throw error;
 }
 
 PyObject* checked(PyObject* owned) {
-  if (owned == nullptr) throw_python();
-  return owned;
+    if (owned == nullptr) throw_python();
+    return owned;
 }
 
 // The number of the values now, negative where nothing is to be recorded.
 int64_t settings_number() {
-  Settings& known = settings();
-  size_t count = 0;
-  const bool same = known.each([&](PyObject* value) { return count < known.values.size() && value == known.values[count++].get(); });
-  if (same && count == known.values.size() && count > 0) return known.current;
-  known.values.clear();
-  const Object number = Object::taken(checked(PyObject_CallNoArgs(known.number.get())));
-  known.current = PyLong_AsLongLong(number.get());
-  known.each([&](PyObject* value) {
-    known.values.emplace_back(value);
-    return true;
-  });
-  return known.current;
+    Settings& known = settings();
+    size_t count = 0;
+    const bool same = known.each(
+        [&](PyObject* value) { return count < known.values.size() && value == known.values[count++].get(); });
+    if (same && count == known.values.size() && count > 0) return known.current;
+    known.values.clear();
+    const Object number = Object::taken(checked(PyObject_CallNoArgs(known.number.get())));
+    known.current = PyLong_AsLongLong(number.get());
+    known.each([&](PyObject* value) {
+        known.values.emplace_back(value);
+        return true;
+    });
+    return known.current;
 }
 
 Object tuple_of(const std::vector<at::Tensor>& tensors) {
-  Object tuple = Object::taken(checked(PyTuple_New(static_cast<Py_ssize_t>(tensors.size()))));
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PyObject* one = tensors[i].defined() ? checked(THPVariable_Wrap(tensors[i])) : Py_NewRef(Py_None);
-    PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), one);
-  }
-  return tuple;
+    Object tuple = Object::taken(checked(PyTuple_New(static_cast<Py_ssize_t>(tensors.size()))));
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        PyObject* one = tensors[i].defined() ? checked(THPVariable_Wrap(tensors[i])) : Py_NewRef(Py_None);
+        PyTuple_SET_ITEM(tuple.get(), static_cast<Py_ssize_t>(i), one);
+    }
+    return tuple;
 }
 
 PyObject* described(PyObject* description, Py_ssize_t index) {
-  if (!PyTuple_Check(description) || index >= PyTuple_GET_SIZE(description)) {
-    throw std::invalid_argument("a description is too short");
-  }
-  return PyTuple_GET_ITEM(description, index);
+    if (!PyTuple_Check(description) || index >= PyTuple_GET_SIZE(description)) {
+        throw std::invalid_argument("a description is too short");
+    }
+    return PyTuple_GET_ITEM(description, index);
 }
 
 std::vector<int> joined(std::vector<int> first, const std::vector<int>& second) {
-  first.insert(first.end(), second.begin(), second.end());
-  return first;
+    first.insert(first.end(), second.begin(), second.end());
+    return first;
 }
 
 // Whether there was an entry already; there is one now, and not more than so many of others.
 template <typename Recorded>
 bool seen_before(Entries<Recorded>& entries, const Key& key) {
-  if (entries.find(key) != entries.end()) return true;
-  if (entries.size() >= settings().most) entries.clear();
-  entries.emplace(key, Entry<Recorded>{});
-  return false;
+    if (entries.find(key) != entries.end()) return true;
+    if (entries.size() >= settings().most) entries.clear();
+    entries.emplace(key, Entry<Recorded>{});
+    return false;
 }
 
 struct LayerNode : public torch::autograd::Node {
-  LayerNode(edge_list&& edges, std::shared_ptr<Forward> recorded)
-      : Node(std::move(edges)), forward(std::move(recorded)) {}
+    LayerNode(edge_list&& edges, std::shared_ptr<Forward> recorded)
+        : Node(std::move(edges)), forward(std::move(recorded)) {}
 
-  std::string name() const override { return forward->hooks->name; }
+    std::string name() const override { return forward->hooks->name; }
 
-  void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    released = true;
-    saved.clear();
-  }
+    void release_variables() override {
+        std::lock_guard<std::mutex> lock(mutex_);
+        released = true;
+        saved.clear();
+    }
 
-  // The engine's tracer would have to see Python's operators.
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false, name(), ": compiled autograd cannot see into this node; set PEFTFAST_AUTOGRAD=python for one that it can");
-  }
+    // The engine's tracer would have to see Python's operators.
+    void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
+        TORCH_CHECK_NOT_IMPLEMENTED(
+            false, name(),
+            ": compiled autograd cannot see into this node; set PEFTFAST_AUTOGRAD=python for one that it can");
+    }
 
-  variable_list apply(variable_list&& dys) override;
-  variable_list in_python(const variable_list& dys, const variable_list& given) const;
-  std::shared_ptr<Backward> find(const Key& key, const variable_list& dys, const variable_list& given) const;
+    variable_list apply(variable_list&& dys) override;
+    variable_list in_python(const variable_list& dys, const variable_list& given) const;
+    std::shared_ptr<Backward> find(const Key& key, const variable_list& dys, const variable_list& given) const;
 
-  std::shared_ptr<Forward> forward;
-  std::vector<SavedVariable> saved;  // those of forward->saved that are tensors
-  bool released = false;
+    std::shared_ptr<Forward> forward;
+    std::vector<SavedVariable> saved;  // those of forward->saved that are tensors
+    bool released = false;
 };
 
 variable_list LayerNode::apply(variable_list&& dys) {
-  variable_list given(forward->saved.size());
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
-    size_t next = 0;
-    for (size_t i = 0; i < given.size(); ++i) {
-      if (forward->saved[i] >= 0) given[i] = saved[next++].unpack();
+    variable_list given(forward->saved.size());
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+        size_t next = 0;
+        for (size_t i = 0; i < given.size(); ++i) {
+            if (forward->saved[i] >= 0) given[i] = saved[next++].unpack();
+        }
     }
-  }
-  for (size_t i = 0; i < dys.size(); ++i) {
-    if (!dys[i].defined() && forward->materialize) dys[i] = input_metadata(i).zeros_like();
-  }
-  pybind11::gil_scoped_acquire gil;
-  if (at::GradMode::is_enabled() || !undisturbed()) return in_python(dys, given);
-  Call call;
-  call.key.reserve(96);
-  call.places.reserve(dys.size() + given.size());
-  call.key.push_back(settings_number());
-  if (call.key[0] < 0) return in_python(dys, given);
-  const auto add = [&](const at::Tensor& tensor, bool parameter) {
-    return tensor.defined() ? call.add(tensor, parameter, forward->hooks->addressed) : call.add(Py_None, false);
-  };
-  for (const at::Tensor& dy : dys) {
-    if (!add(dy, false)) return in_python(dys, given);
-  }
-  for (size_t i = 0; i < given.size(); ++i) {
-    if (!add(given[i], forward->parameters[i])) return in_python(dys, given);
-  }
-  const std::shared_ptr<Backward> backward = find(call.key, dys, given);
-  if (!backward || !backward->program.run(call.places)) return in_python(dys, given);
-  variable_list gradients(backward->gradients.size());
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    if (backward->gradients[i] >= 0) gradients[i] = call.places[backward->gradients[i]];
-  }
-  ++forward->hooks->backwards;
-  return gradients;
+    for (size_t i = 0; i < dys.size(); ++i) {
+        if (!dys[i].defined() && forward->materialize) dys[i] = input_metadata(i).zeros_like();
+    }
+    pybind11::gil_scoped_acquire gil;
+    if (at::GradMode::is_enabled() || !undisturbed()) return in_python(dys, given);
+    Call call;
+    call.key.reserve(96);
+    call.places.reserve(dys.size() + given.size());
+    call.key.push_back(settings_number());
+    if (call.key[0] < 0) return in_python(dys, given);
+    const auto add = [&](const at::Tensor& tensor, bool parameter) {
+        return tensor.defined() ? call.add(tensor, parameter, forward->hooks->addressed) : call.add(Py_None, false);
+    };
+    for (const at::Tensor& dy : dys) {
+        if (!add(dy, false)) return in_python(dys, given);
+    }
+    for (size_t i = 0; i < given.size(); ++i) {
+        if (!add(given[i], forward->parameters[i])) return in_python(dys, given);
+    }
+    const std::shared_ptr<Backward> backward = find(call.key, dys, given);
+    if (!backward || !backward->program.run(call.places)) return in_python(dys, given);
+    variable_list gradients(backward->gradients.size());
+    for (size_t i = 0; i < gradients.size(); ++i) {
+        if (backward->gradients[i] >= 0) gradients[i] = call.places[backward->gradients[i]];
+    }
+    ++forward->hooks->backwards;
+    return gradients;
 }
 
 std::shared_ptr<Backward> LayerNode::find(const Key& key, const variable_list& dys, const variable_list& given) const {
-  auto& entries = forward->backwards;
-  seen_before(entries, key);  // its forward has come twice
-  const Entry<Backward>& found = entries.at(key);
-  if (found.never || found.recorded) return found.recorded;
-  const Object first = tuple_of(dys), second = tuple_of(given);
-  const Object description = Object::taken(checked(PyObject_CallFunctionObjArgs(
-      forward->hooks->record_backward.get(), forward->attributes.get(), forward->needs.get(), first.get(), second.get(), nullptr)));
-  if (description.get() == Py_False) return nullptr;
-  std::shared_ptr<Backward> made;
-  if (description.get() != Py_None) {
-    try {
-      made = std::make_shared<Backward>(description.get(), forward->arguments);
-    } catch (const std::invalid_argument& error) {
-      forward->hooks->refusal = error.what();
+    auto& entries = forward->backwards;
+    seen_before(entries, key);  // its forward has come twice
+    const Entry<Backward>& found = entries.at(key);
+    if (found.never || found.recorded) return found.recorded;
+    const Object first = tuple_of(dys), second = tuple_of(given);
+    const Object description = Object::taken(
+        checked(PyObject_CallFunctionObjArgs(forward->hooks->record_backward.get(), forward->attributes.get(),
+                                             forward->needs.get(), first.get(), second.get(), nullptr)));
+    if (description.get() == Py_False) return nullptr;
+    std::shared_ptr<Backward> made;
+    if (description.get() != Py_None) {
+        try {
+            made = std::make_shared<Backward>(description.get(), forward->arguments);
+        } catch (const std::invalid_argument& error) {
+            forward->hooks->refusal = error.what();
+        }
     }
-  }
-  entries[key] = {made == nullptr, made};
-  return made;
+    entries[key] = {made == nullptr, made};
+    return made;
 }
 
 variable_list LayerNode::in_python(const variable_list& dys, const variable_list& given) const {
-  const Object first = tuple_of(dys), second = tuple_of(given);
-  const Object found = Object::taken(checked(PyObject_CallFunctionObjArgs(
-      forward->hooks->backward.get(), forward->attributes.get(), forward->needs.get(), first.get(), second.get(), nullptr)));
-  variable_list gradients;
-  for (int argument : forward->arguments) {
-    PyObject* one = described(found.get(), argument);
-    gradients.push_back(THPVariable_Check(one) ? THPVariable_Unpack(one) : at::Tensor());
-  }
-  return gradients;
+    const Object first = tuple_of(dys), second = tuple_of(given);
+    const Object found =
+        Object::taken(checked(PyObject_CallFunctionObjArgs(forward->hooks->backward.get(), forward->attributes.get(),
+                                                           forward->needs.get(), first.get(), second.get(), nullptr)));
+    variable_list gradients;
+    for (int argument : forward->arguments) {
+        PyObject* one = described(found.get(), argument);
+        gradients.push_back(THPVariable_Check(one) ? THPVariable_Unpack(one) : at::Tensor());
+    }
+    return gradients;
 }
 
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
 auto make_node(edge_list&& edges, std::shared_ptr<Forward> forward) {
-  return c10::make_intrusive<LayerNode>(std::move(edges), std::move(forward));
+    return c10::make_intrusive<LayerNode>(std::move(edges), std::move(forward));
 }
 #else
 auto make_node(edge_list&& edges, std::shared_ptr<Forward> forward) {
-  return std::shared_ptr<LayerNode>(new LayerNode(std::move(edges), std::move(forward)), torch::autograd::deleteNode);
+    return std::shared_ptr<LayerNode>(new LayerNode(std::move(edges), std::move(forward)), torch::autograd::deleteNode);
 }
 #endif
 
 }  // namespace
 
 void configure(PyObject* sources, PyObject* number, size_t most) {
-  Settings& known = settings();
-  known.sources = Object(sources);
-  known.number = Object(number);
-  known.most = most;
-  known.values.clear();
+    Settings& known = settings();
+    known.sources = Object(sources);
+    known.number = Object(number);
+    known.most = most;
+    known.values.clear();
 }
 
 // (program, places of the gradients of all the forward's arguments)
 Backward::Backward(PyObject* description, const std::vector<int>& arguments)
     : gradients([&] {
-        const std::vector<int> all = places_of(described(description, 1));
-        std::vector<int> own;
-        for (int argument : arguments) own.push_back(all.at(argument));
-        return own;
+          const std::vector<int> all = places_of(described(description, 1));
+          std::vector<int> own;
+          for (int argument : arguments) own.push_back(all.at(argument));
+          return own;
       }()),
       program(described(description, 0), gradients) {}
 
-// (program, places of the results, whether they are one tensor, places of what is saved, whether gradients are materialized, attributes)
-Forward::Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vector<int> arguments, PyObject* needs, const Call& call)
+// (program, places of the results, whether they are one tensor, places of what is saved, whether gradients are
+// materialized, attributes)
+Forward::Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vector<int> arguments, PyObject* needs,
+                 const Call& call)
     : hooks(std::move(hooks)),
       results(places_of(described(description, 1))),
       saved(places_of(described(description, 3))),
@@ -243,89 +249,91 @@ Forward::Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vecto
       needs(needs),
       arguments(std::move(arguments)),
       program(described(description, 0), joined(results, saved)) {
-  for (int place : saved) {
-    parameters.push_back(place >= 0 && static_cast<size_t>(place) < call.parameters.size() && call.parameters[place]);
-  }
+    for (int place : saved) {
+        parameters.push_back(place >= 0 && static_cast<size_t>(place) < call.parameters.size() &&
+                             call.parameters[place]);
+    }
 }
 
 int64_t Function::recorded() const {
-  int64_t count = 0;
-  for (const auto& [key, entry] : recordings_) {
-    if (!entry.recorded) continue;
-    ++count;
-    for (const auto& backward : entry.recorded->backwards) count += backward.second.recorded != nullptr;
-  }
-  return count;
+    int64_t count = 0;
+    for (const auto& [key, entry] : recordings_) {
+        if (!entry.recorded) continue;
+        ++count;
+        for (const auto& backward : entry.recorded->backwards) count += backward.second.recorded != nullptr;
+    }
+    return count;
 }
 
 PyObject* Function::plain(PyObject* const* args, size_t count) const {
-  return PyObject_Vectorcall(hooks_->plain.get(), args, count, nullptr);
+    return PyObject_Vectorcall(hooks_->plain.get(), args, count, nullptr);
 }
 
 PyObject* Function::call(PyObject* const* args, size_t count) {
-  if (count > kMostArguments || !undisturbed()) return plain(args, count);
-  Call call;
-  call.key.reserve(160);
-  call.places.reserve(count + 8);
-  call.key.push_back(settings_number());
-  if (call.key[0] < 0) return plain(args, count);
-  const bool recording = at::GradMode::is_enabled();
-  uint64_t needs = 0;
-  for (size_t i = 0; i < count; ++i) {
-    if (!call.add(args[i], hooks_->addressed)) return plain(args, count);
-    if (recording && THPVariable_Check(args[i]) && THPVariable_Unpack(args[i]).requires_grad()) needs |= uint64_t{1} << i;
-  }
-  call.key.push_back(static_cast<int64_t>(needs));
-  const std::shared_ptr<Forward> forward = find(call, args, count, needs);
-  if (!forward || !forward->program.run(call.places)) return plain(args, count);
-  ++hooks_->forwards;
+    if (count > kMostArguments || !undisturbed()) return plain(args, count);
+    Call call;
+    call.key.reserve(160);
+    call.places.reserve(count + 8);
+    call.key.push_back(settings_number());
+    if (call.key[0] < 0) return plain(args, count);
+    const bool recording = at::GradMode::is_enabled();
+    uint64_t needs = 0;
+    for (size_t i = 0; i < count; ++i) {
+        if (!call.add(args[i], hooks_->addressed)) return plain(args, count);
+        if (recording && THPVariable_Check(args[i]) && THPVariable_Unpack(args[i]).requires_grad())
+            needs |= uint64_t{1} << i;
+    }
+    call.key.push_back(static_cast<int64_t>(needs));
+    const std::shared_ptr<Forward> forward = find(call, args, count, needs);
+    if (!forward || !forward->program.run(call.places)) return plain(args, count);
+    ++hooks_->forwards;
 
-  if (needs != 0) {
-    edge_list edges;
-    edges.reserve(forward->arguments.size());
-    for (int argument : forward->arguments) {
-      const at::Tensor& tensor = THPVariable_Unpack(args[argument]);
-      edges.push_back(tensor.requires_grad() ? torch::autograd::impl::gradient_edge(tensor) : Edge());
+    if (needs != 0) {
+        edge_list edges;
+        edges.reserve(forward->arguments.size());
+        for (int argument : forward->arguments) {
+            const at::Tensor& tensor = THPVariable_Unpack(args[argument]);
+            edges.push_back(tensor.requires_grad() ? torch::autograd::impl::gradient_edge(tensor) : Edge());
+        }
+        auto node = make_node(std::move(edges), forward);
+        node->saved.reserve(forward->saved.size());
+        for (int place : forward->saved) {
+            if (place >= 0) node->saved.emplace_back(call.places[place], /*is_output=*/false);
+        }
+        for (int place : forward->results) torch::autograd::set_history(call.places[place], node);
     }
-    auto node = make_node(std::move(edges), forward);
-    node->saved.reserve(forward->saved.size());
-    for (int place : forward->saved) {
-      if (place >= 0) node->saved.emplace_back(call.places[place], /*is_output=*/false);
-    }
-    for (int place : forward->results) torch::autograd::set_history(call.places[place], node);
-  }
-  if (forward->single) return THPVariable_Wrap(std::move(call.places[forward->results[0]]));
-  std::vector<at::Tensor> results;
-  for (int place : forward->results) results.push_back(call.places[place]);
-  return Py_NewRef(tuple_of(results).get());
+    if (forward->single) return THPVariable_Wrap(std::move(call.places[forward->results[0]]));
+    std::vector<at::Tensor> results;
+    for (int place : forward->results) results.push_back(call.places[place]);
+    return Py_NewRef(tuple_of(results).get());
 }
 
 std::shared_ptr<Forward> Function::find(const Call& call, PyObject* const* args, size_t count, uint64_t needs) {
-  const Key& key = call.key;
-  if (!seen_before(recordings_, key)) return nullptr;
-  const Entry<Forward>& found = recordings_.at(key);
-  if (found.never || found.recorded) return found.recorded;
-  const Object given = Object::taken(checked(PyTuple_New(static_cast<Py_ssize_t>(count))));
-  const Object needed = Object::taken(checked(PyTuple_New(static_cast<Py_ssize_t>(count))));
-  std::vector<int> arguments;
-  for (size_t i = 0; i < count; ++i) {
-    PyTuple_SET_ITEM(given.get(), static_cast<Py_ssize_t>(i), Py_NewRef(args[i]));
-    PyTuple_SET_ITEM(needed.get(), static_cast<Py_ssize_t>(i), PyBool_FromLong(needs >> i & 1));
-    if (THPVariable_Check(args[i])) arguments.push_back(static_cast<int>(i));
-  }
-  const Object description =
-      Object::taken(checked(PyObject_CallFunctionObjArgs(hooks_->record_forward.get(), given.get(), needed.get(), nullptr)));
-  if (description.get() == Py_False) return nullptr;
-  std::shared_ptr<Forward> made;
-  if (description.get() != Py_None) {
-    try {
-      made = std::make_shared<Forward>(hooks_, description.get(), std::move(arguments), needed.get(), call);
-    } catch (const std::invalid_argument& error) {
-      hooks_->refusal = error.what();
+    const Key& key = call.key;
+    if (!seen_before(recordings_, key)) return nullptr;
+    const Entry<Forward>& found = recordings_.at(key);
+    if (found.never || found.recorded) return found.recorded;
+    const Object given = Object::taken(checked(PyTuple_New(static_cast<Py_ssize_t>(count))));
+    const Object needed = Object::taken(checked(PyTuple_New(static_cast<Py_ssize_t>(count))));
+    std::vector<int> arguments;
+    for (size_t i = 0; i < count; ++i) {
+        PyTuple_SET_ITEM(given.get(), static_cast<Py_ssize_t>(i), Py_NewRef(args[i]));
+        PyTuple_SET_ITEM(needed.get(), static_cast<Py_ssize_t>(i), PyBool_FromLong(needs >> i & 1));
+        if (THPVariable_Check(args[i])) arguments.push_back(static_cast<int>(i));
     }
-  }
-  recordings_[key] = {made == nullptr, made};
-  return made;
+    const Object description = Object::taken(
+        checked(PyObject_CallFunctionObjArgs(hooks_->record_forward.get(), given.get(), needed.get(), nullptr)));
+    if (description.get() == Py_False) return nullptr;
+    std::shared_ptr<Forward> made;
+    if (description.get() != Py_None) {
+        try {
+            made = std::make_shared<Forward>(hooks_, description.get(), std::move(arguments), needed.get(), call);
+        } catch (const std::invalid_argument& error) {
+            hooks_->refusal = error.what();
+        }
+    }
+    recordings_[key] = {made == nullptr, made};
+    return made;
 }
 
 }  // namespace peftfast::autograd

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PACKAGES = ("peftfast", "torch", "triton", "bitsandbytes", "peft", "transformers", "numpy")
 # What peftfast and its build read; another PEFTFAST_* name is most likely a typing mistake.
 KNOWN_VARIABLES = (
+    "PEFTFAST_AUTOGRAD",
     "PEFTFAST_BACKEND",
     "PEFTFAST_BUILD",
     "PEFTFAST_CPU_ISA",
@@ -210,6 +211,7 @@ def _probe_backends(diagnosis: Diagnosis) -> None:
 
     ask("CPU library", native.cpu_available)
     ask("CUDA library", native.cuda_available)
+    ask("autograd library", native.autograd_available)
     ask("Triton", backends.triton_available)
     cpu = diagnosis.backends["CPU library"]
     cpu["isa"] = native.cpu_isa() if cpu["available"] else None
