@@ -1,6 +1,8 @@
 """Where no GPU is there, Triton kernels run interpreted; that is decided before triton is imported, so first of all here."""
 
+import gc
 import os
+from typing import Any
 
 import torch
 
@@ -15,8 +17,9 @@ from peftfast.ops import replay  # noqa: E402
 from tests.support.poison import poisoned_empty  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One core a worker: two workers with two threads each cost more in contention than they gain.
+    # One core a worker: two workers with two threads each cost more in contention than they gain. The same for what they start.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,12 +32,24 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a GPU the interpreter's tests would repeat what runs compiled; without one the GPU's tests cannot run."""
+    """On a GPU the interpreter's tests would repeat what runs compiled; without one the GPU's tests cannot run. The slow ones come
+    first: one that began last would be waited for by all workers."""
     left_out = "interpreter" if torch.cuda.is_available() else "gpu"
     deselected = [item for item in items if item.get_closest_marker(left_out)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if not item.get_closest_marker(left_out)]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Neighbours stay on one worker, so that fixtures of a module are built once; who is done takes half of what another has left."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -50,6 +65,13 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Every torch.empty that peftfast asks for comes filled with NaN: an element that a kernel forgets to write fails its test."""
     if request.node.get_closest_marker("compiled") is None:
         poisoned_empty(monkeypatch)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def libraries_are_no_garbage() -> None:
+    """What lives when a file begins, a million objects of the libraries, is not searched again by each collection: 0.3 s otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ def run(tmp_path: Path, *words: str, status: int = 0) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_stock_and_patched_lie_on_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(tmp_path)
     rows = {(row["method"], row["arm"]): row for row in report["arms"]}

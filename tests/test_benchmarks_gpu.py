@@ -170,6 +170,7 @@ def test_a_benchmark_that_was_stopped_is_no_failure(context: Context) -> None:
     assert found.state == "stopped" and found.reason == "not all was measured"
 
 
+@pytest.mark.slow
 def test_the_command_leaves_what_record_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     words = ["--out", str(out), "--stages", "end-to-end", "--device", "cpu", "--quick", "--commit", "abc123"]

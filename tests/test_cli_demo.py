@@ -471,6 +471,7 @@ def test_the_table_names_what_it_cannot_know():
 # All of it
 
 
+@pytest.mark.slow
 def test_the_whole_demo_quick(tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -219,6 +219,7 @@ def test_passed_on_flags_are_refused_before_anything_is_written(llama, texts, tm
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_model_by_its_name(llama, texts, tmp_path):  # noqa: F811
     """From the hub's cache, without a network; the adapter names the model and not the cache."""
     assert (

@@ -85,6 +85,7 @@ def check(name: str, backend: str, lengths: tuple[int, ...]) -> None:
     assert len(graphs) <= 2, len(graphs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_block_in_one_graph(name: str) -> None:
     check(name, "aot_eager", LENGTHS)

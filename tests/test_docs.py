@@ -51,6 +51,7 @@ def test_options_that_are_named_exist() -> None:
     assert len(named) > 8 and named <= known, named - known
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_script(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

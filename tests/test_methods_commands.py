@@ -89,6 +89,7 @@ def test_measuring_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.
     assert text.count("| 50.0 % |") == 3 and "1 steps of 16 docstrings" in text
 
 
+@pytest.mark.slow
 def test_demo_trains_a_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--quick", "--steps", "2", "--batch-size", "4", "--max-length", "16", "--out", str(tmp_path)]
     assert main(["demo", "--method", "lora-xs", *small]) == 0

@@ -30,6 +30,7 @@ def test_there_are_sources() -> None:
     assert nvcc_gate.SOURCES
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("source", nvcc_gate.SOURCES, ids=lambda path: path.name)
 def test_no_kernel_spills(source: Path, tmp_path: Path) -> None:

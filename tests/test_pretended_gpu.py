@@ -99,6 +99,7 @@ def test_it_would_notice_a_step_that_waits(gpu: None, monkeypatch: pytest.Monkey
 SIZES = ("--device", "cuda", "--shapes", "32", "--tokens", "8", "--rank", "4", "--quick", "--seconds", "0.001")
 
 
+@pytest.mark.slow
 def test_a_run(gpu: None, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
     words = (

@@ -2,13 +2,13 @@
 
 import os
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from peftfast.cli.doctor import INTERPRETER_VARIABLE, KNOWN_VARIABLES
+from tests.support.forked import Forked, forking
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,13 +19,19 @@ def test_there_are_snippets() -> None:
     assert len(SNIPPETS) >= 4
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippet(number: int, tmp_path: Path) -> None:
-    """In a folder of its own and a fresh process, so that a snippet leans on nothing that stands above it."""
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Forked]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-W", "error::UserWarning:peftfast", "-c", SNIPPETS[number]]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{SNIPPETS[number]}\n{done.stdout}\n{done.stderr}"
+    libraries = ("torch", "peft", "transformers.models.llama.modeling_llama")
+    with forking(*libraries, options=("-W", "error::UserWarning:peftfast"), environment=environment) as process:
+        yield process
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet(number: int, tmp_path: Path, forked: Forked) -> None:
+    """In a folder and a process of its own, so that a snippet leans on nothing that stands above it."""
+    status, said = forked.run(SNIPPETS[number], tmp_path)
+    assert status == 0, f"{SNIPPETS[number]}\n{said}"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -1,13 +1,13 @@
 """A pytest plugin for PEFT's own tests: every model that PEFT adapts is patched as soon as its adapters are in.
 
 Loaded by ``-p patch_every_model`` with this folder on the path, since PEFT's tests are a package named ``tests`` too. ``--stock`` runs
-the same selection unpatched, ``--shard 1/3`` a third of the tests, ``--outcomes FILE`` writes what failed and how often
-peftfast's operators were called.
+the same selection unpatched, ``--planted TEST`` one test of it once more with a fault in the fused layers, ``--outcomes FILE`` writes
+what failed, how often peftfast's operators were called and what the test with the fault came to.
 """
 
 import functools
 import json
-import zlib
+from collections.abc import Generator
 from pathlib import Path
 
 import peft.tuners.tuners_utils
@@ -18,14 +18,15 @@ from peftfast.integrations import peft as integration
 from peftfast.ops.dispatch import Operator
 
 fused_calls = 0
-outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": [], "planted": []}
+PLANTED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peftfast")
     group.addoption("--stock", action="store_true", help="do not patch")
-    group.addoption("--shard", default="1/1", help="K/N: the tests whose names fall into part K of N")
     group.addoption("--leave-out", type=Path, help="file with the names of tests that are not run, one a line")
+    group.addoption("--planted", help="name of a test that is run once more, under a planted fault")
     group.addoption("--outcomes", type=Path, help="JSON file to write")
 
 
@@ -62,18 +63,50 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    part, parts = map(int, config.getoption("--shard").split("/"))
     path = config.getoption("--leave-out")
     left_out = set(path.read_text().splitlines()) if path is not None else set()
-    chosen = [
-        item for item in items if item.nodeid not in left_out and zlib.crc32(item.nodeid.encode()) % parts == part - 1
-    ]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-    items[:] = chosen
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+    items[:] = [item for item in items if item.nodeid not in left_out]
+
+
+def with_a_fault(item: pytest.Function) -> pytest.Function:
+    """The same test, during which a fused layer computes something else."""
+    again = pytest.Function.from_parent(item.parent, name=f"{item.name} planted", callobj=item.obj)
+    again.stash[PLANTED] = True
+    return again
+
+
+@pytest.hookimpl(trylast=True)  # after -k, which would leave it out or in by its name
+def pytest_collection_finish(session: pytest.Session) -> None:
+    name = session.config.getoption("--planted")
+    if name is not None:
+        (item,) = (item for item in session.items if item.name == name)
+        session.items.append(with_a_fault(item))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if PLANTED in item.stash:
+            forward = integration.FusedLinear.forward
+            monkeypatch.setattr(
+                integration.FusedLinear, "forward", lambda *args, **named: 1.01 * forward(*args, **named)
+            )
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, None, None]:
+    outcome = yield
+    if PLANTED in item.stash:
+        outcome.get_result().planted = True
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.failed:
+    if hasattr(report, "planted"):
+        if report.when == "call":
+            outcomes["planted"].append(report.outcome)
+    elif report.failed:
         outcomes["failed"].append(report.nodeid)
     elif report.when == "call" or report.skipped:
         outcomes[report.outcome].append(report.nodeid)
@@ -84,4 +117,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if path is not None:
         counts = {"passed": len(outcomes["passed"]), "skipped": len(outcomes["skipped"])}
         failed = sorted(set(outcomes["failed"]))
-        path.write_text(json.dumps({"failed": failed, "fused_calls": fused_calls, **counts}, indent=1))
+        told = {"failed": failed, "fused_calls": fused_calls, "planted": outcomes["planted"], **counts}
+        path.write_text(json.dumps(told, indent=1))
