@@ -186,6 +186,8 @@ class BuildLibraries(build_ext):
             with ThreadPoolExecutor(job_count()) as pool:
                 list(pool.map(compile_one, ext.sources, targets))
         except (OSError, subprocess.CalledProcessError) as error:
+            for folder in (self.build_lib, ROOT):  # what an earlier build left is not for these sources
+                Path(folder, self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             raise CompileError(str(error)) from error  # setuptools' own, which leaves an optional extension out
         ext.extra_objects = targets
         ext.sources = []

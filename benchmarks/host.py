@@ -1,9 +1,9 @@
 """What a layer costs the host before its kernels run: ``python -m benchmarks.host``.
 
-A frozen layer, PEFT's LoRA layer and the patched one, as it is installed, with its Functions in Python, and without replay, on matrices so
-small that a GPU waits for the host. What an adapter adds to the frozen layer is also given as a part of what PEFT's adds. The clock is the
-thread's processor time. Without a GPU Triton compiles for sm_90 and its launches do nothing, which leaves out what a
-launch itself costs: about 3 us each, of which PEFT's layer has more than twice as many.
+A frozen layer, PEFT's LoRA layer and the patched one, as it is installed, with its Functions in Python, and without replay, on
+matrices so small that a GPU waits for the host. What an adapter adds to the frozen layer is also given as a part of what PEFT's
+adds. The clock is the thread's processor time. Without a GPU Triton compiles for sm_90 and its launches do nothing, which leaves
+out what a launch itself costs: about 3 us each, of which PEFT's layer has more than twice as many.
 """
 
 import argparse

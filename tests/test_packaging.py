@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from peftfast.ops import native
+
 ROOT = Path(__file__).resolve().parents[1]
 MOVED_FOLDERS = ("kernels", "benchmarks")
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
@@ -146,6 +148,17 @@ def test_import_kernels_is_not_shadowed_from_the_root() -> None:
     run(sys.executable, "-c", NOT_SHADOWED, ROOT, cwd=ROOT)
 
 
+MODULE = """
+#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_autograd"};
+PyMODINIT_FUNC PyInit__autograd() {
+    PyObject* module = PyModule_Create(&definition);
+    PyModule_AddIntConstant(module, "interface", INTERFACE);
+    return module;
+}
+"""
+
+
 def test_cpu_library_in_a_wheel(checkout: Path, tmp_path: Path) -> None:
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w")
     # What is proved is that a library is built, found and loaded: of a few sources, unoptimised. Of all of them is the one that the
@@ -154,6 +167,10 @@ def test_cpu_library_in_a_wheel(checkout: Path, tmp_path: Path) -> None:
     for source in [*(tree / "csrc" / "cpu").glob("*.cpp"), *(tree / "csrc" / "bind").glob("*.cpp")]:
         if source.stem.removesuffix("_cpu") not in ("isa", "philox"):
             source.unlink()
+    for source in (tree / "csrc" / "autograd").glob("*.cpp"):
+        source.unlink()
+    module = tree / "csrc" / "autograd" / "module.cpp"
+    module.write_text(MODULE.replace("INTERFACE", str(native.AUTOGRAD_INTERFACE)))
     setup = (tree / "setup.py").read_text()
     assert '"-O3",' in setup
     (tree / "setup.py").write_text(setup.replace('"-O3",', '"-O0",'))
@@ -162,8 +179,27 @@ def test_cpu_library_in_a_wheel(checkout: Path, tmp_path: Path) -> None:
     assert "-cp311-abi3-" in built.name
     target = install(built, tmp_path / "site")
     assert (target / "peftfast" / "_cpu.abi3.so").is_file()
-    code = "from peftfast.ops import native; assert native.cpu_available() == (True, ''), native.cpu_available(); native.cpu_isa()"
+    code = """
+from peftfast.ops import native
+assert native.cpu_available() == (True, ''), native.cpu_available()
+native.cpu_isa()
+assert native.autograd_available() == (True, ''), native.autograd_available()
+assert native.autograd_module().__name__ == "peftfast._autograd"
+"""
     run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    # For another torch it is not there, and says so.
+    (own,) = (target / "peftfast").glob("_autograd.*.so")
+    assert f"torch-{torch.__version__}." in own.name
+    own.rename(own.with_name(own.name.replace(torch.__version__, "2.10.0")))
+    code = "from peftfast.ops import native; print(native.autograd_available())"
+    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    assert "built for another torch or Python: _autograd.torch-2.10.0." in said
+    own.with_name(own.name.replace(torch.__version__, "2.10.0")).unlink()
+    # One that does not compile leaves the rest as it was.
+    module.write_text("#error planted")
+    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, PEFTFAST_BUILD="cpu")
+    assert (tree / "peftfast" / "_cpu.abi3.so").is_file() and not list((tree / "peftfast").glob("_autograd*"))
+    assert "not built" in run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tree))
 
 
 def test_build_variable_is_checked(checkout: Path) -> None:

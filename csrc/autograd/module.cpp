@@ -15,6 +15,8 @@ using peftfast::autograd::Function;
 using peftfast::autograd::Hooks;
 using peftfast::autograd::Object;
 
+constexpr long kInterface = 1;  // as peftfast/ops/native.py has it
+
 struct FunctionObject {
     PyObject_HEAD vectorcallfunc vectorcall;
     Function* function;
@@ -115,7 +117,7 @@ PyMODINIT_FUNC PyInit__autograd() {
     if (module == nullptr) return nullptr;
     PyObject* type = PyType_FromSpec(&function_spec);
     if (type == nullptr || PyModule_AddObject(module, "Function", type) < 0 ||
-        PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) < 0) {
+        PyModule_AddIntConstant(module, "interface", kInterface) < 0) {
         Py_XDECREF(type);
         Py_DECREF(module);
         return nullptr;

@@ -21,6 +21,8 @@ Verdict = tuple[bool, str]
 ISA_VARIABLE = "PEFTFAST_CPU_ISA"
 ISAS = ("auto", "avx512_bf16", "avx512", "avx2", "scalar")
 
+AUTOGRAD_INTERFACE = 1  # as csrc/autograd/module.cpp has it: what functional/node.py and the library say to each other
+
 _FOLDER = Path(__file__).resolve().parents[1]
 _verdicts: dict[str, Verdict] = {}
 _modules: dict[str, ModuleType] = {}
@@ -93,6 +95,8 @@ def _load_autograd() -> Verdict:
         reason = f"{path.name} does not load: {error}"
         logger.warning("peftfast: %s", reason)
         return False, reason
+    if module.interface != AUTOGRAD_INTERFACE:
+        return False, f"{path.name} is of another version of peftfast (install with PEFTFAST_BUILD=cpu)"
     _modules["autograd"] = module
     return True, ""
 
