@@ -245,7 +245,7 @@ def test_cuda_sources_are_compiled_side_by_side(checkout: Path, tmp_path: Path) 
         notes.unlink(missing_ok=True)
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_HOME", "MAX_JOBS")}
         environment |= {"PEFTFAST_BUILD": "cuda", "PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(notes)}
-        environment |= {"FAILS": "no such file", **variables}
+        environment |= {"FAILS": "no such file", "CXX": "true", **variables}
         command = [sys.executable, "-c", CUDA_BUILD, str(tmp_path / "temp")]
         return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
 

@@ -469,13 +469,15 @@ def test_no_adapter_warns_and_bad_model_raises() -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_compiles_fullgraph(four_bit: bool) -> None:
+def test_compiles_fullgraph(four_bit: bool, dynamic: bool | None) -> None:
+    torch._dynamo.reset()
     model = stir(adapted(four_bit, lora_dropout=0.0))
     peftfast.patch(model)
     x = torch.randn(6, K)
     eager = run(model, x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     graph = run(compiled, x)
     for name, value in eager.items():
         assert relative(graph[f"_orig_mod.{name}" if name not in ("x", "y") else name], value) < 1e-3, name

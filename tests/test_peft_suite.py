@@ -36,8 +36,8 @@ OF_OTHERS = (
 )
 NOT_LINEAR = "(test_adapter_dtype_autocast and not (MLP- or Shira))"
 LESS = f"{WORDS} and (not {OTHERS} or {OF_OTHERS}) and not kpm and not {NOT_LINEAR}"
-# Tests that must pass and calls of peftfast's operators (PEFT 0.21.2: 3,139 and 1,971).
-FEWEST, FEWEST_FULL, FEWEST_FUSED = 3100, 5900, 1900
+# Tests that must pass and calls of peftfast's operators, a call by the autograd library being one (PEFT 0.21.2: 3,139 and 1,825).
+FEWEST, FEWEST_FULL, FEWEST_FUSED = 3100, 5900, 1750
 PLANTED = "test_lora_pissa_linear_init_default"  # is run once more with a fused layer that computes something else
 
 

@@ -66,9 +66,9 @@ def keeps_dense() -> bool:
     return _switches["shared"]
 
 
-def takes_few_rows(x: Tensor, block_size: int, compute_dtype: torch.dtype) -> bool:
+def takes_few_rows(x: Tensor, shape: Any, block_size: int, compute_dtype: torch.dtype) -> bool:
     """Whether this many rows are for the operator that decodes on the way. No rows are left to the library."""
-    return 0 < x.shape[0] <= ops.nf4_linear.most_rows(x.device.type, x.shape[1], block_size, compute_dtype)
+    return 0 < x.shape[0] <= ops.nf4_linear.most_rows(x.device.type, shape[1], block_size, compute_dtype)
 
 
 def has_a_way_alone(x: Tensor, weight: NF4Weight, ranks: int, compute_dtype: torch.dtype) -> bool:
@@ -95,7 +95,7 @@ def product_without_gradient(
 ) -> Tensor | None:
     """y where nothing is dropped and no gradient is recorded: of a few rows past autograd, whose bookkeeping takes as long as a
     quarter of the product; merged as :func:`merged_dequantization` says; None where neither applies."""
-    few = takes_few_rows(x, weight.block_size, compute_dtype)
+    few = takes_few_rows(x, weight.shape, weight.block_size, compute_dtype)
     if not (few and x.shape[0] < routes.FEWEST_ROWS) and not _switches["merged"]:
         packed, *quantisation = weight.storage()
         shrunk = functools.partial(ops.lora.lora_shrink, x, lora_a, None, 0.0, 1.0, compute_dtype)
@@ -161,7 +161,7 @@ def adapted_product(
     rest = (shrunk, lora_b, lora_bias, scaling, compute_dtype, out_dtype)
     if (done := routes.adapted_product(x, packed, quantisation, bias, *rest)) is not None:
         return done
-    if seed is None and takes_few_rows(x, block_size, compute_dtype):
+    if seed is None and takes_few_rows(x, shape, block_size, compute_dtype):
         storage = (packed, absmax, code, block_size, shape, *nested)
         adapter = (bias, lora_a, lora_b, lora_bias, scaling)
         return ops.nf4_linear.nf4_linear_now(x, *storage, *adapter, compute_dtype, out_dtype)
@@ -232,7 +232,7 @@ class NF4LinearFunction(torch.autograd.Function):
         quantisation = (absmax, code, block_size, shape, nested_absmax, nested_code, nested_offset)
         if not keep and (y := routes.product(x, packed, quantisation, bias, compute_dtype)) is not None:
             return y if y.dtype == out_dtype else y.to(out_dtype), None
-        if not keep and takes_few_rows(x, block_size, compute_dtype):
+        if not keep and takes_few_rows(x, shape, block_size, compute_dtype):
             rest = (bias, None, None, None, 1.0, compute_dtype, out_dtype)
             return ops.nf4_linear.nf4_linear_now(x, packed, *quantisation, *rest)[0], None
         if not keep:
@@ -278,7 +278,7 @@ class NF4LinearFunction(torch.autograd.Function):
 
 
 def _is_few(x: Tensor, nf4: NF4Weight, dtype: torch.dtype) -> bool:
-    if not takes_few_rows(x, nf4.block_size, dtype):
+    if not takes_few_rows(x, nf4.shape, nf4.block_size, dtype):
         return False
     return routes.chosen(x, x.shape[0], nf4.storage()[1:], 0, False, False, dtype).route == "dequantize"
 
