@@ -2,8 +2,8 @@
 
 The library keeps a recording (:mod:`peftfast.ops.replay`) of each kind of call: of the forward when its arguments come a second time,
 with what it saves; of the backward likewise. After that a call looks its recording up, does the same operators and launches with the
-tensors at hand, and adds a node to autograd's graph, all in C++. A call that cannot be recorded, and any while somebody watches
-(modes of functions or of dispatch, the profiler, autocast, anomaly mode, functorch, forward-mode differentiation), is the Function's own.
+tensors at hand, and adds a node to autograd's graph, all in C++. A call that cannot be recorded, and any while somebody watches (modes
+of functions or of dispatch, the profiler, autocast, anomaly mode, functorch, forward-mode differentiation), is the Function's own.
 
 Host time of a LoRA layer, 16 x 16, r = 4, two rows, launches left out, us of one thread (Zen 5, torch 2.13, triton 3.7, 2026-11-21;
 ``python -m benchmarks.host``): forward 10 and with the backward 31, in Python 24 and 84, PEFT's 27 and 64, the frozen layer's 5 and 18;
