@@ -515,9 +515,18 @@ class Hides(Saves):
         return dy * ctx.own["exp"]
 
 
-@pytest.mark.parametrize(
-    "kind, refusal", [(Saves, "hold itself"), (Counts, "no gradient"), (Hides, "an attribute of ctx")]
-)
+class Views(Saves):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        y = x * 1
+        ctx.save_for_backward(x.exp())
+        return y[:]
+
+
+REFUSED = [(Saves, "hold itself"), (Counts, "no gradient"), (Hides, "an attribute of ctx"), (Views, "a view")]
+
+
+@pytest.mark.parametrize("kind, refusal", REFUSED)
 def test_functions_that_are_not_held(kind: Any, refusal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refused: list[str] = []
     real = replay.Recorder.refuse
@@ -641,8 +650,8 @@ def test_arguments_of_every_kind() -> None:
         nested = (nested,)
     function = node.Function(Names)
     kinds: list[tuple[Any, ...]] = [
-        (), (1,), (1.0,), (True,), (None,), ("1",), (Text("11"),), (2**70,), (-(2**63),), (float("nan"),), (0.0,), (-0.0,),
-        ([],), ((),), ([1],), ((1,), 1), (((1,), 1),), (torch.float32,), (torch.Size([1]),), (nested,), tuple(range(65)), tuple(range(64)),
+        (), (1,), (1.0,), (True,), (None,), ("1",), (Text("11"),), (2**70,), (-(2**63),), (float("nan"),), (0.0,), (-0.0,), ([],),
+        ((),), ([1],), ((1,), 1), (((1,), 1),), (torch.float32,), (torch.Size([1]),), (nested,), tuple(range(65)), tuple(range(64)),
     ]  # fmt: skip
     for _ in range(3):
         for given in kinds:

@@ -210,6 +210,8 @@ class Function:
         saved = [None if one is None else recorder.place(one) for one in context.saved_tensors]
         if not all(isinstance(one, Tensor) and one.is_floating_point() for one in ([out] if single else out)):
             recorder.refuse("a result that has no gradient")
+        elif any(one._is_view() for one in ([out] if single else out)):
+            recorder.refuse("a result that is a view, into which autograd lets nobody write")
         if set(results).intersection(saved):
             recorder.refuse("a result that is saved: the node would hold itself")
         attributes = dict(vars(context))
