@@ -573,32 +573,34 @@ def test_errors_are_the_functions_own() -> None:
         function.apply(fresh(), when="")
 
 
-def test_a_recording_that_finds_no_memory_is_put_off() -> None:
-    class Large(Saves):
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_call_that_has_no_memory_for_a_recording_is_left_to_python(where: str) -> None:
+    tried: list[str] = []
+
+    def work(here: str, given: Tensor) -> Tensor:
+        if launches.recording():
+            tried.append(here)
+            if here == where:
+                raise torch.OutOfMemoryError("full")
+        return given * 2
+
+    class Large(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
-            short(ctx)
-            return x * 2
+            return work("forward", x)
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Tensor:
-            short(ctx)
-            return dy * 2
-
-    left = [2]
-
-    def short(ctx: Any) -> None:
-        if launches.recording() and left[0]:
-            left[0] -= 1
-            raise torch.OutOfMemoryError("full")
+            return work("backward", dy)
 
     function = node.Function(Large)
-    for _ in range(6):
+    for _ in range(5):
         x = fresh()
         function.apply(x).sum().backward()
         assert torch.equal(x.grad, torch.full_like(x, 2))  # type: ignore[arg-type]
-    # Seen, put off, put off; the backward of the fourth is put off no more.
-    assert function.native.counts()["forwards"] == function.native.counts()["backwards"] == 3
+    counts = function.native.counts()
+    assert (counts["forwards"], counts["backwards"]) == ((0, 0) if where == "forward" else (4, 0))
+    assert tried == (["forward"] if where == "forward" else ["forward", "backward"])  # once
 
 
 def test_nothing_is_kept_of_a_call() -> None:

@@ -202,7 +202,7 @@ class Function:
                     lambda *own: self._function.forward(context, *own), given, flat, addressed
                 )
         except torch.OutOfMemoryError:
-            return False  # a recording keeps all intermediate tensors to its end
+            return None  # the recording keeps all intermediate tensors to its end, which the call itself does not
         single = isinstance(out, Tensor)
         results = [recorder.place(one) for one in ([out] if single else out)]
         if any(place < recorder.inputs for place in results) or len(set(results)) < len(results):
@@ -237,7 +237,7 @@ class Function:
         try:
             recorder, found, device = replay.record(backward, given, flat, given if self._addressed else [])
         except torch.OutOfMemoryError:
-            return False
+            return None
         places = [None if one is None else recorder.place(one) for one in found]
         made = [place for place in places if place is not None]
         if any(place < recorder.inputs for place in made) or len(set(made)) < len(made):
