@@ -39,6 +39,12 @@ struct Settings {
         }
         return true;
     }
+
+    bool are(const std::vector<Object>& given) const {
+        size_t count = 0;
+        return each([&](PyObject* value) { return count < given.size() && value == given[count++].get(); }) &&
+               count == given.size();
+    }
 };
 
 Settings& settings() {
@@ -60,17 +66,17 @@ PyObject* checked(PyObject* owned) {
 // The number of the values now, negative where nothing is to be recorded.
 int64_t settings_number() {
     Settings& known = settings();
-    size_t count = 0;
-    const bool same = known.each(
-        [&](PyObject* value) { return count < known.values.size() && value == known.values[count++].get(); });
-    if (same && count == known.values.size() && count > 0) return known.current;
-    known.values.clear();
-    const Object number = Object::taken(checked(PyObject_CallNoArgs(known.number.get())));
-    known.current = PyLong_AsLongLong(number.get());
+    if (!known.sources) return -1;  // not configured
+    if (!known.values.empty() && known.are(known.values)) return known.current;
+    std::vector<Object> values;
     known.each([&](PyObject* value) {
-        known.values.emplace_back(value);
+        values.emplace_back(value);
         return true;
     });
+    const Object number = Object::taken(checked(PyObject_CallNoArgs(known.number.get())));
+    if (!known.are(values)) return -1;  // another thread has changed one meanwhile: whose number this is is not known
+    known.values = std::move(values);
+    known.current = PyLong_AsLongLong(number.get());
     return known.current;
 }
 
@@ -95,13 +101,36 @@ std::vector<int> joined(std::vector<int> first, const std::vector<int>& second) 
     return first;
 }
 
+// What a recording holds of Python's may run Python's code as it goes: the table is empty by then.
+template <typename Recorded>
+void clear(Entries<Recorded>& entries) {
+    Entries<Recorded> gone;
+    gone.swap(entries);
+}
+
+// A recording, or null where its description cannot be held.
+template <typename Make>
+auto held(Hooks& hooks, Make make) -> decltype(make()) {
+    try {
+        return make();
+    } catch (const std::exception& error) {
+        hooks.refusal = error.what();
+        return nullptr;
+    }
+}
+
 // Whether there was an entry already; there is one now, and not more than so many of others.
 template <typename Recorded>
 bool seen_before(Entries<Recorded>& entries, const Key& key) {
     if (entries.find(key) != entries.end()) return true;
-    if (entries.size() >= settings().most) entries.clear();
+    if (entries.size() >= settings().most) clear(entries);
     entries.emplace(key, Entry<Recorded>{});
     return false;
+}
+
+bool is_parameter(const at::Tensor& tensor) {
+    const Object wrapped = Object::taken(checked(THPVariable_Wrap(tensor)));
+    return reinterpret_cast<PyObject*>(Py_TYPE(wrapped.get())) == ParameterClass;
 }
 
 struct LayerNode : public torch::autograd::Node {
@@ -159,7 +188,9 @@ variable_list LayerNode::apply(variable_list&& dys) {
         if (!add(dy, false)) return in_python(dys, given);
     }
     for (size_t i = 0; i < given.size(); ++i) {
-        if (!add(given[i], forward->parameters[i])) return in_python(dys, given);
+        // A hook may have given another tensor for a parameter, whose address is no part of the key.
+        const bool parameter = forward->hooks->addressed && forward->parameters[i] && is_parameter(given[i]);
+        if (!add(given[i], parameter)) return in_python(dys, given);
     }
     const std::shared_ptr<Backward> backward = find(call.key, dys, given);
     if (!backward || !backward->program.run(call.places)) return in_python(dys, given);
@@ -183,11 +214,7 @@ std::shared_ptr<Backward> LayerNode::find(const Key& key, const variable_list& d
     if (description.get() == Py_False) return nullptr;
     std::shared_ptr<Backward> made;
     if (description.get() != Py_None) {
-        try {
-            made = std::make_shared<Backward>(description.get(), forward->arguments);
-        } catch (const std::invalid_argument& error) {
-            forward->hooks->refusal = error.what();
-        }
+        made = held(*forward->hooks, [&] { return std::make_shared<Backward>(description.get(), forward->arguments); });
     }
     entries[key] = {made == nullptr, made};
     return made;
@@ -255,6 +282,8 @@ Forward::Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vecto
     }
 }
 
+void Function::forget() { clear(recordings_); }
+
 int64_t Function::recorded() const {
     int64_t count = 0;
     for (const auto& [key, entry] : recordings_) {
@@ -276,19 +305,18 @@ PyObject* Function::call(PyObject* const* args, size_t count) {
     call.places.reserve(count + 8);
     call.key.push_back(settings_number());
     if (call.key[0] < 0) return plain(args, count);
-    const bool recording = at::GradMode::is_enabled();
     uint64_t needs = 0;
     for (size_t i = 0; i < count; ++i) {
         if (!call.add(args[i], hooks_->addressed)) return plain(args, count);
-        if (recording && THPVariable_Check(args[i]) && THPVariable_Unpack(args[i]).requires_grad())
-            needs |= uint64_t{1} << i;
+        // Also where no graph is recorded: torch tells its Functions the same then.
+        if (THPVariable_Check(args[i]) && THPVariable_Unpack(args[i]).requires_grad()) needs |= uint64_t{1} << i;
     }
     call.key.push_back(static_cast<int64_t>(needs));
     const std::shared_ptr<Forward> forward = find(call, args, count, needs);
     if (!forward || !forward->program.run(call.places)) return plain(args, count);
     ++hooks_->forwards;
 
-    if (needs != 0) {
+    if (needs != 0 && at::GradMode::is_enabled()) {
         edge_list edges;
         edges.reserve(forward->arguments.size());
         for (int argument : forward->arguments) {
@@ -326,11 +354,9 @@ std::shared_ptr<Forward> Function::find(const Call& call, PyObject* const* args,
     if (description.get() == Py_False) return nullptr;
     std::shared_ptr<Forward> made;
     if (description.get() != Py_None) {
-        try {
-            made = std::make_shared<Forward>(hooks_, description.get(), std::move(arguments), needed.get(), call);
-        } catch (const std::invalid_argument& error) {
-            hooks_->refusal = error.what();
-        }
+        made = held(*hooks_, [&] {
+            return std::make_shared<Forward>(hooks_, description.get(), std::move(arguments), needed.get(), call);
+        });
     }
     recordings_[key] = {made == nullptr, made};
     return made;

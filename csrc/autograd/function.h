@@ -65,7 +65,7 @@ class Function {
 
     // New reference, or null with a Python error.
     PyObject* call(PyObject* const* args, size_t count);
-    void forget() { recordings_.clear(); }
+    void forget();
     int64_t recorded() const;
     const Hooks& hooks() const { return *hooks_; }
 

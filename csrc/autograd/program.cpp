@@ -11,6 +11,7 @@
 #include <torch/csrc/Layout.h>
 #include <torch/csrc/MemoryFormat.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <cstring>
 #include <stdexcept>
@@ -28,7 +29,10 @@ Object::~Object() {
 namespace {
 
 void check_python() {
-    if (PyErr_Occurred()) throw python_error();
+    if (!PyErr_Occurred()) return;
+    python_error error;
+    error.persist();
+    throw error;
 }
 
 int int_of(PyObject* number) {
@@ -136,11 +140,14 @@ Argument argument_of(PyObject* described) {
     return argument;
 }
 
-// Gives memory or a view of an argument: takes less time than letting go of the GIL is worth.
-bool is_quick(const c10::FunctionSchema& schema) {
-    if (schema.name().rfind("aten::empty", 0) == 0 || schema.name() == "aten::_unsafe_view") return true;
+bool gives_views(const c10::FunctionSchema& schema) {
     const auto& returns = schema.returns();
     return !returns.empty() && returns[0].alias_info() != nullptr && !returns[0].alias_info()->isWrite();
+}
+
+// Gives memory or a view of an argument: takes less time than letting go of the GIL is worth.
+bool is_quick(const c10::FunctionSchema& schema) {
+    return schema.name().rfind("aten::empty", 0) == 0 || schema.name() == "aten::_unsafe_view" || gives_views(schema);
 }
 
 }  // namespace
@@ -191,6 +198,10 @@ void Program::add_operator(PyObject* described) {
         if (argument.kind == Argument::Kind::Constant) {
             argument.value = value_of(argument.object.get(), *schema.arguments()[i].type());
             argument.object = Object();
+        }
+        if (argument.kind == Argument::Kind::Tensor && step.viewed < 0 && gives_views(schema) &&
+            schema.arguments()[i].alias_info() != nullptr) {
+            step.viewed = argument.place;
         }
         step.arguments.push_back(std::move(argument));
     }
@@ -253,7 +264,7 @@ bool Program::run(std::vector<at::Tensor>& places) const {
     }
     places.resize(size_);
     for (const auto& [place, tensor] : constants_) places[place] = tensor;
-    // Nothing in here is a view or a version that autograd would have to know of: what leaves it is fresh.
+    // Nothing in here is a view that autograd would have to know of: what leaves it is fresh, or saved.
     at::AutoDispatchBelowADInplaceOrView below;
     c10::AutoGradMode no_grad(false);
     for (const Step& step : steps_) {
@@ -293,9 +304,14 @@ void Program::operate(const Step& step, std::vector<at::Tensor>& places) const {
     if (stack.size() == 1 && stack[0].isTensorList()) {
         const auto tensors = stack[0].toTensorVector();
         for (size_t i = 0; i < step.results.size(); ++i) places[step.results[i]] = tensors.at(i);
-        return;
+    } else {
+        for (size_t i = 0; i < step.results.size(); ++i) places[step.results[i]] = std::move(stack.at(i)).toTensor();
     }
-    for (size_t i = 0; i < step.results.size(); ++i) places[step.results[i]] = std::move(stack.at(i)).toTensor();
+    if (step.viewed < 0) return;
+    // So that what is saved of a view is seen to be out of date where its base is written, as it is above these
+    // dispatch keys.
+    const c10::VariableVersion counter = torch::autograd::impl::version_counter(places[step.viewed]);
+    for (int place : step.results) torch::autograd::impl::set_version_counter(places[place], counter);
 }
 
 void Program::launch(const Step& step, std::vector<at::Tensor>& places, PyObject* stream) const {

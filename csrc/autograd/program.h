@@ -48,6 +48,7 @@ struct Argument {
 struct Step {
     std::optional<c10::OperatorHandle> operation;  // or a launch
     bool quick = false;                            // gives memory or a view: not worth letting go of the GIL
+    int viewed = -1;                               // place of the tensor of which the results are views
     std::vector<int64_t> sizes;                    // of an aten::empty without strides
     std::optional<at::TensorOptions> options;
     Object callable;

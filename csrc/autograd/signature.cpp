@@ -1,9 +1,11 @@
 #include "autograd/signature.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/profiler/orchestration/observer.h>
 
@@ -32,6 +34,19 @@ int64_t number_of(PyObject* text) {
     Py_XDECREF(value);
     PyErr_Clear();
     return kept ? number : -1;
+}
+
+// Whether calls of torch's functions are seen by one of Python's modes. That of a default device, which sees them all
+// to give tensors that are made without a device theirs, does not count: a recorded call makes none.
+bool function_mode() {
+    const int64_t modes = at::impl::PythonTorchFunctionTLS::stack_len();
+    if (modes == 0 ||
+        at::impl::PythonTorchFunctionTLS::get_disabled_state() == at::impl::TorchFunctionDisabledState::ALL_DISABLED) {
+        return false;
+    }
+    if (modes > 1) return true;
+    PyObject* mode = at::impl::PythonTorchFunctionTLS::get_stack_at(0)->ptr(getPyInterpreter());
+    return std::strcmp(Py_TYPE(mode)->tp_name, "DeviceContext") != 0;
 }
 
 }  // namespace
@@ -109,7 +124,7 @@ bool Call::add_all(PyObject* sequence) {
 
 bool undisturbed() {
     const auto local = c10::impl::tls_local_dispatch_key_set();
-    return (local.included_.raw_repr() & ~c10::default_included_set.raw_repr()) == 0 &&
+    return !function_mode() && (local.included_.raw_repr() & ~c10::default_included_set.raw_repr()) == 0 &&
            (c10::default_excluded_set.raw_repr() & ~local.excluded_.raw_repr()) == 0 &&
            !torch::profiler::impl::profilerEnabled() && !torch::autograd::AnomalyMode::is_enabled() &&
            torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr;

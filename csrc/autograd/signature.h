@@ -37,8 +37,8 @@ struct Call {
     bool add_all(PyObject* sequence);
 };
 
-// Whether nothing in this thread sees or changes single operators: dispatch modes, functorch, autocast, tracers, the
-// profiler, anomaly mode, forward-mode differentiation.
+// Whether nothing in this thread sees or changes single operators: modes of functions or of dispatch, functorch,
+// autocast, tracers, the profiler, anomaly mode, forward-mode differentiation. Under the GIL.
 bool undisturbed();
 
 }  // namespace peftfast::autograd

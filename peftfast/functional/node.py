@@ -2,8 +2,8 @@
 
 The library keeps a recording (:mod:`peftfast.ops.replay`) of each kind of call: of the forward when its arguments come a second time,
 with what it saves; of the backward likewise. After that a call looks its recording up, does the same operators and launches with the
-tensors at hand, and adds a node to autograd's graph, all in C++. A call that cannot be recorded, and any while somebody watches
-(dispatch modes, the profiler, autocast, anomaly mode, functorch, forward-mode differentiation), is the Function's own.
+tensors at hand, and adds a node to autograd's graph, all in C++. A call that cannot be recorded, and any while somebody watches (modes
+of functions or of dispatch, the profiler, autocast, anomaly mode, functorch, forward-mode differentiation), is the Function's own.
 
 Host time of a LoRA layer, 16 x 16, r = 4, two rows, launches left out, us of one thread (Zen 5, torch 2.13, triton 3.7, 2026-11-21;
 ``python -m benchmarks.host``): forward 10 and with the backward 31, in Python 24 and 84, PEFT's 27 and 64, the frozen layer's 5 and 18;
@@ -59,6 +59,9 @@ def _settings_number() -> int:
 def watch(state: dict[str, Any]) -> None:
     """Calls with other values in ``state``, whose keys stay as they are, are other calls."""
     _states.append(state)
+    if _library.cache_info().currsize:  # the library knows those before this one
+        _library.cache_clear()
+        _library()
 
 
 def _apart(args: Sequence[Any], flat: list[Any], seen: set[int]) -> list[Any]:
@@ -70,7 +73,9 @@ def _apart(args: Sequence[Any], flat: list[Any], seen: set[int]) -> list[Any]:
             given.append(type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts))
             continue
         if isinstance(value, Tensor):
-            value = value.detach() if id(value) in seen else value
+            if id(value) in seen:
+                twin = value.detach()
+                value = torch.nn.Parameter(twin, requires_grad=False) if type(value) is torch.nn.Parameter else twin
             seen.add(id(value))
         flat.append(value)
         given.append(value)
@@ -129,7 +134,9 @@ class _ByName:
 def _holds_tensor(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_holds_tensor(one) for one in value)
-    return isinstance(value, Tensor)
+    if isinstance(value, Tensor):
+        return True
+    return _holds_tensor(list(value.values() if isinstance(value, dict) else getattr(value, "__dict__", {}).values()))
 
 
 @functools.cache
@@ -188,16 +195,25 @@ class Function:
         given = _apart(args, flat, set())
         if _captured(flat):
             return False
-        with torch.no_grad():
-            addressed = given if self._addressed else []
-            recorder, out, device = replay.record(
-                lambda *own: self._function.forward(context, *own), given, flat, addressed
-            )
+        addressed = given if self._addressed else []
+        try:
+            with torch.no_grad():
+                recorder, out, device = replay.record(
+                    lambda *own: self._function.forward(context, *own), given, flat, addressed
+                )
+        except torch.OutOfMemoryError:
+            return None  # the recording keeps all intermediate tensors to its end, which the call itself does not
         single = isinstance(out, Tensor)
         results = [recorder.place(one) for one in ([out] if single else out)]
         if any(place < recorder.inputs for place in results) or len(set(results)) < len(results):
             recorder.refuse("a result that is an argument or another result")
         saved = [None if one is None else recorder.place(one) for one in context.saved_tensors]
+        if not all(isinstance(one, Tensor) and one.is_floating_point() for one in ([out] if single else out)):
+            recorder.refuse("a result that has no gradient")
+        elif any(one._is_view() for one in ([out] if single else out)):
+            recorder.refuse("a result that is a view, into which autograd lets nobody write")
+        if set(results).intersection(saved):
+            recorder.refuse("a result that is saved: the node would hold itself")
         attributes = dict(vars(context))
         if _holds_tensor(list(attributes.values())):
             recorder.refuse("a tensor as an attribute of ctx")
@@ -218,7 +234,10 @@ class Function:
         given = _apart((*dys, *saved), flat, set())
         if _captured(flat):
             return False
-        recorder, found, device = replay.record(backward, given, flat, given if self._addressed else [])
+        try:
+            recorder, found, device = replay.record(backward, given, flat, given if self._addressed else [])
+        except torch.OutOfMemoryError:
+            return None
         places = [None if one is None else recorder.place(one) for one in found]
         made = [place for place in places if place is not None]
         if any(place < recorder.inputs for place in made) or len(set(made)) < len(made):

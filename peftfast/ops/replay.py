@@ -110,7 +110,12 @@ class Recorder(TorchDispatchMode):
             self.refuse("one tensor stands for two arguments")
         listed: list[Any] = []
         signature([arg for arg in args if isinstance(arg, list | tuple)], listed)
-        self._addressed = {one.data_ptr() for one in (*listed, *addressed) if type(one) is torch.nn.Parameter}
+        listed += [one for one in addressed if not isinstance(one, list | tuple)]
+        listed = [one for one in listed if type(one) is torch.nn.Parameter]
+        known = {id(one) for one in listed}
+        # The address of another tensor is not in the key, though it may be a parameter's now: a parameter's detached self.
+        others = {one.data_ptr() for one in self.values if isinstance(one, Tensor) and id(one) not in known}
+        self._addressed = {one.data_ptr() for one in listed} - others
 
     def refuse(self, reason: str) -> None:
         self.refusal = self.refusal or reason
@@ -398,7 +403,8 @@ def record(
     parameters whose addresses are a part of the call's key, beside those in lists."""
     recorder = Recorder(args, flat, addressed)
     with _on_device_of(flat):
-        with recorder, launches.recorded_by(recorder):
+        # Of modes of torch's functions none is here but that of a default device, which the operators' implementations are not to see.
+        with torch._C.DisableTorchFunction(), recorder, launches.recorded_by(recorder):
             out = function(*args)
         return recorder, out, Device() if recorder.launches and not _interpreted() else None
 
