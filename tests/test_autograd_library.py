@@ -731,10 +731,11 @@ def test_threads_that_call_while_recordings_are_dropped() -> None:
     with in_python():
         expected = [outcome(x) for x in xs]
     wrong: list[Any] = []
-    until = time.monotonic() + 1.0
+    until, threads_of_torch = time.monotonic() + 1.0, torch.get_num_threads()
 
     def work(which: int) -> None:
         try:
+            torch.set_num_threads(threads_of_torch)  # a new thread has its own number, and another order of summation
             while time.monotonic() < until:
                 found = outcome(xs[which])
                 wrong.extend(
@@ -780,6 +781,29 @@ def test_a_graph_that_two_threads_go_through() -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 60 and all(torch.equal(one, expected) for one in found)
+
+
+def test_a_hook_may_go_through_the_node_that_asks_it() -> None:
+    """Nothing is locked while a saved tensor is asked for. A thread of its own, so that the test ends in any case."""
+    x = fresh()
+    settle(lambda: layer(x))
+    asked: list[Tensor] = []
+
+    def unpack(saved: Tensor) -> Tensor:
+        if not asked:
+            asked.append(saved)
+            with torch.enable_grad():
+                torch.autograd.grad(y.sum(), [x], retain_graph=True)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: one, unpack):
+        y = layer(x)
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.extend(torch.autograd.grad(y.sum(), [x])), daemon=True)
+    with made(0, 2):
+        thread.start()
+        thread.join(10)
+        assert len(found) == 1
 
 
 def test_a_group_s_unused_projection_has_no_gradient() -> None:

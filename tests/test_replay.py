@@ -444,8 +444,5 @@ def test_compiled_kernels_are_launched_with_the_same_arguments(autograd: str) ->
         assert steps == [4, 4] and (plainly, hooked) == ([0, 1], [0, 0])
     else:
         assert steps == [0, 0] and (plainly, hooked) == ([1, 0], [0, 0])
-    if autograd == "library":  # which records beside the call itself
-        recorded = found.pop(1)
-        assert sorted(map(str, recorded)) == sorted([str(one) for one in found[0]] * 2)
     for step in found[1:]:
         assert step == found[0]

@@ -9,6 +9,7 @@
 
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 
 namespace peftfast::autograd {
 
@@ -18,6 +19,8 @@ using torch::autograd::Edge;
 using torch::autograd::edge_list;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+
+using Saved = std::vector<SavedVariable>;
 
 constexpr size_t kMostArguments = 64;
 
@@ -139,11 +142,7 @@ struct LayerNode : public torch::autograd::Node {
 
     std::string name() const override { return forward->hooks->name; }
 
-    void release_variables() override {
-        std::lock_guard<std::mutex> lock(mutex_);
-        released = true;
-        saved.clear();
-    }
+    void release_variables() override { const auto kept = taken(true); }
 
     // The engine's tracer would have to see Python's operators.
     void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
@@ -154,21 +153,28 @@ struct LayerNode : public torch::autograd::Node {
 
     variable_list apply(variable_list&& dys) override;
     variable_list in_python(const variable_list& dys, const variable_list& given) const;
-    std::shared_ptr<Backward> find(const Key& key, const variable_list& dys, const variable_list& given) const;
+    variable_list gradients_of(PyObject* all) const;
+    std::shared_ptr<Backward> find(const Key& key, const variable_list& dys, const variable_list& given,
+                                   variable_list& gradients) const;
+
+    // What is saved, which may be gone then: hooks on it, and what it holds, run Python's code, and not under the lock.
+    std::shared_ptr<Saved> taken(bool away) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return away ? std::exchange(saved, nullptr) : saved;
+    }
 
     std::shared_ptr<Forward> forward;
-    std::vector<SavedVariable> saved;  // those of forward->saved that are tensors
-    bool released = false;
+    std::shared_ptr<Saved> saved;  // those of forward->saved that are tensors
 };
 
 variable_list LayerNode::apply(variable_list&& dys) {
     variable_list given(forward->saved.size());
     {
-        std::lock_guard<std::mutex> lock(mutex_);
-        TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+        const auto kept = taken(false);
+        TORCH_CHECK(kept != nullptr, torch::autograd::ERR_BACKWARD_TWICE);
         size_t next = 0;
         for (size_t i = 0; i < given.size(); ++i) {
-            if (forward->saved[i] >= 0) given[i] = saved[next++].unpack();
+            if (forward->saved[i] >= 0) given[i] = (*kept)[next++].unpack();
         }
     }
     for (size_t i = 0; i < dys.size(); ++i) {
@@ -192,17 +198,20 @@ variable_list LayerNode::apply(variable_list&& dys) {
         const bool parameter = forward->hooks->addressed && forward->parameters[i] && is_parameter(given[i]);
         if (!add(given[i], parameter)) return in_python(dys, given);
     }
-    const std::shared_ptr<Backward> backward = find(call.key, dys, given);
-    if (!backward || !backward->program.run(call.places)) return in_python(dys, given);
-    variable_list gradients(backward->gradients.size());
-    for (size_t i = 0; i < gradients.size(); ++i) {
-        if (backward->gradients[i] >= 0) gradients[i] = call.places[backward->gradients[i]];
+    variable_list gradients;
+    const std::shared_ptr<Backward> backward = find(call.key, dys, given, gradients);
+    if (!backward) return in_python(dys, given);
+    if (gradients.empty()) {
+        if (!backward->program.run(call.places)) return in_python(dys, given);
+        for (int place : backward->gradients) gradients.push_back(place < 0 ? at::Tensor() : call.places[place]);
     }
     ++forward->hooks->backwards;
     return gradients;
 }
 
-std::shared_ptr<Backward> LayerNode::find(const Key& key, const variable_list& dys, const variable_list& given) const {
+// Its gradients too where it is recorded by this call.
+std::shared_ptr<Backward> LayerNode::find(const Key& key, const variable_list& dys, const variable_list& given,
+                                          variable_list& gradients) const {
     auto& entries = forward->backwards;
     seen_before(entries, key);  // its forward has come twice
     const Entry<Backward>& found = entries.at(key);
@@ -211,12 +220,12 @@ std::shared_ptr<Backward> LayerNode::find(const Key& key, const variable_list& d
     const Object description = Object::taken(
         checked(PyObject_CallFunctionObjArgs(forward->hooks->record_backward.get(), forward->attributes.get(),
                                              forward->needs.get(), first.get(), second.get(), nullptr)));
-    if (description.get() == Py_False) return nullptr;
     std::shared_ptr<Backward> made;
     if (description.get() != Py_None) {
         made = held(*forward->hooks, [&] { return std::make_shared<Backward>(description.get(), forward->arguments); });
     }
     entries[key] = {made == nullptr, made};
+    if (made) gradients = gradients_of(described(description.get(), 2));
     return made;
 }
 
@@ -225,9 +234,14 @@ variable_list LayerNode::in_python(const variable_list& dys, const variable_list
     const Object found =
         Object::taken(checked(PyObject_CallFunctionObjArgs(forward->hooks->backward.get(), forward->attributes.get(),
                                                            forward->needs.get(), first.get(), second.get(), nullptr)));
+    return gradients_of(found.get());
+}
+
+// Those of the tensors among the forward's arguments, of a tuple for all of these.
+variable_list LayerNode::gradients_of(PyObject* all) const {
     variable_list gradients;
     for (int argument : forward->arguments) {
-        PyObject* one = described(found.get(), argument);
+        PyObject* one = described(all, argument);
         gradients.push_back(THPVariable_Check(one) ? THPVariable_Unpack(one) : at::Tensor());
     }
     return gradients;
@@ -253,7 +267,7 @@ void configure(PyObject* sources, PyObject* number, size_t most) {
     known.values.clear();
 }
 
-// (program, places of the gradients of all the forward's arguments)
+// (program, places of the gradients of all the forward's arguments, the gradients of the recorded call)
 Backward::Backward(PyObject* description, const std::vector<int>& arguments)
     : gradients([&] {
           const std::vector<int> all = places_of(described(description, 1));
@@ -264,7 +278,7 @@ Backward::Backward(PyObject* description, const std::vector<int>& arguments)
       program(described(description, 0), gradients) {}
 
 // (program, places of the results, whether they are one tensor, places of what is saved, whether gradients are
-// materialized, attributes)
+// materialized, attributes, ((place, tensor), ...) of what the recorded call made of these)
 Forward::Forward(std::shared_ptr<Hooks> hooks, PyObject* description, std::vector<int> arguments, PyObject* needs,
                  const Call& call)
     : hooks(std::move(hooks)),
@@ -313,7 +327,7 @@ PyObject* Function::call(PyObject* const* args, size_t count) {
     }
     call.key.push_back(static_cast<int64_t>(needs));
     const std::shared_ptr<Forward> forward = find(call, args, count, needs);
-    if (!forward || !forward->program.run(call.places)) return plain(args, count);
+    if (!forward || !(call.made || forward->program.run(call.places))) return plain(args, count);
     ++hooks_->forwards;
 
     if (needs != 0 && at::GradMode::is_enabled()) {
@@ -324,9 +338,10 @@ PyObject* Function::call(PyObject* const* args, size_t count) {
             edges.push_back(tensor.requires_grad() ? torch::autograd::impl::gradient_edge(tensor) : Edge());
         }
         auto node = make_node(std::move(edges), forward);
-        node->saved.reserve(forward->saved.size());
+        node->saved = std::make_shared<Saved>();
+        node->saved->reserve(forward->saved.size());
         for (int place : forward->saved) {
-            if (place >= 0) node->saved.emplace_back(call.places[place], /*is_output=*/false);
+            if (place >= 0) node->saved->emplace_back(call.places[place], /*is_output=*/false);
         }
         for (int place : forward->results) torch::autograd::set_history(call.places[place], node);
     }
@@ -336,7 +351,7 @@ PyObject* Function::call(PyObject* const* args, size_t count) {
     return Py_NewRef(tuple_of(results).get());
 }
 
-std::shared_ptr<Forward> Function::find(const Call& call, PyObject* const* args, size_t count, uint64_t needs) {
+std::shared_ptr<Forward> Function::find(Call& call, PyObject* const* args, size_t count, uint64_t needs) {
     const Key& key = call.key;
     if (!seen_before(recordings_, key)) return nullptr;
     const Entry<Forward>& found = recordings_.at(key);
@@ -351,7 +366,6 @@ std::shared_ptr<Forward> Function::find(const Call& call, PyObject* const* args,
     }
     const Object description = Object::taken(
         checked(PyObject_CallFunctionObjArgs(hooks_->record_forward.get(), given.get(), needed.get(), nullptr)));
-    if (description.get() == Py_False) return nullptr;
     std::shared_ptr<Forward> made;
     if (description.get() != Py_None) {
         made = held(*hooks_, [&] {
@@ -359,6 +373,10 @@ std::shared_ptr<Forward> Function::find(const Call& call, PyObject* const* args,
         });
     }
     recordings_[key] = {made == nullptr, made};
+    if (made) {
+        put(described(description.get(), 6), call.places);
+        call.made = true;
+    }
     return made;
 }
 

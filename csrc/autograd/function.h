@@ -19,7 +19,7 @@ namespace peftfast::autograd {
 struct Hooks {
     std::string name;        // of the node in autograd's graph
     Object plain;            // the Function's own apply
-    Object record_forward;   // (args, needs) -> description, None for never, False for not now
+    Object record_forward;   // (args, needs) -> description, with what the call made, or None
     Object record_backward;  // (attributes, needs, dys, saved) -> the same
     Object backward;         // (attributes, needs, dys, saved) -> the Function's gradients
     bool addressed = false;  // its kernels find its parameters by a table of addresses, as they find those of a list
@@ -71,7 +71,7 @@ class Function {
 
   private:
     PyObject* plain(PyObject* const* args, size_t count) const;
-    std::shared_ptr<Forward> find(const Call& call, PyObject* const* args, size_t count, uint64_t needs);
+    std::shared_ptr<Forward> find(Call& call, PyObject* const* args, size_t count, uint64_t needs);
 
     std::shared_ptr<Hooks> hooks_;
     Entries<Forward> recordings_;

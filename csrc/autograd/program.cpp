@@ -161,6 +161,15 @@ std::vector<int> places_of(PyObject* sequence) {
     return places;
 }
 
+void put(PyObject* described, std::vector<at::Tensor>& places) {
+    for (Py_ssize_t i = 0; i < length(described); ++i) {
+        PyObject* one = item(described, i);
+        const size_t place = int_of(item(one, 0));
+        if (places.size() <= place) places.resize(place + 1);
+        places[place] = THPVariable_Unpack(item(one, 1));
+    }
+}
+
 Program::Program(PyObject* description, const std::vector<int>& kept) {
     const int inputs = int_of(item(description, 0));
     size_ = int_of(item(description, 1));

@@ -83,5 +83,7 @@ class Program {
 
 // A tuple of places, None as -1.
 std::vector<int> places_of(PyObject* sequence);
+// ((place, tensor), ...) as they stand in these places.
+void put(PyObject* described, std::vector<at::Tensor>& places);
 
 }  // namespace peftfast::autograd

@@ -28,6 +28,7 @@ struct Call {
     Key key;
     std::vector<at::Tensor> places;
     std::vector<bool> parameters;  // of each place, whether it is an nn.Parameter
+    bool made = false;             // by being recorded: what it gives and saves stands in its places too
 
     // False for an argument that no recording holds. ``addressed``: a parameter's address is a part of the key.
     bool add(PyObject* argument, bool addressed);

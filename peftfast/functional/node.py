@@ -82,12 +82,6 @@ def _apart(args: Sequence[Any], flat: list[Any], seen: set[int]) -> list[Any]:
     return given
 
 
-def _captured(values: Sequence[Any]) -> bool:
-    """Whether a CUDA graph is being captured, into which the recording, which does a call's work once more, would go too."""
-    on_gpu = any(isinstance(one, Tensor) and one.is_cuda for one in values)
-    return on_gpu and torch.cuda.is_current_stream_capturing()
-
-
 def _described(recorder: replay.Recorder, step: replay.OperatorStep | replay.LaunchStep) -> tuple[Any, ...]:
     def value(slot: Any) -> tuple[str, Any]:
         if isinstance(slot, list):
@@ -189,12 +183,10 @@ class Function:
         self._choose()
         return self.general(*args)
 
-    def _record_forward(self, args: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Any, ...] | bool | None:
+    def _record_forward(self, args: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Any, ...] | None:
         context = _Context(needs)
         flat: list[Any] = []
         given = _apart(args, flat, set())
-        if _captured(flat):
-            return False
         addressed = given if self._addressed else []
         try:
             with torch.no_grad():
@@ -218,7 +210,9 @@ class Function:
         if _holds_tensor(list(attributes.values())):
             recorder.refuse("a tensor as an attribute of ctx")
         program = _program(recorder, device)
-        return program and (program, results, single, saved, context.materialize, attributes)
+        made = sorted({place for place in (*results, *saved) if place is not None and place >= recorder.inputs})
+        values = [(place, recorder.values[place]) for place in made]
+        return program and (program, results, single, saved, context.materialize, attributes, values)
 
     def _backward(self, attributes: Any, needs: tuple[bool, ...], dys: tuple[Any, ...], saved: tuple[Any, ...]) -> Any:
         found = self._function.backward(_Context(needs, saved, attributes), *dys)
@@ -226,14 +220,12 @@ class Function:
 
     def _record_backward(
         self, attributes: Any, needs: tuple[bool, ...], dys: tuple[Any, ...], saved: tuple[Any, ...]
-    ) -> tuple[Any, ...] | bool | None:
+    ) -> tuple[Any, ...] | None:
         def backward(*given: Any) -> Any:
             return self._backward(attributes, needs, given[: len(dys)], given[len(dys) :])
 
         flat: list[Any] = []
         given = _apart((*dys, *saved), flat, set())
-        if _captured(flat):
-            return False
         try:
             recorder, found, device = replay.record(backward, given, flat, given if self._addressed else [])
         except torch.OutOfMemoryError:
@@ -243,7 +235,7 @@ class Function:
         if any(place < recorder.inputs for place in made) or len(set(made)) < len(made):
             recorder.refuse("a gradient that is an argument or another gradient")
         program = _program(recorder, device)
-        return program and (program, places)
+        return program and (program, places, found)
 
 
 def known() -> list[Function]:
