@@ -38,10 +38,10 @@ def trained(task: Any, name: str, order: list[Any], data: list[Any], held_out: i
 
     method, given = get(name), task._build_arguments()
     largest = max(order, key=lambda batch: batch["input_ids"].numel())
-    probe = demo_methods.build(method, *given, len(order), data)
+    probe = demo_methods.build(method, *given, steps=len(order), data=data)
     peak, saved, count = demo_methods.probed(probe, largest, PROBE_STEPS)
     del probe
-    arm = demo_methods.build(method, *given, len(order), data)
+    arm = demo_methods.build(method, *given, steps=len(order), data=data)
     training.train([arm], order)
     rows = task.held_out[:: max(1, len(task.held_out) // held_out)]
     evaluation = training.evaluation_batches(rows, task.tokenizer, task.options.max_length, task.device)

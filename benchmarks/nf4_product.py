@@ -82,7 +82,7 @@ class _Call:
             return ops.nf4_product.nf4_product(self.x, self.packed, *self.quantisation, self.dx, None, *self.adapter())
         if config.route != "dequantize":
             return self.by_parts(config)
-        if not self.dx and takes_few_rows(self.x, self.quantisation[2], self.x.dtype):
+        if not self.dx and takes_few_rows(self.x, self.quantisation[3], self.quantisation[2], self.x.dtype):
             return self.few()
         return self.dequantize()
 

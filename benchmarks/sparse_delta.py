@@ -223,7 +223,8 @@ register(
     )
 )
 
-HYPER = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+BETAS = (0.9, 0.999)
+HYPER: dict[str, Any] = {"lr": 1e-3, "betas": BETAS, "eps": 1e-8, "weight_decay": 0.0}
 
 
 def _adamw_inputs(case: Case, generator: torch.Generator) -> Inputs:
@@ -248,8 +249,8 @@ def _fused_adamw(case: Case, inputs: Inputs) -> Work:
     values, weight, at = inputs["values"].clone(), inputs["weight"].clone(), inputs["pattern"].indices
     base = weight.view(-1)[at.long()].clone()
     first, second, age = torch.zeros_like(values), torch.zeros_like(values), torch.zeros_like(values, dtype=torch.int16)
-    hyper = definition.adam_hyper(HYPER["lr"], *HYPER["betas"], HYPER["eps"], HYPER["weight_decay"]).to(case.device)
-    corrections = definition.adam_corrections(*HYPER["betas"], 2**15 + 1).to(case.device)
+    hyper = definition.adam_hyper(HYPER["lr"], *BETAS, HYPER["eps"], HYPER["weight_decay"]).to(case.device)
+    corrections = definition.adam_corrections(*BETAS, 2**15 + 1).to(case.device)
     lists = ([values], [inputs["grad"]], [first], [second], [age], [weight], [at], [base])
 
     def call() -> Results:
@@ -268,8 +269,8 @@ def _fused_adamw8(case: Case, inputs: Inputs) -> Work:
         definition.compress_states(torch.zeros_like(values), code) for code in codes
     )
     age = torch.zeros_like(values, dtype=torch.int16)
-    hyper = definition.adam_hyper(HYPER["lr"], *HYPER["betas"], HYPER["eps"], HYPER["weight_decay"]).to(case.device)
-    corrections = definition.adam_corrections(*HYPER["betas"], 2**15 + 1).to(case.device)
+    hyper = definition.adam_hyper(HYPER["lr"], *BETAS, HYPER["eps"], HYPER["weight_decay"]).to(case.device)
+    corrections = definition.adam_corrections(*BETAS, 2**15 + 1).to(case.device)
     lists = ([values], [inputs["grad"]], [first], [second], [age], [weight], [at], [base], [first_max], [second_max])
 
     def call() -> Results:
