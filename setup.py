@@ -190,6 +190,7 @@ class BuildLibraries(build_ext):
                 Path(folder, self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             raise CompileError(str(error)) from error  # setuptools' own, which leaves an optional extension out
         ext.extra_objects = targets
+        ext.depends = [*ext.depends, *ext.sources]  # or setuptools would not link anew what is only an object by then
         ext.sources = []
 
     def _add_cuda_objects(self, ext: Extension, cuda_home: str | None) -> None:
@@ -214,6 +215,7 @@ class BuildLibraries(build_ext):
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(compile_one, sources, targets))
         ext.extra_objects += targets
+        ext.depends = [*ext.depends, *sources]  # as above
         ext.sources = [source for source in ext.sources if not source.endswith(".cu")]
 
 

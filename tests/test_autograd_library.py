@@ -459,6 +459,32 @@ def test_inference_and_training_share_recordings() -> None:
             layer(x)
 
 
+def test_views_have_no_versions_in_inference_mode() -> None:
+    """A batch of sequences is seen as rows, and rows of 4-bit weights are many: both of tensors that are inferred and of others."""
+    weight = F.nf4_quantize(randn(64, K))
+    b = randn(64, R, seed=2).requires_grad_()
+    x = randn(3, 30, K)
+    with torch.inference_mode():
+        inferred = x.clone()
+
+    def call(given: Tensor) -> Tensor:
+        return F.lora_linear(given, weight, A, b, dropout_p=0.1, seed=3)
+
+    ways: list[Callable[[], Tensor]] = [lambda: call(x)]
+    ways += [torch.inference_mode()(lambda: call(inferred)), torch.inference_mode()(lambda: call(x))]
+    ways += [torch.no_grad()(lambda: call(inferred))]
+    with in_python():
+        expected = [way() for way in ways]
+    for first in range(len(ways)):
+        replay.forget()
+        order = ways[first:] + ways[:first]
+        [way() for way in order[:1] * 2]
+        with made(len(ways), 0):
+            for way, one in zip(ways, expected, strict=True):
+                y = way()
+                assert torch.equal(y, one) and y.is_inference() == one.is_inference()
+
+
 def test_needs_are_told_where_no_graph_is_recorded() -> None:
     """As torch tells them: shared_dequantization takes one route by them, which a checkpoint's two forwards must both take."""
     told: list[Any] = []

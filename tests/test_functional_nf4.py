@@ -112,7 +112,10 @@ def test_quantize_refuses() -> None:
         ("weight: expected float32", TypeError, lambda: F.nf4_quantize([1.0])),
         ("weight: expected elements", ValueError, lambda: F.nf4_quantize(weight[:0])),
         ("block_size: expected one of", ValueError, lambda: F.nf4_quantize(weight, block_size=48)),
+        ("block_size: expected one of", ValueError, lambda: F.nf4_quantize(weight, block_size=64.0)),
         ("quant_type: expected one of", ValueError, lambda: F.nf4_quantize(weight, quant_type="int8")),
+        ("quant_type: expected one of", ValueError, lambda: F.nf4_quantize(weight, quant_type=["nf4"])),
+        ("weight: expected a dense tensor", TypeError, lambda: F.nf4_quantize(weight.to_sparse())),
     ):
         with pytest.raises(error, match=message):
             call()

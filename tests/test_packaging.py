@@ -159,6 +159,11 @@ PyMODINIT_FUNC PyInit__autograd() {
 """
 
 
+def rebuilt(tree: Path) -> Path:
+    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, PEFTFAST_BUILD="cpu")
+    return tree
+
+
 def test_cpu_library_in_a_wheel(checkout: Path, tmp_path: Path) -> None:
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w")
     # What is proved is that a library is built, found and loaded: of a few sources, unoptimised. Of all of them is the one that the
@@ -195,9 +200,14 @@ assert native.autograd_module().__name__ == "peftfast._autograd"
     said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
     assert "built for another torch or Python: _autograd.torch-2.10.0." in said
     own.with_name(own.name.replace(torch.__version__, "2.10.0")).unlink()
+    # A source that is changed shows in what is built where an older one lies.
+    assert "(True, '')" in run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(rebuilt(tree)))
+    module.write_text(MODULE.replace("INTERFACE", str(native.AUTOGRAD_INTERFACE + 1)))
+    said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(rebuilt(tree)))
+    assert "is of another version of peftfast" in said
     # One that does not compile leaves the rest as it was.
     module.write_text("#error planted")
-    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree, PEFTFAST_BUILD="cpu")
+    rebuilt(tree)
     assert (tree / "peftfast" / "_cpu.abi3.so").is_file() and not list((tree / "peftfast").glob("_autograd*"))
     assert "not built" in run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tree))
 
@@ -222,7 +232,8 @@ import torch
 torch.version.cuda = "13.0"
 from setuptools.command import build_ext
 def rest(self, ext):
-    print("objects", len(ext.extra_objects), [source for source in ext.sources if source.endswith(".cu")])
+    left, known = ([one for one in given if one.endswith(".cu")] for given in (ext.sources, ext.depends))
+    print("objects", len(ext.extra_objects), left, "known", len(known))  # linked anew where one that is known is newer
 build_ext.build_ext.build_extension = rest
 sys.argv = ["setup.py", "-q", "build_ext", "--build-temp", sys.argv[1]]
 exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__name__": "__main__", "__file__": "setup.py"})
@@ -251,7 +262,7 @@ def test_cuda_sources_are_compiled_side_by_side(checkout: Path, tmp_path: Path) 
 
     done = build(MAX_JOBS=str(2 * len(sources)), PEFTFAST_CUDA_ARCHITECTURES="90a;100")
     assert done.returncode == 0, done.stderr
-    assert f"objects {len(sources)} []" in done.stdout
+    assert f"objects {len(sources)} [] known {len(sources)}" in done.stdout
     called = notes.read_text().splitlines()
     assert sorted(line.split(" -c ")[1].split()[0].rpartition("/")[2] for line in called) == sources
     for line in called:

@@ -319,8 +319,13 @@ void Program::operate(const Step& step, std::vector<at::Tensor>& places) const {
     if (step.viewed < 0) return;
     // So that what is saved of a view is seen to be out of date where its base is written, as it is above these
     // dispatch keys.
-    const c10::VariableVersion counter = torch::autograd::impl::version_counter(places[step.viewed]);
-    for (int place : step.results) torch::autograd::impl::set_version_counter(places[place], counter);
+    const at::Tensor& viewed = places[step.viewed];
+    if (viewed.is_inference()) return;  // it has no version
+    const c10::VariableVersion counter = torch::autograd::impl::version_counter(viewed);
+    for (int place : step.results) {
+        // Nor has a view that is made in inference mode.
+        if (!places[place].is_inference()) torch::autograd::impl::set_version_counter(places[place], counter);
+    }
 }
 
 void Program::launch(const Step& step, std::vector<at::Tensor>& places, PyObject* stream) const {

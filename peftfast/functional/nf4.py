@@ -212,8 +212,12 @@ def nf4_quantize(
         raise TypeError(f"weight: expected float32, bfloat16 or float16, got {got}")
     if weight.numel() == 0:
         raise ValueError(f"weight: expected elements, got shape {tuple(weight.shape)}")
-    if block_size not in definition.BLOCK_SIZES:
-        raise ValueError(f"block_size: expected one of {definition.BLOCK_SIZES}, got {block_size}")
+    if weight.layout is not torch.strided:
+        raise TypeError(f"weight: expected a dense tensor, got {weight.layout}")
+    if not isinstance(block_size, int) or block_size not in definition.BLOCK_SIZES:
+        raise ValueError(f"block_size: expected one of {definition.BLOCK_SIZES}, got {block_size!r}")
+    if quant_type not in definition.QUANT_TYPES:
+        raise ValueError(f"quant_type: expected one of {definition.QUANT_TYPES}, got {quant_type!r}")
     code = definition.code_table(quant_type, weight.device)
     with torch.no_grad():
         packed, absmax = ops.nf4.nf4_quantize(weight.detach(), block_size, code)

@@ -49,7 +49,8 @@ def code_table(quant_type: str, device: torch.device) -> Tensor:
         return torch.tensor(_NF4_CODE, dtype=torch.float32, device=device)
     if quant_type == "fp4":
         magnitudes = torch.tensor(_FP4_TWELFTHS, dtype=torch.float32)
-        return (torch.cat((magnitudes, -magnitudes)) / 12.0).to(device)
+        # Plus 0: the zero of both signs is the positive one, as in bitsandbytes' table.
+        return (torch.cat((magnitudes, -magnitudes)) / 12.0 + 0.0).to(device)
     if quant_type == "int4":
         # Integers -8 to 7 in units of a block's maximum over 7: nothing of a block is nearest to -8.
         return ((torch.arange(16, dtype=torch.float32) - 8) / 7).to(device)
