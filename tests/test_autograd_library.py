@@ -1,5 +1,6 @@
 """Calls that the autograd library (csrc/autograd) makes are those of the Functions in Python, and others are other calls."""
 
+import functools
 import os
 import sys
 import threading
@@ -171,29 +172,29 @@ def test_inference_and_training_share_recordings() -> None:
 
 
 def test_views_have_no_versions_in_inference_mode() -> None:
-    """A batch of sequences is seen as rows, and rows of 4-bit weights are many: both of tensors that are inferred and of others."""
-    weight = F.nf4_quantize(randn(64, K))
+    """The factors are transposed where the compute dtype is not that of x, and a batch of sequences is seen as rows."""
     b = randn(64, R, seed=2).requires_grad_()
     x = randn(3, 30, K)
     with torch.inference_mode():
         inferred = x.clone()
 
-    def call(given: Tensor) -> Tensor:
-        return F.lora_linear(given, weight, A, b, dropout_p=0.1, seed=3)
+    def call(weight: Any, given: Tensor) -> Tensor:
+        return F.lora_linear(given, weight, A, b, dropout_p=0.1, seed=3, compute_dtype=BF16)
 
-    ways: list[Callable[[], Tensor]] = [lambda: call(x)]
-    ways += [torch.inference_mode()(lambda: call(inferred)), torch.inference_mode()(lambda: call(x))]
-    ways += [torch.no_grad()(lambda: call(inferred))]
-    with in_python():
-        expected = [way() for way in ways]
-    for first in range(len(ways)):
-        replay.forget()
-        order = ways[first:] + ways[:first]
-        [way() for way in order[:1] * 2]
-        with made(len(ways), 0):
-            for way, one in zip(ways, expected, strict=True):
-                y = way()
-                assert torch.equal(y, one) and y.is_inference() == one.is_inference()
+    for weight in (F.nf4_quantize(randn(64, K)), randn(64, K)):
+        ways: list[Callable[[], Tensor]] = [functools.partial(call, weight, x)]
+        ways += [torch.inference_mode()(functools.partial(call, weight, given)) for given in (inferred, x)]
+        ways += [torch.no_grad()(functools.partial(call, weight, inferred))]
+        with in_python():
+            expected = [way() for way in ways]
+        for first in range(len(ways)):
+            replay.forget()
+            for _ in range(2):  # recorded by another mode each time
+                ways[first]()
+            with made(len(ways), 0):
+                for way, one in zip(ways, expected, strict=True):
+                    y = way()
+                    assert torch.equal(y, one) and y.is_inference() == one.is_inference()
 
 
 def test_needs_are_told_where_no_graph_is_recorded() -> None:
