@@ -1,5 +1,6 @@
 """Checkpoints and parameters exchanged with bitsandbytes, which need not be there to load one."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,11 @@ def test_load_refuses(tmp_path: Path) -> None:
     def without(*names: str) -> dict[str, torch.Tensor]:
         return {name: value for name, value in state.items() if name not in names}
 
+    def described(name: str, **changed: Any) -> dict[str, torch.Tensor]:
+        key = f"{name}.weight.quant_state.bitsandbytes__nf4"
+        text = json.dumps(json.loads(bytes(state[key].tolist())) | changed)
+        return state | {key: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
     for message, error, checkpoint in (
         ("checkpoint: expected a path or a mapping", TypeError, 3),
         ("checkpoint: no .safetensors file in", ValueError, tmp_path / ".."),
@@ -98,9 +104,16 @@ def test_load_refuses(tmp_path: Path) -> None:
         ("block.up: not the state", ValueError, state | {"block.up.weight": state["block.down.weight"][1:]}),
         ("missing .*norm.weight", RuntimeError, without("norm.weight")),
         ("unexpected .*other", RuntimeError, state | {"other": torch.zeros(1)}),
+        ("size mismatch for norm.weight", RuntimeError, state | {"norm.weight": torch.zeros(3)}),
+        ("block.up: .*nested blocks of 256, got 128", ValueError, described("block.up", nested_blocksize=128)),
+        ("block.up: .*name of a torch dtype, got 'nope'", ValueError, described("block.up", dtype="nope")),
     ):
+        model = Model()
+        before = [*model.modules(), *model.parameters()]
         with pytest.raises(error, match=message):
-            load_nf4(Model(), checkpoint)
+            load_nf4(model, checkpoint)
+        after = [*model.modules(), *model.parameters()]
+        assert all(one is other for one, other in zip(before, after, strict=True)), message
     load_nf4(Model(), without("norm.weight"), strict=False)
     small = Model()
     small.block["up"] = nn.Linear(64, 192)

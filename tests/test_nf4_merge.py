@@ -67,9 +67,14 @@ def test_merge_refuses() -> None:
             ("lora_a: expected shape", ValueError, (nf4, a[:, 1:], b)),
             ("lora_b: expected shape", ValueError, (nf4, a, b[1:])),
             ("lora_b: expected on", ValueError, (nf4, a, b.to("meta"))),
+            ("lora_b: expected torch.float32 as lora_a is", TypeError, (nf4, a, b.half())),
+            ("scaling: expected a Python number", TypeError, (nf4, a, b, "2")),
         ):
             with pytest.raises(error, match=message):
                 merge(*arguments)
+    for dtype in (torch.int8, "float32"):
+        with pytest.raises(TypeError, match="dtype: expected a floating dtype"):
+            F.nf4_merge_dense(nf4, a, b, dtype=dtype)  # type: ignore[arg-type]
 
 
 def peft_layer(dtype: torch.dtype, bias: bool, lora_bias: bool, alpha: float, **options: Any) -> Any:

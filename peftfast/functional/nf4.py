@@ -46,6 +46,8 @@ class NF4Weight:
     nested_offset: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._check_kinds()
         object.__setattr__(self, "shape", torch.Size(self.shape))
         for name in ("packed", "absmax", "code"):
             if not isinstance(getattr(self, name), Tensor):
@@ -58,6 +60,22 @@ class NF4Weight:
             ops.nf4.check_weight(*self.storage())
         except RuntimeError as error:
             raise ValueError(str(error)) from None
+
+    def _check_kinds(self) -> None:
+        shape, dtype = self.shape, self.dtype
+        if type(shape) is not torch.Size:
+            if not isinstance(shape, tuple | list) or not all(isinstance(n, int | torch.SymInt) for n in shape):
+                raise TypeError(f"shape: expected a sequence of ints, got {shape!r}")
+        if any(isinstance(n, int) and n < 0 for n in shape):
+            raise ValueError(f"shape: expected no negative size, got {tuple(shape)}")
+        if not isinstance(self.block_size, int):
+            raise TypeError(f"block_size: expected an int, got {type(self.block_size).__name__}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
+        for name in ("nested_absmax", "nested_code", "nested_offset"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
 
     def storage(self) -> tuple[Any, ...]:
         """The operators' arguments: packed, absmax, code, block_size, shape, nested_absmax, nested_code, nested_offset."""

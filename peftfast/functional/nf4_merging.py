@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .nf4 import NF4Weight, nest, nf4_dequantize
 _SLAB = 16 * 2**20
 
 
-def _check(nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor) -> None:
+def _check(nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
     if not isinstance(nf4, NF4Weight):
         raise TypeError(f"nf4: expected an NF4Weight, got {type(nf4).__name__}")
     if len(nf4.shape) != 2:
@@ -31,6 +32,10 @@ def _check(nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor) -> None:
         raise ValueError(f"lora_a: expected shape (R, {k}), got {tuple(lora_a.shape)}")
     if tuple(lora_b.shape) != (n, lora_a.shape[0]):
         raise ValueError(f"lora_b: expected shape {(n, lora_a.shape[0])}, got {tuple(lora_b.shape)}")
+    if lora_b.dtype != lora_a.dtype:
+        raise TypeError(f"lora_b: expected {lora_a.dtype} as lora_a is, got {lora_b.dtype}")
+    if not isinstance(scaling, numbers.Real):
+        raise TypeError(f"scaling: expected a Python number, got {type(scaling).__name__}")
 
 
 def _merged_rows(nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float, first: int, rows: int) -> Tensor:
@@ -49,7 +54,7 @@ def nf4_merge(nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1
     is given stays as it is: keep it, and putting it back restores its bytes.
 
     Args:
-        nf4: of shape ``(N, K)``. lora_a: ``[R, K]``. lora_b: ``[N, R]``.
+        nf4: of shape ``(N, K)``. lora_a: ``[R, K]``. lora_b: ``[N, R]``, of lora_a's dtype. scaling: a Python number.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -62,7 +67,7 @@ def merged_weight(
     nf4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float, finite: bool = False
 ) -> NF4Weight | None:
     """:func:`nf4_merge`; None where the sum has to be ``finite``, which costs a synchronisation a slab, and is not."""
-    _check(nf4, lora_a, lora_b)
+    _check(nf4, lora_a, lora_b, scaling)
     n, k = nf4.shape
     # Slabs begin where a block and a byte begin.
     step = nf4.block_size // _greatest_divisor(nf4.block_size, k)
@@ -97,7 +102,9 @@ def nf4_merge_dense(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check(nf4, lora_a, lora_b)
+    _check(nf4, lora_a, lora_b, scaling)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating dtype, got {dtype!r}")
     n, k = nf4.shape
     merged = torch.empty((n, k), dtype=dtype or nf4.dtype, device=nf4.device)
     rows = max(1, _SLAB // max(k, 1))

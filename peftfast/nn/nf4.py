@@ -164,13 +164,19 @@ def unpack_state(packed: Tensor, state: dict[str, Tensor]) -> F.NF4Weight:
         raise ValueError(f"expected one quant_state entry, got {blobs}")
     meta = json.loads(bytes(state[blobs[0]].tolist()))
     tensors = {name: state[key] for name, key in _STATE_KEYS.items() if key in state}
+    dtype = getattr(torch, str(meta["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: expected the name of a torch dtype, got {meta['dtype']!r}")
+    nested_block_size = meta.get("nested_blocksize", definition.NESTED_BLOCK_SIZE)
+    if nested_block_size != definition.NESTED_BLOCK_SIZE:
+        raise ValueError(f"expected nested blocks of {definition.NESTED_BLOCK_SIZE}, got {nested_block_size}")
     if "nested_offset" in meta:
         tensors["nested_offset"] = torch.tensor([meta["nested_offset"]], dtype=torch.float32, device=packed.device)
     return F.NF4Weight(
         packed=packed.reshape(-1).view(torch.uint8)[:, None],
         block_size=meta["blocksize"],
         shape=torch.Size(meta["shape"]),
-        dtype=getattr(torch, meta["dtype"]),
+        dtype=dtype,
         quant_type=meta["quant_type"],
         **tensors,
     )

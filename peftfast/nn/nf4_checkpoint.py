@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def load_nf4(
 
     Raises:
         TypeError: ``checkpoint`` is none of these. ValueError: a 4-bit layer is incomplete, is no nn.Linear in the model, or has
-            another shape there. RuntimeError: keys do not match, where strict.
+            another shape there. RuntimeError: keys do not match, where strict, or shapes of what is not in 4 bits. The model is then
+            as it was.
     """
     tensors = _tensors(checkpoint)
     weights = nf4_weights(tensors)
@@ -87,21 +89,41 @@ def load_nf4(
         if tuple(nf4.shape) != (module.out_features, module.in_features):
             expected = (module.out_features, module.in_features)
             raise ValueError(f"{name}: expected a weight of shape {expected}, the checkpoint has {tuple(nf4.shape)}")
-    for name, nf4 in weights.items():
-        parent, _, leaf = name.rpartition(".")
-        layer = NF4Linear(nf4, modules[name].bias, compute_dtype)
-        layer.train(modules[name].training)
-        setattr(modules[parent], leaf, layer)
     rest = {
         key: value
         for key, value in tensors.items()
         if not any(key == f"{name}.weight" or key.startswith(f"{name}.weight.") for name in _owners(key, weights))
     }
-    missing, unexpected = model.load_state_dict(rest, strict=False, assign=True)
-    missing = [key for key in missing if not any(key.startswith(f"{name}.weight") for name in _owners(key, weights))]
-    if strict and (missing or unexpected):
-        raise RuntimeError(f"checkpoint: missing {missing}, unexpected {unexpected}")
+    with _whole_or_not_at_all(model):
+        for name, nf4 in weights.items():
+            parent, _, leaf = name.rpartition(".")
+            layer = NF4Linear(nf4, modules[name].bias, compute_dtype)
+            layer.train(modules[name].training)
+            setattr(modules[parent], leaf, layer)
+        missing, unexpected = model.load_state_dict(rest, strict=False, assign=True)
+        missing = [
+            key for key in missing if not any(key.startswith(f"{name}.weight") for name in _owners(key, weights))
+        ]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"checkpoint: missing {missing}, unexpected {unexpected}")
     return model
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(model: nn.Module) -> Iterator[None]:
+    """What is assigned within the block is taken back where it raises: keys and shapes are compared by what loads them alone."""
+    before = [
+        (held, dict(held))
+        for module in model.modules()
+        for held in (module._parameters, module._buffers, module._modules)
+    ]
+    try:
+        yield
+    except BaseException:
+        for held, values in before:
+            held.clear()  # type: ignore[attr-defined]
+            held.update(values)  # type: ignore[arg-type]
+        raise
 
 
 def _owners(key: str, weights: Mapping[str, F.NF4Weight]) -> list[str]:
