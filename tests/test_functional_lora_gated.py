@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import peftfast.functional as F
 from peftfast.functional.lora_gated import LoRAGatedFunction
@@ -135,6 +136,16 @@ def test_nothing_but_gate_up_and_s_is_kept(weight: str, p: float) -> None:
     )
     assert apart - own == 2 * 64 * 96 * 2
     assert saved_bytes(lambda: F.gated_activation(*halves), halves) == 0
+
+
+@pytest.mark.parametrize("needs", [("lora_b",), PLAIN])
+def test_a_checkpoint_may_unpack_what_is_saved_once(needs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTFAST_AUTOGRAD", "python")
+    case = GatedLayerCase(needs=needs, p=0.0, bias=False, lora_bias=False)
+    own, again = tensors_of(case), tensors_of(case)
+    run(case, own).sum().backward()
+    checkpoint(run, case, again, use_reentrant=False).sum().backward()
+    assert all(torch.equal(own[name].grad, again[name].grad) for name in needs)
 
 
 def test_a_frozen_adapter_keeps_less() -> None:

@@ -169,6 +169,15 @@ def test_dequantize_into_out() -> None:
     assert F.nf4_dequantize(nf4, out=out) is out and torch.equal(out, dense)
     assert F.nf4_dequantize(nf4, F32, out=out) is out
     assert F.nf4_dequantize(nf4).dtype == nf4.dtype
+    factor = torch.ones(nf4.shape, device=DEVICE, requires_grad=True)
+    y = (factor * out).sum()
+    F.nf4_dequantize(nf4, out=out[:1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with pytest.raises(ValueError, match="out: expected a tensor that needs no gradient"):
+        F.nf4_dequantize(nf4, out=factor)
+    with torch.no_grad():
+        assert torch.equal(F.nf4_dequantize(nf4, out=factor), dense)
 
 
 def test_dequantize_refuses() -> None:

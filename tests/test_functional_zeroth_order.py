@@ -1,9 +1,13 @@
 """F.perturb_, F.perturbation and F.zo_linear: what they promise in their own words."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import peftfast.functional as F
+from peftfast.functional.dora import forget_norms
+from peftfast.optim import low_rank
 from tests.support.counting import Calls
 from tests.support.lora_checks import BF16, DEVICE, F16, F32
 
@@ -95,6 +99,33 @@ def test_parameters_and_leaves_can_be_moved() -> None:
     parameter = torch.nn.Parameter(torch.zeros(4, device=DEVICE))
     F.perturb_([parameter], 1, 1.0)
     assert torch.equal(parameter.detach(), F.perturbation((4,), 1, device=DEVICE)) and parameter.requires_grad
+
+
+def test_a_tensor_that_is_moved_says_so() -> None:
+    """By its version: to a graph that has saved it, and to DoRA, which keeps the norms of a weight's rows while it does not change."""
+    (weight, wide), x, a = weights((48, 48), (6, 4)), *weights((3, 48)), *weights((2, 48))
+    b, magnitude = torch.ones(48, 2, device=DEVICE), torch.ones(48, device=DEVICE)
+
+    def layer() -> torch.Tensor:
+        return F.lora_linear(x, weight, a, b, magnitude=magnitude)
+
+    layer()
+    parameter = torch.nn.Parameter(wide.T)
+    moved: list[Callable[[], None]] = [
+        lambda: F.perturb_([weight, parameter], 3, 2.0),
+        lambda: low_rank.move_(weight, torch.tensor([3], device=DEVICE), torch.ones(1, device=DEVICE), 0, 2, False),
+        lambda: low_rank.update_(weight, torch.tensor([3], device=DEVICE), torch.ones(1, device=DEVICE), 0, 2, False),
+    ]
+    for move in moved:
+        factor = torch.ones_like(weight, requires_grad=True)
+        y = (factor * weight).sum()
+        move()
+        now = layer()
+        forget_norms(weight)
+        assert torch.equal(now, layer())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+    assert parameter._version > 0
 
 
 def test_positions_beyond_32_bits() -> None:

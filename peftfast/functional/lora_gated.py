@@ -92,8 +92,9 @@ class LoRAGatedFunction(torch.autograd.Function):
         needs_h, needs_weight, needs_a, needs_b, *needs_biases = inner.needs_input_grad[:6]
         p, scaling, dtype, rank, h_dtype, weight_dtype, a_dtype, _, _ = inner.plan
         same = h_dtype is dtype and weight_dtype is dtype
+        saved = ctx.saved_tensors  # once: each question unpacks them anew, which a checkpoint allows a single time
         if same and not (needs_weight or True in needs_biases) and _as_one(dy, dtype, rank):
-            gate, up, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+            gate, up, weight, lora_a, lora_b, s, seed = saved
             if gate is not None:
                 found = torch.ops.peftfast_cpu.lora_gated_backward.default(
                     dy.contiguous(),
@@ -120,7 +121,7 @@ class LoRAGatedFunction(torch.autograd.Function):
         with autocast_off(dy.device.type):
             passes = _replayed_backward if replay.allowed(dy) else _backward
             own = (ctx.activation, inner.plan, inner.needs_input_grad[:6], ctx.needs_input_grad[:2])
-            dgate, dup, *grads = passes(dy, *own, *ctx.saved_tensors)
+            dgate, dup, *grads = passes(dy, *own, *saved)
         return dgate, dup, None, *grads, *(None,) * (len(ctx.needs_input_grad) - _FIRST - 5)
 
 

@@ -286,11 +286,17 @@ def nf4_dequantize(
         raise ValueError(f"dtype: {dtype} was asked for beside out of {out.dtype}")
     elif out.device != nf4.device:
         raise ValueError(f"out: expected on {nf4.device}, got on {out.device}")
+    elif out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: expected a tensor that needs no gradient, or a call under torch.no_grad")
     try:
         ops.nf4.check_rows(out, nf4.shape, first_row)
     except RuntimeError as error:
         raise ValueError(str(error)) from None
     ops.nf4.nf4_dequantize_out(*nf4.storage(), out, first_row)
+    if (
+        not torch.compiler.is_compiling()
+    ):  # the kernel writes behind the counter by which a graph knows that it saved another value
+        torch.autograd.graph.increment_version(out)
     return out
 
 

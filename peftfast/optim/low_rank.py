@@ -27,6 +27,7 @@ def move_(weight: Tensor, seed: Tensor, scale: Tensor, tensor_id: int, rank: int
     """weight += scale z, rounded to nearest once."""
     u, v = factors(weight, seed, tensor_id, rank, rademacher)
     ops.lora.lora_expand_(weight, u * scale, v, None, None, 0.0, 1.0)
+    torch.autograd.graph.increment_version(weight)
 
 
 def update_(weight: Tensor, seeds: Tensor, coefficients: Tensor, tensor_id: int, rank: int, rademacher: bool) -> None:
@@ -34,6 +35,7 @@ def update_(weight: Tensor, seeds: Tensor, coefficients: Tensor, tensor_id: int,
     pairs = [factors(weight, seeds[k : k + 1], tensor_id, rank, rademacher) for k in range(seeds.numel())]
     left = torch.cat([u * coefficients[k] for k, (u, _) in enumerate(pairs)], dim=1)
     ops.lora.lora_expand_(weight, left, torch.cat([v for _, v in pairs], dim=1), None, None, 0.0, 1.0)
+    torch.autograd.graph.increment_version(weight)
 
 
 def add_to_(y: Tensor, x: Tensor, u: Tensor, v: Tensor, half: int | None = None) -> None:
