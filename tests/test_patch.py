@@ -433,6 +433,21 @@ def test_guard_repacked(caplog) -> None:
     assert "repacked" in str(peftfast.report(model))
 
 
+def test_new_statistics_of_a_4bit_weight_are_seen() -> None:
+    """Whichever tensor of a quantisation state is exchanged, between two calls of a layer that remembers its guards' verdict."""
+    for holder, name in ((None, "absmax"), (None, "code"), (None, "offset"), ("state2", "absmax"), ("state2", "code")):
+        model = stir(adapted(four_bit=True))
+        peftfast.patch(model)
+        before = [model(X) for _ in range(3)][-1]
+        state = layer_of(model).base_layer.weight.quant_state
+        owner = getattr(state, holder) if holder else state
+        old = getattr(owner, name)
+        setattr(owner, name, old.flip(0).contiguous() if old.dim() else old * 2)
+        now = model(X)
+        assert torch.equal(now, copy.deepcopy(model)(X)), name  # which remembers nothing
+        assert not torch.equal(now, before), name
+
+
 def test_guard_no_fused_backend(monkeypatch) -> None:
     monkeypatch.setenv("PEFTFAST_BACKEND", "reference")
     model = stir(adapted())

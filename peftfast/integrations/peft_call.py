@@ -34,6 +34,16 @@ def _nothing() -> None:
     return None
 
 
+_FIELDS = operator.attrgetter("absmax", "code", "blocksize", "shape", "dtype", "offset", "state2")
+_NESTED = operator.attrgetter("absmax", "code")
+
+
+def _statistics(state: Any) -> tuple[Any, ...]:
+    """What is read of a quantisation state, but for what ``why_not_served`` asks at every call."""
+    fields = _FIELDS(state)
+    return fields if fields[-1] is None else (*fields, *_NESTED(fields[-1]))
+
+
 class Verdict:
     """That the guards let a layer with these adapters run fused, and all that they looked at, so that the next call can see by
     identities that nothing has changed: modules, parameters, their addresses (which a move, a cast or a partition changes), hooks.
@@ -75,7 +85,7 @@ class Verdict:
         self.parameters = [value for value in self.values if isinstance(value, Tensor)]
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.state = bnb.quant_state(base) if self.four_bit else None
-        self.statistics = None if self.state is None else (self.state.absmax, self.state.absmax.data_ptr())
+        self.statistics = None if self.state is None else (_statistics(self.state), self.state.absmax.data_ptr())
         self.nf4 = bnb.weight_of(base) if self.four_bit else None
         self.dtype, self.device, self.width = base.weight.dtype, base.weight.device, base.in_features
         self.device_type = self.device.type
@@ -103,8 +113,8 @@ class Verdict:
         if self.state is not None and self.statistics is not None:
             if bnb.quant_state(self.base) is not self.state or bnb.why_not_served(self.base):
                 return False
-            absmax = self.state.absmax
-            return absmax is self.statistics[0] and absmax.data_ptr() == self.statistics[1]
+            known, address = self.statistics
+            return all(map(operator.is_, known, _statistics(self.state))) and self.state.absmax.data_ptr() == address
         return True
 
 
