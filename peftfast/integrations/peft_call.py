@@ -34,12 +34,12 @@ def _nothing() -> None:
     return None
 
 
-_FIELDS = operator.attrgetter("absmax", "code", "blocksize", "shape", "dtype", "offset", "state2")
+_FIELDS = operator.attrgetter("absmax", "code", "offset", "state2")
 _NESTED = operator.attrgetter("absmax", "code")
 
 
 def _statistics(state: Any) -> tuple[Any, ...]:
-    """What is read of a quantisation state, but for what ``why_not_served`` asks at every call."""
+    """The tensors that are read of a quantisation state."""
     fields = _FIELDS(state)
     return fields if fields[-1] is None else (*fields, *_NESTED(fields[-1]))
 
