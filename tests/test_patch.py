@@ -433,6 +433,21 @@ def test_guard_repacked(caplog) -> None:
     assert "repacked" in str(peftfast.report(model))
 
 
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_guard_a_scaling_that_is_trained(four_bit: bool) -> None:
+    model = stir(adapted(four_bit=four_bit))
+    stock = copy.deepcopy(model)
+    peftfast.patch(model)
+    model(X)
+    scalings = []
+    for each in (model, stock):
+        scalings.append(nn.Parameter(torch.tensor(1.5)))
+        layer_of(each).scaling["default"] = scalings[-1]
+        each(X).sum().backward()
+    assert "a scaling that is a tensor" in str(peftfast.report(model))
+    assert relative(scalings[0].grad, scalings[1].grad) < 1e-2
+
+
 def test_new_statistics_of_a_4bit_weight_are_seen() -> None:
     """Whichever tensor of a quantisation state is exchanged, between two calls of a layer that remembers its guards' verdict."""
     for holder, name in ((None, "absmax"), (None, "code"), (None, "offset"), ("state2", "absmax"), ("state2", "code")):

@@ -95,8 +95,11 @@ def _variant_reason(layer: Any, name: str, alone: bool) -> str:
     return _parameter_reason("the magnitude vector", magnitude.weight)
 
 
+_TENSORS = frozenset((Tensor, nn.Parameter))
+
+
 def scaled_by_tensors(layer: Any) -> bool:
-    return Tensor in map(type, layer.scaling.values())
+    return not _TENSORS.isdisjoint(map(type, layer.scaling.values()))
 
 
 def why_stock(layer: Any, names: list[str]) -> str:
@@ -120,7 +123,7 @@ def why_stock(layer: Any, names: list[str]) -> str:
         return reason
     dora = False
     if scaled_by_tensors(layer):
-        return "a scaling that is a tensor, as prepare_model_for_compiled_hotswap makes it"
+        return "a scaling that is a tensor, as prepare_model_for_compiled_hotswap makes it, or a parameter"
     for name in names:
         if name in layer.lora_variant:
             reason = _variant_reason(layer, name, len(names) == 1)
