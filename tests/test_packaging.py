@@ -201,7 +201,6 @@ assert native.autograd_module().__name__ == "peftfast._autograd"
     assert "built for another torch or Python: _autograd.torch-2.10.0." in said
     own.with_name(own.name.replace(torch.__version__, "2.10.0")).unlink()
     # A source that is changed shows in what is built where an older one lies.
-    assert "(True, '')" in run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(rebuilt(tree)))
     module.write_text(MODULE.replace("INTERFACE", str(native.AUTOGRAD_INTERFACE + 1)))
     said = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(rebuilt(tree)))
     assert "is of another version of peftfast" in said

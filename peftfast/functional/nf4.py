@@ -264,7 +264,8 @@ def nf4_dequantize(
         dtype: of the result; ``nf4.dtype`` if not given. Not together with ``out``.
         out: floating, on ``nf4.device``: written and returned. Either contiguous and of ``nf4.shape``; or, for a matrix, ``[rows,
         K]``
-            whose rows are consecutive elements and may lie further than K apart: part of a wider buffer, or a slab of rows.
+            whose rows are consecutive elements and may lie further than K apart: part of a wider buffer, or a slab of rows. One that
+            needs a gradient is written under torch.no_grad alone.
         first_row: of the weight, where the rows of ``out`` begin.
 
     Raises:
