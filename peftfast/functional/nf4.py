@@ -294,9 +294,8 @@ def nf4_dequantize(
     except RuntimeError as error:
         raise ValueError(str(error)) from None
     ops.nf4.nf4_dequantize_out(*nf4.storage(), out, first_row)
-    if (
-        not torch.compiler.is_compiling()
-    ):  # the kernel writes behind the counter by which a graph knows that it saved another value
+    # The kernel writes behind the counter by which a graph knows that it saved another value.
+    if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(out)
     return out
 

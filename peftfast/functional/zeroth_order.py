@@ -135,9 +135,8 @@ def perturb_(
             for out, new in zip(outs, written, strict=True):
                 if out is not new:
                     out.copy_(new)
-            if (
-                not torch.compiler.is_compiling()
-            ):  # kernels write behind the counters that autograd and DoRA's norms look at
+            # Kernels write behind the counters that autograd and DoRA's norms look at.
+            if not torch.compiler.is_compiling():
                 torch.autograd.graph.increment_version(outs)
 
 
