@@ -6,8 +6,8 @@ tensors at hand, and adds a node to autograd's graph, all in C++. A call that ca
 of functions or of dispatch, the profiler, autocast, anomaly mode, functorch, forward-mode differentiation), is the Function's own.
 
 Host time of a LoRA layer, 16 x 16, r = 4, two rows, launches left out, us of one thread (Zen 5, torch 2.13, triton 3.7, 2026-11-21;
-``python -m benchmarks.host``): forward 10 and with the backward 31, in Python 24 and 84, PEFT's 27 and 64, the frozen layer's 5 and 18;
-under dropout 12 and 32, 26 and 91, 32 and 72. A Function in Python that computes nothing takes 8 and 28.
+``python -m benchmarks.host``): forward 10 and with the backward 31, in Python 26 and 89, PEFT's 27 and 65, the frozen layer's 5 and 17;
+under dropout 13 and 33, 29 and 95, 33 and 74. A Function in Python that computes nothing takes 8 and 28.
 
 The library serves the version of torch that it was built with (setup.py); without it the Functions are called as Python has them.
 ``PEFTFAST_AUTOGRAD=python`` asks for that.
