@@ -4,12 +4,19 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+import torch
+
 _local = threading.local()
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """``kernel[grid](*args, **constants)``: the ordinary arguments in the kernel's order, then by name its constexprs and the
-    compiler's options."""
+    compiler's options. A recording holds no call with a tensor whose memory was freed; a call that is not recorded asks here."""
+    for place, one in enumerate(args):
+        if isinstance(one, torch.Tensor) and not one.untyped_storage().nbytes() and one.numel():
+            raise RuntimeError(
+                f"argument {place} of a kernel: expected {one.nbytes} bytes of memory, got a storage that was freed"
+            )
     recorder = getattr(_local, "recorder", None)
     if recorder is None:
         kernel[grid](*args, **constants)

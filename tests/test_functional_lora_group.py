@@ -339,8 +339,22 @@ def test_row_gain_is_the_norm(dtype: torch.dtype, scaling: float) -> None:
         torch.testing.assert_close(gain.double(), exact, rtol=2e-6, atol=0)
 
 
+def test_norms_of_a_trained_weight_are_not_kept() -> None:
+    """FSDP2 gathers a weight that was stepped into memory of the same address, and preserves its version counter."""
+    weight = torch.randn(24, 100, requires_grad=True)
+    a, b, magnitude = torch.randn(4, 100), torch.randn(24, 4), torch.rand(24) + 0.5
+    x = torch.randn(5, 100)
+    F.lora_linear(x, weight, a, b, magnitude=magnitude)
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
+        weight.mul_(2.0)
+    fresh = weight.detach().clone()
+    expected = F.lora_linear(x, fresh, a, b, magnitude=magnitude)
+    assert torch.equal(F.lora_linear(x, weight, a, b, magnitude=magnitude), expected)
+
+
 def test_kept_norms_follow_the_weight() -> None:
-    weight, a, b = torch.randn(8, 16), torch.randn(2, 16), torch.randn(8, 2)
+    columns = 2 * dora.SHORT_ROW  # of shorter rows nothing is kept
+    weight, a, b = torch.randn(8, columns), torch.randn(2, columns), torch.randn(8, 2)
     magnitude = torch.ones(8)
 
     def check() -> None:
@@ -350,9 +364,11 @@ def test_kept_norms_follow_the_weight() -> None:
     check()
     weight.mul_(3.0)  # another version
     check()
-    weight.data = torch.randn(8, 16)  # another address
+    weight.data = torch.randn(8, columns)  # another address
     check()
     weight.data.mul_(2.0)  # neither
+    with pytest.raises(AssertionError):
+        check()
     dora.forget_norms(weight)
     check()
 

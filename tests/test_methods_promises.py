@@ -163,6 +163,16 @@ def test_unloading_keeps_the_low_rank_term(name: str) -> None:
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["lora-xs", "ssf"])
+def test_what_is_cast_while_merged_is_cast_after(name: str) -> None:
+    handle = adapted(name, dtype=torch.float32)
+    stir(handle)
+    handle.merge()
+    handle.model.bfloat16()
+    handle.unmerge()
+    assert {parameter.dtype for parameter in handle.model.parameters()} == {torch.bfloat16}
+
+
 def test_ssf_merges_into_4_bits_without_a_bias() -> None:
     handle = adapted("ssf", dtype=torch.float32, four_bit=True)
     assert handle.layers["down"].bias is None

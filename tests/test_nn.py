@@ -133,6 +133,35 @@ def test_merge_and_unmerge_dense(dora: bool) -> None:
     assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, bias) and not layer.merged
 
 
+def test_merging_writes_into_nothing_that_is_shared() -> None:
+    linear = nn.Linear(48, 32)
+    layer = LoRALinear.from_linear(linear, r=4, lora_bias=True)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    nn.init.normal_(layer.lora_bias)
+    x = torch.randn(6, 48)
+    before = linear(x)
+    layer.merge()
+    assert torch.equal(linear(x), before)
+    layer.unmerge()
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_what_is_cast_while_merged_is_cast_after(four_bit: bool) -> None:
+    base: nn.Module = nn.Linear(64, 32)
+    if four_bit:
+        base = NF4Linear.from_linear(base)
+    layer = LoRALinear.from_linear(base, r=4, lora_bias=True)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(6, 64).bfloat16()
+    expected = copy.deepcopy(layer).bfloat16()(x)
+    layer.merge()
+    layer.bfloat16()
+    layer.unmerge()
+    assert layer.bias.dtype == torch.bfloat16
+    assert torch.equal(layer(x), expected)
+
+
 def test_merge_4bit_restores_its_bytes() -> None:
     layer = LoRALinear.from_linear(NF4Linear.from_linear(nn.Linear(64, 32)), r=4)
     nn.init.normal_(layer.lora_B, std=0.5)

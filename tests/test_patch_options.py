@@ -272,6 +272,35 @@ def test_copies_do_not_share_a_verdict() -> None:
     assert peft_call.VERDICT not in layer_of(model).__dict__
 
 
+def _replica(module: Any) -> Any:
+    """As nn.DataParallel makes one, with twice the parameters: its own modules, and tensors that are no parameters any more."""
+    made = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else _replica(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            made._parameters[name] = None
+        else:
+            setattr(made, name, parameter * 2)
+    return made
+
+
+@pytest.mark.parametrize("option", ["plain", "dora", "two active"])
+def test_a_replica_does_not_share_a_verdict(option: str) -> None:
+    stock = stir(OPTIONS[option]())
+    patched = copy.deepcopy(stock)
+    peftfast.patch(patched)
+    gradients = []
+    for model in (stock, patched):
+        for _ in range(3):
+            model(X)
+        _replica(model)(X).square().sum().backward()
+        gradients.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 3
+    for name, expected in gradients[0].items():
+        assert relative(gradients[1][name], expected) < 1e-5, name
+
+
 def test_threads() -> None:
     """One model called by several threads while another switches its adapter: every answer is one of the two."""
     model = stir(with_second()).eval()

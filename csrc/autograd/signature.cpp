@@ -55,8 +55,9 @@ bool Call::add(const at::Tensor& tensor, bool parameter, bool addressed) {
     const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
     if ((impl->key_set().raw_repr() & ~kPlain.raw_repr()) != 0) return false;
     if (impl->layout() != c10::kStrided || !impl->has_storage()) return false;
+    // A view into memory that was freed has an address that is not null.
+    if (impl->numel() == 0 || impl->storage().data() == nullptr) return false;
     const auto address = reinterpret_cast<uintptr_t>(impl->data());
-    if (address == 0) return false;
     const c10::Device device = impl->device();
     const auto sizes = impl->sizes(), strides = impl->strides();
     key.push_back(kTensor | static_cast<int64_t>(tensor.scalar_type()) << 8 |

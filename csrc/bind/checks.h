@@ -2,6 +2,7 @@
 // before anything is written.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -21,6 +22,22 @@ inline std::string shape_of(const Tensor& t) {
     std::string text = "[";
     for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
     return text + "]";
+}
+
+// That a tensor's elements lie in its storage: wrappers that shard or offload a model free the memory of a tensor that
+// stays (untyped_storage().resize_(0)), and of a view into it the address is then not even null.
+inline void check_memory(const Tensor& t, const char* name) {
+    const auto sizes = t.sizes(), strides = t.strides();
+    int64_t last = t.storage_offset();
+    for (size_t i = 0; i < sizes.size(); ++i) {
+        if (sizes[i] == 0) return;
+        last += (sizes[i] - 1) * strides[i];
+    }
+    int64_t held = 0;
+    const auto status = aoti_torch_get_storage_size(t.get(), &held);
+    const int64_t needed = (last + 1) * static_cast<int64_t>(t.element_size());
+    STD_TORCH_CHECK(status == 0 && needed <= held, name, ": expected ", needed,
+                    " bytes of memory, but its storage holds ", held, ", as one that was freed does");
 }
 
 inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) {

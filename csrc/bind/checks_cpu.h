@@ -1,4 +1,4 @@
-// What the CPU bindings share: the device check and torch's thread pool as the kernels take it.
+// What the CPU bindings share: the check of device and memory, and torch's thread pool as the kernels take it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +10,7 @@ namespace peftfast::bind {
 
 inline void check_cpu(const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got device type ", static_cast<int>(t.device().type()));
+    check_memory(t, name);
 }
 
 inline uint64_t seed_value(const Tensor& seed) {

@@ -1,4 +1,4 @@
-// What the CUDA bindings share: the device check and the stream that torch uses now.
+// What the CUDA bindings share: the check of device and memory, and the stream that torch uses now.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -13,6 +13,7 @@ inline void check_cuda(const Tensor& t, const char* name, int32_t device) {
                     static_cast<int>(t.device().type()));
     STD_TORCH_CHECK(t.get_device_index() == device, name, ": expected CUDA device ", device, ", got ",
                     t.get_device_index());
+    check_memory(t, name);
 }
 
 // Stream::nativeHandle would need torch 2.13, and torch's own check of a status is a macro of another name in 2.11.

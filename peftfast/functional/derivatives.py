@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 
@@ -26,9 +28,62 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "torch's own operators (peftfast.unpatch(model) gives a model's own forward back)"
             )
         with torch.no_grad():
-            return backward(ctx, *grads)
+            if torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            return _of_each(functools.partial(backward, ctx), grads)
 
     return wrapper
+
+
+def _of_each(backward: Callable[..., Any], grads: tuple[Any, ...]) -> Any:
+    """A backward pass, which under a map over gradients (``torch.vmap``; what came before it, by which torch still makes
+    ``is_grads_batched=True`` and vectorised Jacobians) takes one after the other: the kernels have no rules for batches."""
+    if any([one is not None and functorch.is_legacy_batchedtensor(one) for one in grads]):
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        held = [
+            (torch._remove_batch_dim(one, level, 1, 0), 0)  # type: ignore[attr-defined]
+            if one is not None and functorch.is_legacy_batchedtensor(one)
+            else (one, None)
+            for one in grads
+        ]
+        return _rebatched(_mapped(backward, held), torch._add_batch_dim, level)  # type: ignore[attr-defined]
+    if not torch._C._are_functorch_transforms_active():
+        return backward(*grads)
+    level = max([functorch.maybe_get_level(one) for one in grads if one is not None], default=-1)
+    if level < 0:
+        return backward(*grads)
+    held = [
+        (functorch.get_unwrapped(one), functorch.maybe_get_bdim(one))
+        if one is not None and functorch.maybe_get_level(one) == level and functorch.is_batchedtensor(one)
+        else (one, None)
+        for one in grads
+    ]
+    with temporarily_pop_interpreter_stack():
+        found = _mapped(lambda *own: _of_each(backward, own), held)
+    return _rebatched(found, functorch._add_batch_dim, level)
+
+
+def _mapped(backward: Callable[..., Any], held: Sequence[tuple[Any, int | None]]) -> list[Any]:
+    """The gradients of each gradient of a batch, side by side in a first dimension. ``held``: tensors, and where their batch is."""
+    count = next(one.shape[place] for one, place in held if place is not None)
+    found = []
+    for i in range(max(count, 1)):
+        own = backward(*[one if place is None else _one_of(one, place, i) for one, place in held])
+        found.append(own if isinstance(own, tuple) else (own,))
+    if not count:
+        return [None if one is None else one.new_empty((0, *one.shape)) for one in found[0]]
+    return [None if own[0] is None else torch.stack(own) for own in zip(*found, strict=True)]
+
+
+def _one_of(batch: Any, place: int, index: int) -> Any:
+    """Of an empty batch something of its elements' shape."""
+    shape = [size for at, size in enumerate(batch.shape) if at != place]
+    return batch.select(place, index) if batch.shape[place] else batch.new_zeros(shape)
+
+
+def _rebatched(found: list[Any], add: Callable[..., Any], level: int) -> tuple[Any, ...]:
+    return tuple(None if one is None else add(one, 0, level) for one in found)
 
 
 def refuse_tangents(*tensors: Any) -> None:

@@ -13,7 +13,7 @@ from .nf4 import NF4Weight, nf4_dequantize
 # In rows this short, or no longer than twice the rank, B A may cancel most of a row of W, and a difference of squares would lose the
 # digits of what is left; there the sum itself is small.
 SHORT_ROW = 64
-# weight -> (version, address, its row norms): W is frozen, so they are computed once.
+# weight -> (version, address, its row norms): computed once where W is frozen.
 _norms = WeakTensorKeyDictionary()
 
 
@@ -31,7 +31,8 @@ def _unrounded(weight: Tensor | NF4Weight, dense: Tensor) -> Tensor:
 
 def _row_norms(weight: Tensor | NF4Weight, dense: Tensor, dtype: torch.dtype) -> Tensor:
     held = weight.packed if isinstance(weight, NF4Weight) else weight
-    if torch.compiler.is_compiling() or held.is_inference():
+    # A weight that is trained has other norms after every step, of which no version need tell: FSDP gathers behind it.
+    if torch.compiler.is_compiling() or held.is_inference() or held.requires_grad:
         return torch.linalg.vector_norm(dense.to(dtype), dim=1)
     key = (held._version, held.data_ptr(), dtype)
     known = _norms.get(held)

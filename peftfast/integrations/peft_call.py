@@ -51,7 +51,7 @@ class Verdict:
 
     def __init__(self, layer: Any, active: str | list[str], names: list[str]) -> None:
         base = layer.base_layer
-        self.active = active
+        self.active, self.modules = active, layer._modules
         self.four_bit = is_bitsandbytes_4bit(base)
         self.base, self.weight, self.bias = base, base.weight, base.bias
         self.adapters = []
@@ -98,6 +98,8 @@ class Verdict:
 
     def holds(self, layer: Any) -> bool:
         if layer._active_adapter != self.active or layer._disable_adapters or layer.merged_adapters:
+            return False
+        if layer._modules is not self.modules:  # a replica, which has this layer's attributes and other modules
             return False
         try:  # by iterators, at a fifth of a loop's cost
             if not all(map(operator.is_, map(operator.getitem, self.containers, self.keys), self.values)):

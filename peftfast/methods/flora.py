@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..nn.lora import _like
 from .adapting import Targets, Unsuitable
 from .factored import FactoredLinear, Factors
 from .registry import Paper, above_zero, at_least_one, register
@@ -113,7 +114,8 @@ class FLoRAConv2d(nn.Module):
     def unmerge(self) -> None:
         """Take it out again."""
         if self.merged:
-            self.base_layer.weight, self.__dict__["_unmerged"] = self._unmerged, None
+            self.base_layer.weight = _like(self._unmerged, self.weight)
+            self.__dict__["_unmerged"] = None
 
 
 @register(

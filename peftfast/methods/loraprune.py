@@ -70,7 +70,7 @@ class MaskedLoRALinear(LowRankLinear):
     @torch.no_grad()
     def unmerge(self) -> None:
         if self.merged and self.bias is not None and self._unmasked_bias is not None:
-            self.bias.data, self._unmasked_bias = self._unmasked_bias, None
+            self.bias.data, self._unmasked_bias = self._unmasked_bias.to(self.bias), None
         super().unmerge()
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..nn.lora import _like
 from .factored import FactoredLinear
 
 
@@ -51,7 +52,9 @@ class TransformedLinear(FactoredLinear):
     def unmerge(self) -> None:
         if self.merged:
             super().unmerge()
-            self.base_layer.bias, self.__dict__["_plain_bias"] = self._plain_bias, None
+            base, plain = self.base_layer, self._plain_bias
+            base.bias = plain if plain is None or base.bias is None else _like(plain, base.bias)
+            self.__dict__["_plain_bias"] = None
 
 
 class Unmergeable:

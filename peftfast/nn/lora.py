@@ -189,9 +189,9 @@ class LoRALinear(nn.Linear):
             return
         self._check_mergeable()
         weight, bias = self._merged_weight(), self._merged_bias()
-        self._unmerged = (self._exchange(weight), None if self.bias is None else self.bias.data)
+        self._unmerged = (self._exchange(weight), self.bias)
         if bias is not None:
-            self.bias.data = bias
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
 
     def _merged_bias(self) -> Tensor | None:
         if self.lora_bias is None:
@@ -210,20 +210,18 @@ class LoRALinear(nn.Linear):
         return before
 
     def _restore(self, before: Any) -> None:
-        device = self.weight.device
-        self.weight = before
-        if before.device != device:
-            before.data = before.data.to(device)
+        self.weight = _like(before, self.weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the adapter out again: weight and bias are torch.equal to what they were. Does nothing when not merged."""
+        """Take the adapter out again: weight and bias are torch.equal to what they were, where the layer has been moved or cast
+        meanwhile to what that would have made of them. Does nothing when not merged."""
         if self._unmerged is None:
             return
         before, bias = self._unmerged
         self._restore(before)
         if bias is not None:
-            self.bias.data = bias
+            self.bias = _like(bias, self.bias)
         self._unmerged = None
 
     def extra_repr(self) -> str:
@@ -294,6 +292,13 @@ class LoRANF4Linear(LoRALinear, NF4Linear):  # type: ignore[misc]  # from_linear
 
     def _restore(self, before: F.NF4Weight) -> None:
         self._hold(before.to(self.weight.device))
+
+
+def _like(parameter: nn.Parameter, other: Tensor) -> nn.Parameter:
+    """The parameter, with the other's device and dtype."""
+    if parameter.device != other.device or parameter.dtype != other.dtype:
+        parameter.data = parameter.data.to(other.device, other.dtype)
+    return parameter
 
 
 def _check_options(r: int, lora_dropout: float, init_lora_weights: bool | str) -> None:
