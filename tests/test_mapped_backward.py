@@ -1,4 +1,4 @@
-"""What autograd does with a node, of a recorded call or of a Function in Python, beside one backward after one forward."""
+"""A backward pass that is mapped over gradients, of a recorded call or of a Function in Python: one after the other."""
 
 from collections.abc import Callable
 from typing import Any
