@@ -58,7 +58,8 @@ CPU_FLAGS = [
     "-Wno-psabi",
     "-Wno-unused-function",
     "-Wno-unused-parameter",  # torch's stable headers
-    "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 headers
+    "-Wno-uninitialized",  # GCC 12 reports its own AVX-512 headers
+    "-Wno-maybe-uninitialized",
 ]
 
 

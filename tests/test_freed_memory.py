@@ -1,5 +1,6 @@
 """A tensor whose memory was freed, as FSDP and offloading do between its uses, is an error and no read of what is there."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peftfast.kernels import launch as launches
 from peftfast.ops import native, replay
 from tests.support.forked import forking
 
+ROOT = Path(__file__).resolve().parents[1]
 # In a process of its own, which a read of freed memory ends.
 EVERY_OPERATOR = """
 import torch
@@ -96,7 +98,8 @@ print("asked")
 
 @pytest.mark.skipif(not native.cpu_available()[0], reason=native.cpu_available()[1])
 def test_no_kernel_reads_it(tmp_path: Path) -> None:
-    with forking("torch", "peftfast", "peftfast.cli.checks") as forked:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with forking("torch", "peftfast", "peftfast.cli.checks", environment=environment) as forked:
         status, said = forked.run(EVERY_OPERATOR, tmp_path)
         assert status == 0, said or f"ended by signal {-status}"
         assert int(said.split()[-1]) > 100
