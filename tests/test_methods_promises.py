@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfast
+from peftfast.methods import flora, loraprune
 from peftfast.methods.increlora import IncreLoRARuntime
 from peftfast.methods.registry import get, methods
 from peftfast.nn import LoRALinear, NF4Linear
@@ -171,6 +172,23 @@ def test_what_is_cast_while_merged_is_cast_after(name: str) -> None:
     handle.model.bfloat16()
     handle.unmerge()
     assert {parameter.dtype for parameter in handle.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["masked", "convolution"])
+def test_a_layer_cast_while_merged_is_cast_after(kind: str) -> None:
+    layer: Any
+    if kind == "masked":
+        layer = loraprune.MaskedLoRALinear(nn.Linear(16, 8), loraprune.Options())
+        layer.row_mask[1:4] = 0.0
+    else:
+        layer = flora.FLoRAConv2d(nn.Conv2d(4, 6, 3), flora.Options())
+        nn.init.normal_(layer.core)
+    before = [one.detach().clone() for one in (layer.weight, layer.bias)]
+    layer.merge()
+    assert not torch.equal(layer.weight, before[0]) and (kind != "masked" or not torch.equal(layer.bias, before[1]))
+    layer.bfloat16()
+    layer.unmerge()
+    assert torch.equal(layer.weight, before[0].bfloat16()) and torch.equal(layer.bias, before[1].bfloat16())
 
 
 def test_ssf_merges_into_4_bits_without_a_bias() -> None:

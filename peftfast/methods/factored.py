@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..nn.lora import _like
+from ..nn.lora import moved_like
 from ..nn.nf4 import NF4Linear, is_bitsandbytes_4bit
 
 
@@ -150,7 +150,7 @@ class FactoredLinear(nn.Module):
         if self.four_bit:
             self.base_layer._hold(self._unmerged.to(self.weight.device))
         else:
-            self.base_layer.weight = _like(self._unmerged, self.weight)
+            self.base_layer.weight = moved_like(self._unmerged, self.weight)
         self.__dict__["_unmerged"] = None
 
     def adapter_tensors(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..nn.lora import _like
+from ..nn.lora import moved_like
 from .adapting import Targets, Unsuitable
 from .factored import FactoredLinear, Factors
 from .registry import Paper, above_zero, at_least_one, register
@@ -114,7 +114,7 @@ class FLoRAConv2d(nn.Module):
     def unmerge(self) -> None:
         """Take it out again."""
         if self.merged:
-            self.base_layer.weight = _like(self._unmerged, self.weight)
+            self.base_layer.weight = moved_like(self._unmerged, self.weight)
             self.__dict__["_unmerged"] = None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..nn.lora import _like
+from ..nn.lora import moved_like
 from .factored import FactoredLinear
 
 
@@ -53,7 +53,7 @@ class TransformedLinear(FactoredLinear):
         if self.merged:
             super().unmerge()
             base, plain = self.base_layer, self._plain_bias
-            base.bias = plain if plain is None or base.bias is None else _like(plain, base.bias)
+            base.bias = plain if plain is None or base.bias is None else moved_like(plain, base.bias)
             self.__dict__["_plain_bias"] = None
 
 

@@ -210,7 +210,7 @@ class LoRALinear(nn.Linear):
         return before
 
     def _restore(self, before: Any) -> None:
-        self.weight = _like(before, self.weight)
+        self.weight = moved_like(before, self.weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -221,7 +221,7 @@ class LoRALinear(nn.Linear):
         before, bias = self._unmerged
         self._restore(before)
         if bias is not None:
-            self.bias = _like(bias, self.bias)
+            self.bias = moved_like(bias, self.bias)
         self._unmerged = None
 
     def extra_repr(self) -> str:
@@ -294,7 +294,7 @@ class LoRANF4Linear(LoRALinear, NF4Linear):  # type: ignore[misc]  # from_linear
         self._hold(before.to(self.weight.device))
 
 
-def _like(parameter: nn.Parameter, other: Tensor) -> nn.Parameter:
+def moved_like(parameter: nn.Parameter, other: Tensor) -> nn.Parameter:
     """The parameter, with the other's device and dtype."""
     if parameter.device != other.device or parameter.dtype != other.dtype:
         parameter.data = parameter.data.to(other.device, other.dtype)
