@@ -9,11 +9,16 @@ import torch
 _local = threading.local()
 
 
+def freed(tensor) -> bool:
+    """Whether its memory was given back under elements that remain (``untyped_storage().resize_(0)``), as FSDP and offloading do."""
+    return not tensor.untyped_storage().nbytes() and tensor.numel() > 0
+
+
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """``kernel[grid](*args, **constants)``: the ordinary arguments in the kernel's order, then by name its constexprs and the
     compiler's options. A recording holds no call with a tensor whose memory was freed; a call that is not recorded asks here."""
     for place, one in enumerate(args):
-        if isinstance(one, torch.Tensor) and not one.untyped_storage().nbytes() and one.numel():
+        if isinstance(one, torch.Tensor) and freed(one):
             raise RuntimeError(
                 f"argument {place} of a kernel: expected {one.nbytes} bytes of memory, got a storage that was freed"
             )

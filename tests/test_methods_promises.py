@@ -184,8 +184,10 @@ def test_a_layer_cast_while_merged_is_cast_after(kind: str) -> None:
         layer = flora.FLoRAConv2d(nn.Conv2d(4, 6, 3), flora.Options())
         nn.init.normal_(layer.core)
     before = [one.detach().clone() for one in (layer.weight, layer.bias)]
+    shared = layer.bias
     layer.merge()
     assert not torch.equal(layer.weight, before[0]) and (kind != "masked" or not torch.equal(layer.bias, before[1]))
+    assert torch.equal(shared, before[1])  # another layer's too
     layer.bfloat16()
     layer.unmerge()
     assert torch.equal(layer.weight, before[0].bfloat16()) and torch.equal(layer.bias, before[1].bfloat16())

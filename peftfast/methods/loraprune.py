@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.lora import moved_like
 from .adapting import Runtime, Targets
 from .lora import LoRAOptions
 from .low_rank import LowRankLinear
@@ -51,7 +52,7 @@ class MaskedLoRALinear(LowRankLinear):
         super().__init__(linear, options.r, options.lora_alpha, options.lora_dropout)
         ones = torch.ones(self.out_features, dtype=self.adapter_dtype, device=self.weight.device)
         self.register_buffer("row_mask", ones)
-        self._unmasked_bias: Tensor | None = None
+        self._unmasked_bias: nn.Parameter | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         out = super().forward(input)
@@ -63,14 +64,16 @@ class MaskedLoRALinear(LowRankLinear):
     @torch.no_grad()
     def merge(self) -> None:
         if not self.merged and self.bias is not None:
-            self._unmasked_bias = self.bias.data
-            self.bias.data = self.bias.data * self.row_mask.to(self.bias.dtype)
+            bias = self.__dict__["_unmasked_bias"] = self.base_layer.bias
+            masked = bias * self.row_mask.to(bias.dtype)
+            self.base_layer.bias = nn.Parameter(masked, requires_grad=bias.requires_grad)
         super().merge()
 
     @torch.no_grad()
     def unmerge(self) -> None:
         if self.merged and self.bias is not None and self._unmasked_bias is not None:
-            self.bias.data, self._unmasked_bias = self._unmasked_bias.to(self.bias), None
+            self.base_layer.bias = moved_like(self._unmasked_bias, self.bias)
+            self.__dict__["_unmasked_bias"] = None
         super().unmerge()
 
 

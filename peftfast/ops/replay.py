@@ -32,7 +32,7 @@ from ..kernels import launch as launches  # type: ignore[attr-defined]
 # and its key take about 8 kB.
 MOST_RECORDINGS = 8192
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Below it an address may be an offset into memory that was freed (``untyped_storage().resize_(0)``), which costs time to ask.
+# Below it an address may be an offset into memory that was freed , which costs time to ask.
 _LOW = 1 << 33
 _VALUES = (torch.dtype, type(None), str, torch.device)
 choice = Choice("PEFTFAST_REPLAY", ("auto", "never"))
@@ -69,7 +69,7 @@ def signature(args: Sequence[Any], flat: list[Any]) -> tuple[Any, ...] | None:
         kind = type(arg)
         if kind in _PLAIN:
             address = arg.data_ptr() if arg.layout is torch.strided else 0
-            if address < _LOW and (not address or not arg.untyped_storage().nbytes()):
+            if address < _LOW and (not address or launches.freed(arg)):
                 return None
             key += (arg.dtype, arg.shape, arg.stride(), address & 15, arg.get_device())
         elif kind is float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfast import functional as F
-from peftfast.functional import node
+from tests.support.functions_ran import calls_by_library as calls
 
 BF16 = torch.bfloat16
 N, K, R = 24, 32, 4
@@ -22,12 +22,6 @@ def in_python() -> Iterator[None]:
         before = calls()
         yield
         assert calls() == before
-
-
-def calls() -> tuple[int, int]:
-    """Forward and backward calls that the library has made, of all Functions."""
-    counted = [one.native.counts() for one in node.known() if one.native]
-    return sum(one["forwards"] for one in counted), sum(one["backwards"] for one in counted)
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ class Watched:
     included, and the reasons logged."""
 
     def __enter__(self) -> "Watched":
-        self._fused, self.reasons = -calls_by_library(), []
+        self._fused, self.reasons = -calls_by_library()[0], []
         self._call = Operator.__call__
 
         def counted(operator: Operator, *args: Any) -> Any:
@@ -157,7 +157,7 @@ class Watched:
 
     @property
     def fused(self) -> int:
-        return self._fused + calls_by_library()
+        return self._fused + calls_by_library()[0]
 
     def __exit__(self, *_: object) -> None:
         Operator.__call__ = self._call  # type: ignore[method-assign]

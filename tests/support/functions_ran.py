@@ -12,9 +12,10 @@ from peftfast.functional.node import known
 BY_LIBRARY = [gated_product, *[one.by_library for one in (lora, lora_gated, lora_group, lora_projections)]]
 
 
-def calls_by_library() -> int:
-    """Forward calls that the autograd library has made."""
-    return sum(one.native.counts()["forwards"] for one in known() if one.native is not None)
+def calls_by_library() -> tuple[int, int]:
+    """Forward and backward calls that the autograd library has made, of all Functions."""
+    counted = [one.native.counts() for one in known() if one.native is not None]
+    return sum(one["forwards"] for one in counted), sum(one["backwards"] for one in counted)
 
 
 def count(monkeypatch: pytest.MonkeyPatch, functions: Any, ran: Callable[[Any, Any], None]) -> None:
