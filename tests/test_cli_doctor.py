@@ -87,6 +87,17 @@ def test_every_operator_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ops.OPERATORS))
+def test_every_implementation_passes(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that only a GPU or the interpreter has among them: a case that is wrong itself is found here, not on the first GPU."""
+    only(monkeypatch, name)
+    for operator in report(capsys, 0)["operators"]:
+        for entry in operator["implementations"]:
+            assert entry["passed"] or entry["state"] == "does not serve", entry
+
+
+@pytest.mark.parametrize("name", sorted(ops.OPERATORS))
 def test_a_wrong_implementation(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sound = definition_of(name)
     written = cases("cpu")[name][0].written

@@ -338,10 +338,10 @@ def _sparse_delta_cases(random: torch.Generator, device: str) -> dict[str, list[
         packed, absmax = nf4.nf4_quantize(weight.float(), NF4_BLOCK_SIZE, code)
         run = 4 * NF4_BLOCK_SIZE
         begins = torch.arange(0, N * K + run, run).clamp(max=N * K)
-        starts = torch.searchsorted(few_indices, begins.int(), out_int32=True)
+        run_starts = torch.searchsorted(few_indices, begins.int(), out_int32=True)
         stored = (packed, absmax, code, NF4_BLOCK_SIZE, (N, K))
         decoded = sparse_delta.sparse_delta_patch(nf4.nf4_dequantize(*stored, dtype), few_indices, few_values)
-        delta = (few_indices, few_values.contiguous(), starts, run, dtype)
+        delta = (few_indices, few_values.contiguous(), run_starts, run, dtype)
         add("sparse_delta_dequantize", _exact(name, (*stored, None, None, None, *delta), decoded))
         written = sparse_delta.sparse_delta_write(weight, indices, base, values)
         add("sparse_delta_write_", _exact(name, (weight, indices, base, values), written, written=0))
