@@ -1,5 +1,6 @@
 """torch.compile over a patched Llama-shaped block: one graph, forward and backward, any sequence length. opcheck of every operator."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 
 import peftfast
 import peftfast.ops
+from peftfast.integrations.peft_guards import forget_backends
+from peftfast.ops import native
 from tests.support import small_models
 
 pytestmark = pytest.mark.compiled
@@ -73,6 +76,7 @@ def check(name: str, backend: str, lengths: tuple[int, ...]) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counted)
+    warnings.filterwarnings("error", "Dynamo detected a call to a `functools.lru_cache`")
     for length in lengths:
         x = torch.randn(2, length, small_models.HIDDEN, generator=torch.Generator().manual_seed(length))
         x = x.to(torch.bfloat16 if name == "lora bf16" else torch.float32)
@@ -89,6 +93,18 @@ def check(name: str, backend: str, lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_block_in_one_graph(name: str) -> None:
     check(name, "aot_eager", LENGTHS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "4-bit"])
+def test_block_of_triton_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the kernels are Triton's: no compiler looks for it."""
+    monkeypatch.setitem(native._verdicts, "cpu", (False, "planted"))
+    forget_backends()
+    try:
+        check(name, "aot_eager", LENGTHS[:1])
+    finally:
+        forget_backends()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -35,11 +36,23 @@ else:
     FSDP = DTENSOR = ()
 
 
+def _constant(function: Callable[..., str]) -> Callable[..., str]:
+    """What torch.compiler.assume_constant_result does; that itself imports torch._dynamo, and with it triton. A compiler warns of a
+    cache that it traces past, and cannot follow all that is asked behind it (is there a GPU?)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.cache
-def peft_version_reason() -> str:
-    if SpecifierSet(TESTED_PEFT, prereleases=True).contains(peft.__version__):
+def _version_reason(version: str) -> str:
+    if SpecifierSet(TESTED_PEFT, prereleases=True).contains(version):
         return ""
-    return f"PEFT {peft.__version__} is outside the tested versions {TESTED_PEFT}"
+    return f"PEFT {version} is outside the tested versions {TESTED_PEFT}"
+
+
+@_constant
+def peft_version_reason() -> str:
+    return _version_reason(peft.__version__)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -147,7 +160,7 @@ def why_stock(layer: Any, names: list[str]) -> str:
             return "lora_A has a bias"
     if not four_bit and base.weight.dtype not in FLOAT_DTYPES:
         return f"the base weight is {base.weight.dtype}"
-    return _cached_backend_reason(base.weight.device, four_bit, dora, len(names) > 1)
+    return _backend_reason(base.weight.device, four_bit, dora, len(names) > 1)
 
 
 def why_stock_for(layer: Any, x: Any) -> str:
@@ -213,6 +226,11 @@ def _backends(device: torch.device, *path: bool) -> tuple[dict[str, None], str]:
 def _cached_backend_reason(device: torch.device, *path: bool) -> str:
     # What is installed does not change during a process; the environment's choice may, between tests, and report asks anew.
     return _backends(device, *path)[1]
+
+
+@_constant
+def _backend_reason(device: torch.device, *path: bool) -> str:
+    return _cached_backend_reason(device, *path)
 
 
 def forget_backends() -> None:

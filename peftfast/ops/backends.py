@@ -34,12 +34,21 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def triton_available() -> Verdict:
+def _triton() -> Verdict:
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
     if not torch.cuda.is_available() and not _interpreted():
         return False, "no CUDA device, and the interpreter is off (TRITON_INTERPRET=1 turns it on)"
     return True, ""
+
+
+def triton_available() -> Verdict:
+    return _triton()
+
+
+# What torch.compiler.assume_constant_result sets. The decorator itself imports torch._dynamo, and with it triton. A compiler that asks
+# cannot follow the search for a package.
+triton_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cpu_available() -> Verdict:
@@ -99,7 +108,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _cuda_device(index: int) -> Device:
+def cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     return Device(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
 
@@ -109,7 +118,7 @@ _INTERPRETED_DEVICE = Device(capability=(9, 0), multiprocessors=2)  # few: the i
 
 def device_of(tensor: Tensor) -> Device:
     """What the launch configurations ask of a tensor's device."""
-    return _cuda_device(tensor.get_device()) if tensor.is_cuda else _INTERPRETED_DEVICE
+    return cuda_device(tensor.get_device()) if tensor.is_cuda else _INTERPRETED_DEVICE
 
 
 def on_device(tensor: Tensor) -> Any:
