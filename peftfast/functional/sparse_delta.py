@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .. import ops
 from ..configs import sparse_delta as configs
-from ..ops.backends import FLOAT_DTYPES, device_of, dtype_name, takes_triton, triton_available
+from ..ops.backends import FLOAT_DTYPES, cuda_device, dtype_name, takes_triton, triton_available
 from ..reference import sparse_delta as definition
 from .derivatives import once_differentiable, refuse_tangents
 from .nf4 import NF4Weight, check_features, check_vector
@@ -99,17 +99,29 @@ def _slab_dvalues(dy: Tensor, x: Tensor, pattern: SparsePattern, sliced: bool, d
     return _wide_product(dy.T, x if sliced else _taken(x, taken)).reshape(-1).to(dtype)
 
 
+def _tile_sides(index: int, dtype: str, density: float) -> tuple[int, int] | None:
+    """The tiles by which a GPU forms the gradient of a support of this density; None where it gathers columns."""
+    device = cuda_device(index)
+    if not triton_available()[0] or density < configs.crossover(dtype, device):
+        return None
+    return configs.tile_sides(dtype, device)
+
+
+# What torch.compiler.assume_constant_result sets: a compiler cannot follow the reading of a GPU's table.
+_tile_sides._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def dvalues(dy: Tensor, x: Tensor, pattern: SparsePattern, dtype: torch.dtype) -> Tensor:
     """The entries of dyᵀ x on a pattern's support, of ``dtype``, without a dense dyᵀ x; dy ``[M, N]``, x ``[M, K]`` of one dtype.
 
-    On a GPU by gathered columns below the crossover density, by tiles above it; slabs by dense products.
+    On a GPU by gathered columns below the crossover density, by tiles above it (in a compiled call where an eager one has sorted the
+    support by tiles); slabs by dense products.
     """
     if pattern.structure is not None:
         return _slab_dvalues(dy, x, pattern, False, dtype)
-    if dy.is_cuda and triton_available()[0] and takes_triton(dy, x)[0]:
-        device, name = device_of(dy), dtype_name(dy.dtype)
-        if pattern.density >= configs.crossover(name, device) and pattern.count <= 2**31 - 1:
-            sides = configs.tile_sides(name, device)
+    if dy.is_cuda and takes_triton(dy, x)[0] and pattern.count <= 2**31 - 1:
+        sides = _tile_sides(dy.get_device(), dtype_name(dy.dtype), pattern.density)
+        if sides is not None and (not torch.compiler.is_compiling() or pattern.has_tiles(*sides)):
             tiles = pattern.tiles(*sides)
             return ops.sparse_delta.sparse_delta_dvalues_tiled(dy, x, pattern.indices, *tiles, *sides, dtype)
     return ops.sparse_delta.sparse_delta_dvalues(dy, x, pattern.indices, dtype)

@@ -149,6 +149,10 @@ class SparsePattern:
             known[block_n, block_k] = (order, found.to(torch.int32), starts)
         return known[block_n, block_k]
 
+    def has_tiles(self, block_n: int, block_k: int) -> bool:
+        """Whether :meth:`tiles` are kept: to sort them asks the device how many there are, which a compiler does not follow."""
+        return (block_n, block_k) in self.__dict__["_tiles"]
+
     def runs(self, length: int) -> Tensor:
         """int32: the first entry of each ``length`` elements of the weight, and one more, the end. Kept: 4 bytes a run."""
         known: dict[int, Tensor] = self.__dict__.setdefault("_runs", {})
