@@ -409,9 +409,8 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 def test_from_the_root_and_from_the_package(tmp_path: Path) -> None:
     with forking("torch", "peft", environment={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         for module in ("benchmarks.run", "peftfast.benchmarks.run"):
-            listed = (
-                f"import runpy, sys; sys.argv = ['run', '--list']; runpy.run_module({module!r}, run_name='__main__')"
-            )
+            argv = ["run", "--list", "--device", "cpu"]  # a GPU cannot be asked in a forked process
+            listed = f"import runpy, sys; sys.argv = {argv}; runpy.run_module({module!r}, run_name='__main__')"
             status, said = process.run(listed, tmp_path)
             assert status == 0 and "qlora_linear" in said, said
     from peftfast.cli import bench

@@ -14,6 +14,7 @@ import peftfast.functional as F
 from peftfast.functional.lora_gated import LoRAGatedFunction
 from peftfast.reference import gated_activation as gated
 from peftfast.reference.gated_activation import ACTIVATIONS
+from tests.support.budget import assert_within_budget
 from tests.support.counting import Calls, saved_tensors, storages
 from tests.support.gated_layers import (
     KINDS,
@@ -27,7 +28,7 @@ from tests.support.gated_layers import (
     tensors_of,
 )
 from tests.support.layer_checks import gradients
-from tests.support.lora_checks import BF16, F16, F32, F64, LAYOUTS
+from tests.support.lora_checks import BF16, DEVICE, F16, F32, F64, LAYOUTS
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -73,7 +74,7 @@ def test_layer_on_each_backend(case: GatedLayerCase, backend: str) -> None:
 
 
 def test_every_set_of_gradients() -> None:
-    """Each is the same whichever others are asked for, on the single operator and by the passes."""
+    """Each is the same whichever others are asked for, on the single operator and by the passes: to the bit on a CPU."""
     for weight, names in (
         ("dense", PLAIN),
         ("dense", ("gate", "up", "lora_a", "lora_b", "weight", "bias")),
@@ -84,8 +85,11 @@ def test_every_set_of_gradients() -> None:
             for needs in itertools.combinations(names, size):
                 found = results_of(GatedLayerCase(weight=weight, needs=needs))
                 assert set(found) == {"y", *needs}
-                for name, (value, *_) in found.items():
-                    assert torch.equal(value, full[name]), (name, needs)
+                for name, (value, *rest) in found.items():
+                    if DEVICE.type == "cpu":
+                        assert torch.equal(value, full[name]), (name, needs)
+                    else:  # dS alone and dS beside dB are two kernels, whose sums have two orders
+                        assert_within_budget(f"{name} of {needs}", value, *rest)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -93,7 +97,7 @@ def test_it_gives_the_bits_of_the_two_calls(dtype: torch.dtype, monkeypatch: pyt
     """Also by a pass at a time, as where a backend is asked for."""
     case = GatedLayerCase(x=dtype, adapter=dtype, needs=PLAIN, p=0.2, activation="gelu")
     tensors = tensors_of(case)
-    dy = torch.randn(3, 11, 45).to(dtype)
+    dy = torch.randn(3, 11, 45).to(DEVICE, dtype)
 
     def both() -> Tensor:
         own = dict(tensors)
@@ -220,14 +224,14 @@ def test_float64_runs_on_the_definition(activation: str) -> None:
 def test_autocast_gives_stock_s_dtype() -> None:
     case = GatedLayerCase(needs=PLAIN, p=0.0, bias=False, lora_bias=False)
     tensors = tensors_of(case)
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(DEVICE.type, BF16):
         y = F.lora_gated_linear(**tensors, scaling=case.scaling)
         narrow = {n: t.to(BF16) if n in ("gate", "up") else t for n, t in tensors.items()}
         same = F.lora_gated_linear(**narrow, scaling=case.scaling)
     assert y.dtype == same.dtype == BF16
     grads = gradients(y, tensors, torch.ones_like(y))
     assert all(grads[name].dtype == F32 for name in PLAIN)
-    exact = gradients(run(case, tensors), tensors, torch.ones(y.shape))
+    exact = gradients(run(case, tensors), tensors, torch.ones(y.shape, device=DEVICE))
     assert all((grads[n] - exact[n]).norm() / exact[n].norm() < 0.03 for n in PLAIN)
 
 
@@ -259,7 +263,7 @@ def test_seeds_are_drawn_as_the_layer_draws_them() -> None:
 def test_compiles_into_one_graph() -> None:
     case = GatedLayerCase(weight="nested", needs=PLAIN, p=0.1)
     tensors = tensors_of(case)
-    dy = torch.randn(3, 11, 45)
+    dy = torch.randn(3, 11, 45).to(DEVICE)
 
     def call(**given: Any) -> Tensor:
         return run(case, given)

@@ -174,11 +174,13 @@ def test_values_are_bitsandbytes(
     nf4 = F.nf4_quantize(weight, block_size=block_size, double_quant=nested, quant_type=quant_type)
     given_weight = nf4.to_bitsandbytes(storage)
     expected = bitsandbytes.dequantize_4bit(given_weight, given_weight.quant_state)
-    assert same_bits(F.nf4_dequantize(F.NF4Weight.from_bitsandbytes(given_weight)), expected)
+    # FP4's second zero is +0.0 by its CPU library, which it does not load beside a GPU, and -0.0 elsewhere.
+    same = torch.equal if quant_type == "fp4" and torch.cuda.is_available() else same_bits
+    assert same(F.nf4_dequantize(F.NF4Weight.from_bitsandbytes(given_weight)), expected)
     first = data % rows
     out = torch.empty(rows - first, weight.shape[1] + spare, dtype=dtype)[:, spare:]
     ours = F.nf4_dequantize(nf4, out=out, first_row=first)
-    assert same_bits(ours.contiguous(), expected[first:])
+    assert same(ours.contiguous(), expected[first:])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

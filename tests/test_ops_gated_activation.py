@@ -126,7 +126,7 @@ def test_layout_threads_and_place_change_no_bit(dtype: torch.dtype) -> None:
         again = call("gated_activation_recompute_", case, dh, gate, up)
     finally:
         torch.set_num_threads(before)
-    wide = torch.zeros(37, 2000, dtype=dtype)
+    wide = torch.zeros(37, 2000, dtype=dtype, device=dh.device)
     wide[:, 5:1036] = gate
     strided = call("gated_activation_recompute_", case, dh, wide[:, 5:1036], up)
     apart = (*call("gated_activation_backward", case, dh, gate, up), *call("gated_activation", case, dh, gate, up))

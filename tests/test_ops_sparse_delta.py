@@ -194,7 +194,7 @@ def _everything(case: Case) -> list[torch.Tensor]:
     ops.sparse_delta_write_(weight, indices, base, values)
     products = []
     for rows in (600, 20, 1):
-        products.append(torch.zeros(rows, case.N, dtype=case.dtype if rows == 20 else F32))
+        products.append(torch.zeros(rows, case.N, dtype=case.dtype if rows == 20 else F32, device=DEVICE))
         ops.sparse_delta_product_(products[-1], x[:rows].contiguous(), indices, values)
     return [
         *products,
@@ -357,10 +357,10 @@ def test_contract(name: str) -> None:
 def bad_native_calls() -> list[tuple[str, Callable[[], Any]]]:
     x, out = torch.ones(4, 5), torch.ones(2)
     at, weight = torch.tensor([1, 7]), torch.ones(3, 5)
-    adam = [t[0] for t in checks.adamw_inputs(0, False)[:8]]
+    adam = [t[0].cpu() for t in checks.adamw_inputs(0, False)[:8]]
     adam[4:4] = [None, None, None]
-    tail = (*checks.adamw_inputs(0, False)[8:10], None, 0)
-    small = [t[0] for t in checks.adamw8_inputs(0, False)[:10]]
+    tail = (*(t.cpu() for t in checks.adamw_inputs(0, False)[8:10]), None, 0)
+    small = [t[0].cpu() for t in checks.adamw8_inputs(0, False)[:10]]
     codes = definition.state_codes()
     return [
         ("x: expected 4 rows", lambda: cpu.sparse_delta_dvalues(x, x[:3], at, out)),
