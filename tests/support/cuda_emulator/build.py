@@ -9,6 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
 FUNCTIONS = {
+    "lora": ("lora_shrink",),
+    "philox": ("dropout_mask",),
     "nf4": ("nf4_dequantize", "nf4_quantize", "nf4_nest", "nf4_linear"),
     "zeroth_order": ("zo_apply",),
     "sparse": ("sparse_delta_dvalues", "sparse_adamw"),

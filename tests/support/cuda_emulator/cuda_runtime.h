@@ -166,11 +166,13 @@ class Block {
 };
 
 inline void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const std::function<void()>& body) {
-    if (grid.x == 0 || grid.y == 0 || threads == 0 || threads > 1024) fail("a grid that CUDA refuses");
-    for (unsigned y = 0; y < grid.y; ++y) {
-        for (unsigned x = 0; x < grid.x; ++x) {
-            block_index = dim3(x, y);
-            Block(threads).run(body);
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024) fail("a grid that CUDA refuses");
+    for (unsigned z = 0; z < grid.z; ++z) {
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned x = 0; x < grid.x; ++x) {
+                block_index = dim3(x, y, z);
+                Block(threads).run(body);
+            }
         }
     }
 }
