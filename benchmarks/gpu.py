@@ -297,6 +297,11 @@ def _stop(process: "subprocess.Popen[bytes]", ask: signal.Signals = signal.SIGTE
     process.wait()
 
 
+def _answers_an_interrupt() -> None:
+    """A command in the background of a shell ignores SIGINT, and so would what it starts: pytest could not be asked to end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_stage(stage: Stage, context: Context, seconds: float) -> Outcome:
     """Run a stage's commands within ``seconds``; all they print goes to <stage>.log in the work folder."""
     started = time.monotonic()
@@ -315,7 +320,13 @@ def run_stage(stage: Stage, context: Context, seconds: float) -> Outcome:
             share = max(0.1, (seconds - (time.monotonic() - started)) / (len(commands) - i))
             try:
                 process = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=_answers_an_interrupt,
                 )
             except OSError as error:
                 state, reason = "failed", f"{command[0]}: {error.strerror}"

@@ -116,7 +116,11 @@ def test_fsdp2_before_patch_falls_back(results) -> None:
 @pytest.mark.parametrize("base", ["dense", "4-bit"])
 def test_distributed_checkpoint(results, base: str) -> None:
     saved = of(results, f"checkpoint {base}")
-    assert saved["went_on"] == saved["resumed"]
+    if torch.cuda.is_available():
+        # Few rows run as a group there, but not in a model's first forward: sums of another order.
+        assert_same(saved["went_on"], saved["resumed"])
+    else:
+        assert saved["went_on"] == saved["resumed"]
     assert saved["unexpected"] == [] and saved["adapter_keys"] == 2 * LAYERS
     assert_same(saved["whole"], saved["went_on"])
 
