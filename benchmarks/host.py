@@ -98,12 +98,12 @@ def pretended_driver() -> Iterator[PretendedDriver]:
         stack.enter_context(mock.patch.dict(os.environ, {"PEFTFAST_BACKEND": "triton"}))
         stack.enter_context(mock.patch.object(backends, "_interpreted", lambda: True))
         stack.enter_context(mock.patch.object(replay, "_on_gpu", lambda tensor: True))
-        backends._triton.cache_clear()
+        backends.triton_available.cache_clear()
         replay.forget()
         try:
             yield driver
         finally:
-            backends._triton.cache_clear()
+            backends.triton_available.cache_clear()
             replay.forget()
 
 

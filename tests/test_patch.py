@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftfast
-from peftfast.integrations import peft_call
+from peftfast.integrations import peft_call, peft_guards
 
 K, N = 64, 128  # multiples of 64: elsewhere bitsandbytes 0.50.2 dequantises wrongly on a CPU
 
@@ -406,11 +406,13 @@ def test_guard_input_dtype_raises_as_stock_does() -> None:
 
 def test_guard_peft_version(caplog, monkeypatch) -> None:
     monkeypatch.setattr(peft, "__version__", "0.99.0")
+    peft_guards.peft_version_reason.cache_clear()
     model = stir(adapted())
     report = peftfast.patch(model)
     assert list(report.reasons) == ["PEFT 0.99.0 is outside the tested versions >=0.21,<0.22"]
     assert type(layer_of(model)) is peft_lora.Linear
     monkeypatch.undo()
+    peft_guards.peft_version_reason.cache_clear()
 
 
 def test_guard_not_quantised_yet() -> None:

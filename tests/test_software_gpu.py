@@ -39,7 +39,7 @@ with torch.no_grad(), torch.cuda.graph(graph):
 for scale in (1.0, 3.0):
     held.copy_(x.detach() * scale)
     graph.replay()
-    torch.testing.assert_close(captured, expected.detach() * scale, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(captured, expected.detach() * scale, rtol=1e-4, atol=1e-3 * scale)
 
 torch.cuda.set_sync_debug_mode("error")
 try:
@@ -83,8 +83,8 @@ def test_a_layer_runs_and_what_a_driver_refuses_is_refused(tmp_path) -> None:
     program.write_text(PROGRAM)
     try:
         environment = build.environment()
-    except RuntimeError as error:
-        pytest.skip(str(error)[-300:])
+    except FileNotFoundError as error:  # what does not compile fails
+        pytest.skip(str(error))
     environment = {name: value for name, value in environment.items() if not name.startswith("PEFTFAST_")}
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2")
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)

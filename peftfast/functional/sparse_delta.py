@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .. import ops
 from ..configs import sparse_delta as configs
-from ..ops.backends import FLOAT_DTYPES, cuda_device, dtype_name, takes_triton, triton_available
+from ..ops.backends import FLOAT_DTYPES, constant_when_compiled, cuda_device, dtype_name, takes_triton, triton_available
 from ..reference import sparse_delta as definition
 from .derivatives import once_differentiable, refuse_tangents
 from .nf4 import NF4Weight, check_features, check_vector
@@ -99,16 +99,13 @@ def _slab_dvalues(dy: Tensor, x: Tensor, pattern: SparsePattern, sliced: bool, d
     return _wide_product(dy.T, x if sliced else _taken(x, taken)).reshape(-1).to(dtype)
 
 
+@constant_when_compiled  # which cannot follow the reading of a GPU's table
 def _tile_sides(index: int, dtype: str, density: float) -> tuple[int, int] | None:
     """The tiles by which a GPU forms the gradient of a support of this density; None where it gathers columns."""
     device = cuda_device(index)
     if not triton_available()[0] or density < configs.crossover(dtype, device):
         return None
     return configs.tile_sides(dtype, device)
-
-
-# What torch.compiler.assume_constant_result sets: a compiler cannot follow the reading of a GPU's table.
-_tile_sides._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def dvalues(dy: Tensor, x: Tensor, pattern: SparsePattern, dtype: torch.dtype) -> Tensor:

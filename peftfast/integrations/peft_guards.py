@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -20,7 +19,7 @@ from ..ops import lora_terms as terms_ops
 from ..ops import native
 from ..ops import nf4 as nf4_ops
 from ..ops import nf4_product as nf4_product_ops
-from ..ops.backends import FLOAT_DTYPES
+from ..ops.backends import FLOAT_DTYPES, constant_when_compiled
 from . import bitsandbytes as bnb
 
 TESTED_PEFT = ">=0.21,<0.22"
@@ -36,23 +35,12 @@ else:
     FSDP = DTENSOR = ()
 
 
-def _constant(function: Callable[..., str]) -> Callable[..., str]:
-    """What torch.compiler.assume_constant_result does; that itself imports torch._dynamo, and with it triton. A compiler warns of a
-    cache that it traces past, and cannot follow all that is asked behind it (is there a GPU?)."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
+@constant_when_compiled
 @functools.cache
-def _version_reason(version: str) -> str:
-    if SpecifierSet(TESTED_PEFT, prereleases=True).contains(version):
-        return ""
-    return f"PEFT {version} is outside the tested versions {TESTED_PEFT}"
-
-
-@_constant
 def peft_version_reason() -> str:
-    return _version_reason(peft.__version__)
+    if SpecifierSet(TESTED_PEFT, prereleases=True).contains(peft.__version__):
+        return ""
+    return f"PEFT {peft.__version__} is outside the tested versions {TESTED_PEFT}"
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -160,7 +148,7 @@ def why_stock(layer: Any, names: list[str]) -> str:
             return "lora_A has a bias"
     if not four_bit and base.weight.dtype not in FLOAT_DTYPES:
         return f"the base weight is {base.weight.dtype}"
-    return _backend_reason(base.weight.device, four_bit, dora, len(names) > 1)
+    return _cached_backend_reason(base.weight.device, four_bit, dora, len(names) > 1)
 
 
 def why_stock_for(layer: Any, x: Any) -> str:
@@ -222,15 +210,11 @@ def _backends(device: torch.device, *path: bool) -> tuple[dict[str, None], str]:
     return used, ""
 
 
+@constant_when_compiled
 @functools.cache
 def _cached_backend_reason(device: torch.device, *path: bool) -> str:
     # What is installed does not change during a process; the environment's choice may, between tests, and report asks anew.
     return _backends(device, *path)[1]
-
-
-@_constant
-def _backend_reason(device: torch.device, *path: bool) -> str:
-    return _cached_backend_reason(device, *path)
 
 
 def forget_backends() -> None:

@@ -8,8 +8,9 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..kernels import launch as launches  # type: ignore[attr-defined]
 from . import native
 from .dispatch import Verdict, requested_backend
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,22 +35,29 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def constant_when_compiled(function: Function) -> Function:
+    """``function`` of plain values, whose result a compiler takes as it is and does not trace. It does what
+    torch.compiler.assume_constant_result does, which itself imports torch._dynamo, and with it triton; and it takes a cached function,
+    of which dynamo warns and whose cache it ignores."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    if hasattr(function, "cache_clear"):
+        call.cache_clear = function.cache_clear  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
+
+
+@constant_when_compiled
 @functools.cache
-def _triton() -> Verdict:
+def triton_available() -> Verdict:
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
     if not torch.cuda.is_available() and not _interpreted():
         return False, "no CUDA device, and the interpreter is off (TRITON_INTERPRET=1 turns it on)"
     return True, ""
-
-
-def triton_available() -> Verdict:
-    return _triton()
-
-
-# What torch.compiler.assume_constant_result sets. The decorator itself imports torch._dynamo, and with it triton. A compiler that asks
-# cannot follow the search for a package.
-triton_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cpu_available() -> Verdict:

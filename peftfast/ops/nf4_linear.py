@@ -12,6 +12,7 @@ from ..reference import nf4 as definition
 from . import lora as lora_ops
 from .backends import (
     FLOAT_DTYPES,
+    constant_when_compiled,
     cpu_available,
     cuda_available,
     device_of,
@@ -329,11 +330,8 @@ def _cpu_has_dot() -> bool:
     return torch.ops.peftfast_cpu.nf4_linear_has_dot()
 
 
+@constant_when_compiled
 def most_rows(device_type: str, k: int, block_size: int, compute: torch.dtype) -> int:
     """Up to how many rows :data:`nf4_linear` is quicker than dequantising and a library product, on the backend that serves it; 0
     where only the definition does."""
     return _most_rows(device_type, k, block_size, compute)
-
-
-# What torch.compiler.assume_constant_result sets. The decorator itself imports torch._dynamo, and with it triton.
-most_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ from ..kernels import launch as launches  # type: ignore[attr-defined]
 # and its key take about 8 kB.
 MOST_RECORDINGS = 8192
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Below it an address may be an offset into memory that was freed , which costs time to ask.
+# Below it an address may be an offset into memory that was freed, which costs time to ask.
 _LOW = 1 << 33
 _VALUES = (torch.dtype, type(None), str, torch.device)
 choice = Choice("PEFTFAST_REPLAY", ("auto", "never"))

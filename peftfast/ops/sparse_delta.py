@@ -15,6 +15,7 @@ from ..reference import sparse_delta as definition
 from . import native
 from .backends import (
     FLOAT_DTYPES,
+    constant_when_compiled,
     cpu_available,
     device_of,
     dtype_name,
@@ -387,6 +388,7 @@ sparse_delta_product_ = Operator(
 )
 
 
+@constant_when_compiled
 def product_is_fused(device_type: str) -> bool:
     """Whether something better than the definition, which forms Δ whole, multiplies a few rows there."""
     requested = requested_backend()
@@ -396,10 +398,6 @@ def product_is_fused(device_type: str) -> bool:
         if device_type == ("cpu" if row.backend == "cpu" else "cuda") or requested == "triton":
             return True
     return False
-
-
-# What torch.compiler.assume_constant_result sets. The decorator itself imports torch._dynamo, and with it triton.
-product_is_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_write(weight: Tensor, indices: Tensor, base: Tensor, values: Tensor | None) -> None:

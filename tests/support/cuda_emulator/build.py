@@ -1,6 +1,7 @@
 """csrc/cuda compiled for the CPU: launches become calls of the emulator."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -23,19 +24,22 @@ def translated(source: str) -> str:
     return _LAUNCH.sub(r"emulated::launch(\2, [&] { \1(\3); });", source)
 
 
-def _compile(sources: list[Path], target: Path) -> Path:
-    compiler = shutil.which("g++") or shutil.which("clang++")
+def run_compiler(*arguments: str | Path) -> None:
+    """Raises FileNotFoundError where there is no C++ compiler, RuntimeError with what it says."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:
-        raise RuntimeError("no C++ compiler")
+        raise FileNotFoundError("no C++ compiler")
+    done = subprocess.run([compiler, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+
+
+def _compile(sources: list[Path], target: Path) -> Path:
     # A misaligned wide access or an index past an array of known size traps.
     checks = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w", *checks, f"-I{HERE}", f"-I{CSRC}"]
     kind = ["-c"] if target.suffix == ".o" else ["-shared"]
-    done = subprocess.run(
-        [compiler, *flags, *kind, *map(str, sources), "-o", str(target)], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
+    run_compiler(*flags, *kind, *sources, "-o", target)
     return target
 
 

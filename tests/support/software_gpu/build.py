@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import shutil
-import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -25,20 +23,7 @@ def _headers() -> Path:
     for folder in (Path(home, "include"), *sorted(packages.glob("cu*/include"))):
         if (folder / "cuda_runtime.h").is_file() and (folder / "cuda.h").is_file():
             return folder
-    raise RuntimeError("CUDA's headers were not found: set CUDA_HOME")
-
-
-def _run(*command: str | Path) -> None:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]}: {done.stderr[-4000:]}")
-
-
-def _compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if found is None:
-        raise RuntimeError("no C++ compiler")
-    return found
+    raise FileNotFoundError("CUDA's headers were not found: set CUDA_HOME")
 
 
 def _emulated(folder: Path, cuda: Path, torch_includes: list[str], torch_library: Path) -> None:
@@ -52,20 +37,21 @@ def _emulated(folder: Path, cuda: Path, torch_includes: list[str], torch_library
         target.write_text(text)
         objects.append(target.with_suffix(".o"))
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w", f"-I{HERE / 'submitted'}", f"-I{own}"]
-        _run(_compiler(), *flags, f"-I{csrc}", "-c", target, "-o", objects[-1])
+        emulator.run_compiler(*flags, f"-I{csrc}", "-c", target, "-o", objects[-1])
     for source in sorted((csrc / "bind").glob("*_cuda.cpp")):
         objects.append(folder / f"bind_{source.stem}.o")
         flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DUSE_CUDA", _STABLE_ABI, f"-I{csrc}", *torch_includes]
-        _run(_compiler(), *flags, f"-I{cuda}", "-c", source, "-o", objects[-1])
+        emulator.run_compiler(*flags, f"-I{cuda}", "-c", source, "-o", objects[-1])
     libraries = [f"-L{torch_library}", "-ltorch_cpu", "-ltorch_cuda", "-lc10", f"-L{folder}", "-l:libcuda.so.1"]
-    _run(_compiler(), "-shared", *objects, "-o", folder / CUDA_LIBRARY, *libraries)
+    emulator.run_compiler("-shared", *objects, "-o", folder / CUDA_LIBRARY, *libraries)
 
 
 def build() -> Path:
     """The folder of the libraries, made once for these sources and this torch.
 
     Raises:
-        RuntimeError: no CUDA build of torch, no compiler, no headers, or what the compiler says.
+        FileNotFoundError: no C++ compiler, or none of CUDA's headers.
+        RuntimeError: no CUDA build of torch, or what the compiler says.
     """
     if torch.version.cuda is None:
         raise RuntimeError(f"torch {torch.__version__} is built without CUDA")
@@ -81,13 +67,13 @@ def build() -> Path:
     includes.append(f"-I{sysconfig.get_path('include')}")
     shared = ["-O1", "-fPIC", "-shared", "-w", f"-I{cuda}"]
     driver = folder / "libcuda.so.1"
-    _run(_compiler(), "-std=c++17", *shared, HERE / "runtime.cpp", "-o", driver, "-Wl,-soname,libcuda.so.1", "-ldl")
+    emulator.run_compiler("-std=c++17", *shared, HERE / "runtime.cpp", "-o", driver, "-Wl,-soname,libcuda.so.1", "-ldl")
     libraries = [
         f"-L{package / 'lib'}",
         *(f"-l{one}" for one in "torch_cpu torch_cuda torch_python c10 c10_cuda".split()),
     ]
     operators = folder / f"software_gpu_operators{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _run(_compiler(), "-std=c++20", *shared, *includes, HERE / "operators.cpp", "-o", operators, *libraries, driver)
+    emulator.run_compiler("-std=c++20", *shared, *includes, HERE / "operators.cpp", "-o", operators, *libraries, driver)
     _emulated(folder, cuda, includes, package / "lib")
     link = folder / "libcuda.so"
     link.unlink(missing_ok=True)
