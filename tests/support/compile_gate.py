@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]  # as a program
+
+from tests.support.sass import Code, read_cubin  # noqa: E402
+
 # Shared memory that one block can ask for: CUDA programming guide, table of compute capabilities.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -41,6 +45,8 @@ class Finding:
         streams: kernel argument -> "load" or "store" -> bytes an access -> how many such instructions.
         bulk: "load" or "store" -> how many instructions hand a tile to the copy engine.
         waits: how many wgmma each of its waits leaves in flight, in the order of the code.
+        warps: of a program. constants: the launch's constexpr integers.
+        code: its machine instructions, where the request asked for them by "code".
     """
 
     label: str
@@ -54,6 +60,9 @@ class Finding:
     streams: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     bulk: dict[str, int] = field(default_factory=dict)
     waits: list[int] = field(default_factory=list)
+    warps: int = 0
+    constants: dict[str, int] = field(default_factory=dict)
+    code: Code | None = None
 
     def faults(self, wide: tuple[str, ...] = (), matrix: bool = False) -> list[str]:
         """What is wrong with the binary; ``wide`` names the arguments whose every access must be of 16 bytes."""
@@ -79,6 +88,7 @@ def run_gate(requests: list[dict[str, Any]]) -> list[Finding]:
 
     A request has "launcher" (a function of LAUNCHERS or PLANTED below), "arch" and the launcher's own arguments. With "front" it is
     only taken to Triton's first representation, a tenth of the time: whether the compiler takes the kernel with these arguments at all.
+    With "code" the binary is disassembled too.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
@@ -92,7 +102,11 @@ def run_gate(requests: list[dict[str, Any]]) -> list[Finding]:
     )
     if done.returncode:
         raise RuntimeError(f"the compile gate failed:\n{done.stderr[-4000:]}")
-    return [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
+    findings = [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
+    for finding in findings:
+        if isinstance(finding.code, dict):
+            finding.code = Code.of(finding.code)
+    return findings
 
 
 @contextmanager
@@ -114,9 +128,16 @@ def caught_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any
 
 
 def compile_launch(
-    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int, label: str, front: bool = False
+    kernel: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    arch: int,
+    label: str,
+    front: bool = False,
+    code: bool = False,
 ) -> Finding:
-    """Compile one caught launch for sm_<arch> and read the binary; with ``front`` only into the first representation."""
+    """Compile one caught launch for sm_<arch> and read the binary; with ``front`` only into the first representation, with ``code``
+    down to the machine instructions."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -145,7 +166,14 @@ def compile_launch(
         "store": len(re.findall(r"cp\.async\.bulk\.tensor\.\S*global\.shared", ptx)),
     }
     waits = [int(left) for left in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)]
-    return Finding(label, name, arch, registers, stack, compiled.metadata.shared, matrix, calls, streams, bulk, waits)
+    finding = Finding(
+        label, name, arch, registers, stack, compiled.metadata.shared, matrix, calls, streams, bulk, waits
+    )
+    finding.warps = compiled.metadata.num_warps
+    finding.constants = {name: value for name, value in kwargs.items() if name.isupper() and isinstance(value, int)}
+    if code:
+        (finding.code,) = read_cubin(compiled.asm["cubin"]).values()
+    return finding
 
 
 def _parameters(kind: str) -> int:
@@ -250,11 +278,12 @@ def _launcher(name: str) -> Callable[..., Any]:
 def main() -> None:
     findings = []
     for request in json.load(sys.stdin):
-        launcher, arch, front = request.pop("launcher"), request.pop("arch"), request.pop("front", False)
+        launcher, arch = request.pop("launcher"), request.pop("arch")
+        front, code = request.pop("front", False), request.pop("code", False)
         label = f"{launcher} " + " ".join(f"{name}={value}" for name, value in request.items())
         with caught_launches() as caught:
             _launcher(launcher)(**request, arch=arch)
-        findings += [asdict(compile_launch(*launch, arch, label, front)) for launch in caught]
+        findings += [asdict(compile_launch(*launch, arch, label, front, code)) for launch in caught]
     print(json.dumps(findings))
 
 

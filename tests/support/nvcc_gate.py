@@ -4,8 +4,12 @@ needed."""
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from .sass import Code, read_cubin
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -82,3 +86,22 @@ def kernels_of(ptx: str) -> dict[str, str]:
     """Mangled name -> text of each kernel."""
     pieces = re.split(r"\.entry (\w+)\(", ptx)[1:]
     return dict(zip(pieces[0::2], pieces[1::2], strict=True))
+
+
+@cache
+def machine_code(name: str, arch: str = "90a") -> dict[str, Code]:
+    """The machine instructions of a source of csrc/cuda, by the kernels' demangled signatures without our namespaces."""
+    nvcc, source = nvcc_path(), ROOT / "csrc" / "cuda" / name
+    assert nvcc is not None
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "out.cubin"
+        flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-cubin", f"-I{ROOT / 'csrc'}"]
+        done = subprocess.run([nvcc, *flags, str(source), "-o", str(target)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name} does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
+        kernels = read_cubin(target.read_bytes())
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    short = [re.sub(r"peftfast::cuda::|\(anonymous namespace\)::|peftfast::", "", one) for one in names]
+    return dict(zip(short, kernels.values(), strict=True))

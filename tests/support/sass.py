@@ -1,0 +1,143 @@
+"""What a compiled kernel asks of a multiprocessor: its machine instructions by the unit that executes them, and the cycles that they take.
+
+A kernel that is to run at the memory's speed must finish the instructions of a byte before the next byte comes. Which instructions
+those are only the binary says: this module disassembles it, finds its loops, and counts. Rates are those of the CUDA programming
+guide's table of arithmetic throughput; what that table leaves out is said where it is assumed. The result is a bound from below: it
+knows neither latencies nor how well warps hide them.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# Warp instructions a multiprocessor takes in a cycle, all units together and by unit. alu: integer additions, shifts, logic, comparisons,
+# selections, byte permutations, packed conversions (64 lanes). imad: integer products (64 lanes; of 32 x 32 -> 64 bits the guide
+# says nothing: counted once where one instruction gives both halves, twice where it gives the upper one, as ptxas prefers the
+# first when it may choose). special: roots, reciprocals and conversions of single numbers (16 lanes). memory: an access of up to 4
+# bytes a lane to shared or global memory, or a shuffle (32 lanes); wider ones count as many times.
+RATES = {
+    80: {"issue": 4.0, "alu": 2.0, "imad": 2.0, "float": 2.0, "special": 0.5, "memory": 1.0},
+    90: {"issue": 4.0, "alu": 2.0, "imad": 2.0, "float": 4.0, "special": 0.5, "memory": 1.0},
+    100: {"issue": 4.0, "alu": 2.0, "imad": 2.0, "float": 4.0, "special": 0.5, "memory": 1.0},
+}
+# Bytes of DRAM for each cycle of a multiprocessor: A100 80 GB 1.41 GHz x 108, 1.8 TB/s; H200 1.98 GHz x 132, 4.3 TB/s as others measured
+# a copy; B200 1.97 GHz x 148, 7.2 TB/s (nine tenths of the data sheet).
+DRAM_BYTES = {80: 11.8, 90: 16.5, 100: 24.7}
+
+_ALU = frozenset(
+    "LOP LOP3 PLOP3 IADD IADD3 VIADD VIADDMNMX VIMNMX IMNMX IABS SHF SHL SHR PRMT SEL FSEL ISETP FSETP FMNMX FCHK LEA BMSK SGXT I2FP F2FP "
+    "MOV CS2R P2R R2P VOTE VABSDIFF DSETP HSETP2 HSET2 HMNMX2".split()
+)
+_FLOAT = frozenset("FFMA FMUL FADD FSWZADD HFMA2 HADD2 HMUL2".split())
+_SPECIAL = frozenset("MUFU F2I I2F F2F FRND POPC FLO BREV".split())
+_MEMORY = frozenset("LDS STS LDSM STSM LDG STG LDGSTS SHFL ATOMS ATOMG ATOM RED LD ST LDL STL".split())
+_NOTHING = frozenset(["NOP"])  # the padding behind a kernel's end
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_LABEL = re.compile(r"^(\.L\w+):")
+_SECTION = re.compile(r"\.section\s+\.text\.([^\s,]+),")
+
+
+@dataclass
+class Counts:
+    """Instructions of a warp, by unit; ``names`` are all of them by opcode."""
+
+    units: dict[str, float] = field(default_factory=dict)
+    names: dict[str, int] = field(default_factory=dict)
+
+    def cycles(self, warps: int, arch: int) -> dict[str, float]:
+        """Cycles that each unit of a multiprocessor is taken by so many warps."""
+        return {unit: self.units.get(unit, 0) * warps / rate for unit, rate in RATES[arch].items()}
+
+
+@dataclass
+class Code:
+    """A kernel's instructions: all, and those of each innermost loop in the order of the code."""
+
+    whole: Counts
+    loops: list[Counts]
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Code":
+        """The code whose ``dataclasses.asdict`` this is."""
+        return cls(Counts(**values["whole"]), [Counts(**loop) for loop in values["loops"]])
+
+
+def read_cubin(cubin: bytes) -> dict[str, Code]:
+    """The kernels of a cubin by their (mangled) names."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    parts = _SECTION.split(text)
+    return {name: read_listing(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+@cache
+def _nvdisasm() -> str:
+    from triton import knobs
+
+    return str(Path(knobs.nvidia.nvdisasm.path))
+
+
+def read_listing(text: str) -> Code:
+    """One kernel of nvdisasm's listing."""
+    instructions: list[tuple[int, str, str]] = []
+    labels: dict[str, int] = {}
+    waiting: list[str] = []
+    for line in text.splitlines():
+        if match := _LABEL.match(line):
+            waiting.append(match[1])
+        elif match := _INSTRUCTION.search(line):
+            labels.update(dict.fromkeys(waiting, int(match[1], 16)))
+            waiting = []
+            instructions.append((int(match[1], 16), match[2], match[3]))
+    ranges = []
+    for at, name, operands in instructions:
+        target = re.search(r"\((\.L\w+)\)", operands)
+        # A branch to itself is the padding that ends every kernel.
+        if name.startswith("BRA") and target and labels.get(target[1], at) < at:
+            ranges.append((labels[target[1]], at))
+    inner = [
+        one for one in sorted(set(ranges)) if not any(one[0] <= other[0] and other[1] < one[1] for other in ranges)
+    ]
+    whole = _count(name for _, name, _ in instructions)
+    return Code(whole, [_count(name for at, name, _ in instructions if low <= at <= high) for low, high in inner])
+
+
+def _count(names) -> Counts:
+    counts = Counter(name for name in names if name not in _NOTHING)
+    units: Counter[str] = Counter()
+    for name, times in counts.items():
+        unit, weight = _unit(name)
+        units["issue"] += times
+        if unit:
+            units[unit] += times * weight
+    return Counts(dict(units), dict(counts.most_common()))
+
+
+def _unit(name: str) -> tuple[str | None, int]:
+    """The unit that executes an instruction and how many times it is counted there; None where that bounds nothing of ours (branches,
+    barriers, the uniform datapath, tensor cores)."""
+    first = name.split(".")[0]
+    if first == "IMAD":
+        return "imad", 2 if name.startswith("IMAD.HI") else 1
+    if first in _ALU:
+        return "alu", 1
+    if first in _FLOAT:
+        return "float", 1
+    if first in _SPECIAL:
+        return "special", 1
+    if first in _MEMORY:
+        bits = (
+            512
+            if first in ("LDSM", "STSM") and name.endswith(".4")
+            else int((re.findall(r"\.(64|128)\b", name) or ["32"])[-1])
+        )
+        return "memory", 4 if first in ("LDSM", "STSM") and bits == 512 else bits // 32
+    return None, 0
