@@ -121,7 +121,8 @@ static void widen_floats(const void* x, DType dtype, int64_t begin, int64_t coun
 }
 
 constexpr int kInputs = kWidth >= 16 ? 4 : 2;  // rows of x at once; with four weight rows the sums stay in registers
-constexpr int64_t kColumns = 2048;             // whose products one float32 vector adds up
+// Columns whose products one float32 vector adds up: as many terms a lane, and so as small an error, at every width.
+constexpr int64_t kColumns = 128 * kWidth;
 
 // sums[m * kN + n] += the products of columns begin .. end of kM rows of x with kN weight rows, all K apart.
 template <int kM, int kN>
