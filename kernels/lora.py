@@ -17,7 +17,7 @@ import triton.language as tl
 from .launch import launch
 from .numerics import convert, multiply_add, narrow, widen
 from .partials import divide, partials_of, reduce_partials, reduce_two
-from .philox import keep_scale, keep_threshold, keep_tile
+from .philox import keep_scale, keep_threshold, keep_tile, kept_or
 
 COMPUTE_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -47,7 +47,8 @@ def _lora_shrink_kernel(
 ):
     """out[split, m, r] = scaling * sum over the split's k of dropout(x)[m, k] w[r, k]; grid (M blocks, R blocks,
     splits of K)."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
     columns = tl.arange(0, BLOCK_C)
@@ -69,10 +70,10 @@ def _lora_shrink_kernel(
         w_tile = tl.load(
             w_columns + offs_k[:, None].to(tl.int64) * stride_wk, mask=mask_k[:, None] & mask_r[None, :], other=0.0
         )
+        x_tile = convert(x_tile, COMPUTE)
         if seed_ptr is not None:
-            keep = keep_tile(seed, offs_m[:, None], block * BLOCK_C, columns[None, :], K, threshold)
-            x_tile = tl.where(keep, x_tile, 0.0)
-        accumulator = multiply_add(convert(x_tile, COMPUTE), convert(w_tile, COMPUTE), accumulator)
+            x_tile = kept_or(x_tile, None, seed, first_row, block * BLOCK_C, K, threshold, BLOCK_M, BLOCK_C)
+        accumulator = multiply_add(x_tile, convert(w_tile, COMPUTE), accumulator)
     out_tile = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
     tl.store(out_tile, narrow(accumulator * scaling, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
@@ -107,9 +108,10 @@ def _lora_expand_kernel(
     blocks_n = tl.cdiv(N, BLOCK_C)
     pid_m = tl.program_id(0) // blocks_n
     pid_n = tl.program_id(0) % blocks_n
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_C)
-    offs_n = pid_n * BLOCK_C + columns
+    first_row = pid_m.to(tl.int64) * BLOCK_M
+    offs_m = first_row + tl.arange(0, BLOCK_M)
+    first_column = pid_n * BLOCK_C
+    offs_n = first_column + tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
     mask_n = offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
@@ -133,18 +135,24 @@ def _lora_expand_kernel(
     if bias_ptr is not None:
         accumulator += widen(tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
     delta = accumulator * scaling
-    if seed_ptr is not None:
-        keep = keep_tile(tl.load(seed_ptr), offs_m[:, None], pid_n * BLOCK_C, columns[None, :], N, threshold)
-        # Always true, and gone from the machine code; but it ties the mask to a loaded tile, so that the compiler
-        # leaves it in the layout of the load, where a thread owns all columns of a counter. In the layout of the
-        # product it owns two, and every counter is computed four times: 31 Philox calls a thread instead of 8, and
-        # spills (sm_80, sm_90, triton 3.6 and 3.7.1).
-        BITS: tl.constexpr = tl.int16 if base.dtype.primitive_bitwidth == 16 else tl.int32
-        # The zero is of the tile's own width: triton 3.6 would lift the layout over the sign extension of a wider one.
-        keep &= (base.to(BITS, bitcast=True) | 1) != tl.full((), 0, BITS)
-        delta = tl.where(keep, delta, 0.0)
     out_tile = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :].to(tl.int64) * stride_on
-    tl.store(out_tile, narrow(widen(base) + delta, out_ptr.dtype.element_ty), mask=mask)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        if base.dtype.primitive_bitwidth == 16 and base.dtype == out_ptr.dtype.element_ty:
+            # Where an element is dropped base stays as it is.
+            result = narrow(widen(base) + delta, base.dtype)
+            result = kept_or(result, base, seed, first_row, first_column, N, threshold, BLOCK_M, BLOCK_C)
+            tl.store(out_tile, result, mask=mask)
+        else:
+            keep = keep_tile(seed, first_row, first_column, N, threshold, BLOCK_M, BLOCK_C)
+            # Ties the mask to the layout of the load, see kept_or.
+            BITS: tl.constexpr = tl.int16 if base.dtype.primitive_bitwidth == 16 else tl.int32
+            # The zero is of the tile's own width: triton 3.6 would lift the layout over the sign extension of a wider one.
+            keep &= (base.to(BITS, bitcast=True) | 1) != tl.full((), 0, BITS)
+            delta = tl.where(keep, delta, 0.0)
+            tl.store(out_tile, narrow(widen(base) + delta, out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out_tile, narrow(widen(base) + delta, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split"])
@@ -177,28 +185,41 @@ def _lora_weight_grad_kernel(
     The product is formed transposed, [BLOCK_C, BLOCK_R]: K fills the 64 rows of a tensor core instruction, R = 16
     would not.
     """
-    columns = tl.arange(0, BLOCK_C)
-    offs_k = tl.program_id(0) * BLOCK_C + columns
+    first_column = tl.program_id(0) * BLOCK_C
+    offs_k = first_column + tl.arange(0, BLOCK_C)
+    rows = tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
     mask_k = offs_k < K
     mask_r = offs_r < R
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    x_columns = x_ptr + offs_k[:, None].to(tl.int64) * stride_xk
-    ds_columns = ds_ptr + offs_r[None, :].to(tl.int64) * stride_dsr
+    # Places in a tile, which stay, apart from the tile's place. A mask is drawn for a tile by rows; without one x is read as the
+    # product takes it, transposed: turned behind the load, float32 would be read 4 bytes at a time.
+    if seed_ptr is not None:
+        x_places = rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    else:
+        x_places = offs_k[:, None].to(tl.int64) * stride_xk + rows[None, :].to(tl.int64) * stride_xm
+    ds_places = rows[:, None].to(tl.int64) * stride_dsm + offs_r[None, :].to(tl.int64) * stride_dsr
     accumulator = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     first_block = split * blocks_per_split
     last_block = tl.minimum(first_block + blocks_per_split, tl.cdiv(M, BLOCK_M))
     for block in range(first_block, last_block):
-        offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask_m = offs_m < M
-        x_tile = tl.load(x_columns + offs_m[None, :] * stride_xm, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-        ds_tile = tl.load(ds_columns + offs_m[:, None] * stride_dsm, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        first_row = block * tl.full((), BLOCK_M, tl.int64)
+        mask_m = rows < M - first_row
+        x_block = x_ptr + first_row * stride_xm
+        ds_tile = tl.load(
+            ds_ptr + first_row * stride_dsm + ds_places, mask=mask_m[:, None] & mask_r[None, :], other=0.0
+        )
         if seed_ptr is not None:
-            keep = keep_tile(seed, offs_m[None, :], tl.program_id(0) * BLOCK_C, columns[:, None], K, threshold)
-            x_tile = tl.where(keep, x_tile, 0.0)
-        accumulator = multiply_add(convert(x_tile, COMPUTE), convert(ds_tile, COMPUTE), accumulator)
+            x_tile = tl.load(x_block + x_places, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            x_tile = convert(x_tile, COMPUTE)
+            x_tile = kept_or(x_tile, None, seed, first_row, first_column, K, threshold, BLOCK_M, BLOCK_C)
+            x_tile = tl.trans(x_tile)
+        else:
+            x_tile = tl.load(x_block + x_places, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
+            x_tile = convert(x_tile, COMPUTE)
+        accumulator = multiply_add(x_tile, convert(ds_tile, COMPUTE), accumulator)
     out_tile = (
         out_ptr
         + split.to(tl.int64) * stride_split

@@ -7,7 +7,7 @@ import triton.language as tl
 from .launch import launch
 from .numerics import convert, multiply_add, narrow, widen
 from .partials import divide, partials_of, reduce_partials
-from .philox import keep_scale, keep_threshold, keep_tile
+from .philox import keep_scale, keep_threshold, kept_or
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -137,16 +137,16 @@ def _lora_dropout_add_kernel(
 ):
     """out = base + dropout(x), contiguous; one tile a program, N fastest."""
     blocks_n = tl.cdiv(N, BLOCK_C)
-    offs_m = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M
+    offs_m = first_row + tl.arange(0, BLOCK_M)
     first_column = tl.program_id(0) % blocks_n * BLOCK_C
-    columns = tl.arange(0, BLOCK_C)
-    offs_n = first_column + columns
+    offs_n = first_column + tl.arange(0, BLOCK_C)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     x_tile = x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :].to(tl.int64) * stride_xn
-    value = widen(tl.load(x_tile, mask=mask, other=0.0)) * scale
+    x = tl.load(x_tile, mask=mask, other=0.0)
     if seed_ptr is not None:
-        keep = keep_tile(tl.load(seed_ptr), offs_m[:, None], first_column, columns[None, :], N, threshold)
-        value = tl.where(keep, value, 0.0)
+        x = kept_or(x, None, tl.load(seed_ptr), first_row, first_column, N, threshold, BLOCK_M, BLOCK_C)
+    value = widen(x) * scale
     if base_ptr is not None:
         base_tile = base_ptr + offs_m[:, None] * stride_basem + offs_n[None, :].to(tl.int64) * stride_basen
         value += widen(tl.load(base_tile, mask=mask, other=0.0))

@@ -19,7 +19,7 @@ from .launch import constant, launch
 from .lora import COMPUTE_DTYPES
 from .numerics import convert, multiply_add, narrow, widen
 from .partials import divide, partials_of, reduce_partials
-from .philox import keep_scale, keep_threshold, keep_tile
+from .philox import keep_scale, keep_threshold, keep_tile, kept_or
 
 # int64 words of a block: address of the factor, first rank, ranks, column in S, term, threshold, rank of the term, address of
 # the bias (0: none, or not the term's first block).
@@ -64,7 +64,8 @@ def _lora_terms_shrink_kernel(
     """out[split, m, column + r] = scaling * sum over the split's k of dropout(x)[m, k] w[r, k] in the rows of the term;
     grid (blocks, fastest, times M blocks; splits of K)."""
     block = tl.program_id(0) % blocks
-    offs_m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M
+    offs_m = first_row + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     offs_r = tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_C)
@@ -92,10 +93,10 @@ def _lora_terms_shrink_kernel(
         w_tile = _factor_tile(
             entry, offs_r[None, :], offs_k[:, None], mask_r[None, :], mask_k[:, None], K, DTYPE, BY_COLUMNS
         )
+        x_tile = convert(x_tile, COMPUTE)
         if seeds_ptr is not None:
-            keep = keep_tile(seed, offs_m[:, None], step * BLOCK_C, columns[None, :], K, threshold)
-            x_tile = tl.where(keep, x_tile, 0.0)
-        accumulator = multiply_add(convert(x_tile, COMPUTE), convert(w_tile, COMPUTE), accumulator)
+            x_tile = kept_or(x_tile, None, seed, first_row, step * BLOCK_C, K, threshold, BLOCK_M, BLOCK_C)
+        accumulator = multiply_add(x_tile, convert(w_tile, COMPUTE), accumulator)
     accumulator *= tl.load(scaling_ptr + block)
     out_tile = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * R + tl.load(entry + 3) + offs_r[None, :]
     tl.store(out_tile, narrow(accumulator, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
@@ -130,10 +131,10 @@ def _lora_terms_expand_kernel(
 ):
     """out = base + the sum over terms of dropout(scaling * (s wᵀ + bias)) in their rows; one tile a program, N fastest."""
     blocks_n = tl.cdiv(N, BLOCK_C)
-    offs_m = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M
+    offs_m = first_row + tl.arange(0, BLOCK_M)
     first_column = tl.program_id(0) % blocks_n * BLOCK_C
-    columns = tl.arange(0, BLOCK_C)
-    offs_n = first_column + columns
+    offs_n = first_column + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
     mask_n = offs_n < N
@@ -167,8 +168,8 @@ def _lora_terms_expand_kernel(
         delta *= tl.load(scaling_ptr + block)
         if seeds_ptr is not None:
             threshold = tl.load(entry + 5).to(tl.int32)
-            keep = keep_tile(tl.load(seeds_ptr + term), offs_m[:, None], first_column, columns[None, :], N, threshold)
-            # Always true: it keeps the mask in the layout of the load, see _lora_expand_kernel.
+            keep = keep_tile(tl.load(seeds_ptr + term), first_row, first_column, N, threshold, BLOCK_M, BLOCK_C)
+            # Always true: it keeps the mask in the layout of the load, see kept_or.
             BITS: tl.constexpr = tl.int16 if base.dtype.primitive_bitwidth == 16 else tl.int32
             keep &= (base.to(BITS, bitcast=True) | 1) != tl.full((), 0, BITS)
             delta = tl.where(keep, delta, 0.0)
@@ -204,8 +205,9 @@ def _lora_terms_weight_grad_kernel(
 ):
     """out[split, term][r, k] = scaling * sum over the split's rows of the term of ds[m, column + r] dropout(x)[m, k]; grid
     (K blocks, blocks, splits of M). A term's result is [R, K], or BY_COLUMNS [K, R], one after the other."""
-    columns = tl.arange(0, BLOCK_C)
-    offs_k = tl.program_id(0) * BLOCK_C + columns
+    first_column = tl.program_id(0) * BLOCK_C
+    offs_k = first_column + tl.arange(0, BLOCK_C)
+    rows = tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     block = tl.program_id(1)
     split = tl.program_id(2)
@@ -217,22 +219,33 @@ def _lora_terms_weight_grad_kernel(
     if seeds_ptr is not None:
         seed = tl.load(seeds_ptr + term)
         threshold = tl.load(entry + 5).to(tl.int32)
-    x_columns = x_ptr + offs_k[:, None].to(tl.int64) * stride_xk
-    ds_columns = ds_ptr + (column + offs_r)[None, :] * stride_dsr
+    # Places in a tile, which stay, apart from the tile's place; x by rows or transposed, see _lora_weight_grad_kernel.
+    if seeds_ptr is not None:
+        x_places = rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    else:
+        x_places = offs_k[:, None].to(tl.int64) * stride_xk + rows[None, :].to(tl.int64) * stride_xm
+    ds_places = rows[:, None].to(tl.int64) * stride_dsm + (column + offs_r)[None, :] * stride_dsr
     accumulator = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     first_block = split * blocks_per_split
     last_block = tl.minimum(first_block + blocks_per_split, tl.cdiv(M, BLOCK_M))
     for step in range(first_block, last_block):
-        offs_m = (step * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask_m = offs_m < M
+        first_row = step * tl.full((), BLOCK_M, tl.int64)
+        mask_m = rows < M - first_row
         if rows_ptr is not None:
-            mask_m &= tl.load(rows_ptr + offs_m, mask=mask_m, other=-1) == term
-        x_tile = tl.load(x_columns + offs_m[None, :] * stride_xm, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-        ds_tile = tl.load(ds_columns + offs_m[:, None] * stride_dsm, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            mask_m &= tl.load(rows_ptr + first_row + rows, mask=mask_m, other=-1) == term
+        x_block = x_ptr + first_row * stride_xm
+        ds_tile = tl.load(
+            ds_ptr + first_row * stride_dsm + ds_places, mask=mask_m[:, None] & mask_r[None, :], other=0.0
+        )
         if seeds_ptr is not None:
-            keep = keep_tile(seed, offs_m[None, :], tl.program_id(0) * BLOCK_C, columns[:, None], K, threshold)
-            x_tile = tl.where(keep, x_tile, 0.0)
-        accumulator = multiply_add(convert(x_tile, COMPUTE), convert(ds_tile, COMPUTE), accumulator)
+            x_tile = tl.load(x_block + x_places, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            x_tile = convert(x_tile, COMPUTE)
+            x_tile = kept_or(x_tile, None, seed, first_row, first_column, K, threshold, BLOCK_M, BLOCK_C)
+            x_tile = tl.trans(x_tile)
+        else:
+            x_tile = tl.load(x_block + x_places, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
+            x_tile = convert(x_tile, COMPUTE)
+        accumulator = multiply_add(x_tile, convert(ds_tile, COMPUTE), accumulator)
     accumulator *= tl.load(scaling_ptr + block)
     rank = tl.load(entry + 1) + offs_r
     start = (column - tl.load(entry + 1)) * K

@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 
 from .launch import launch
+from .numerics import INTERPRETED
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 STREAM_GAUSSIAN = tl.constexpr(0)
 STREAM_DROPOUT = tl.constexpr(1)
 STREAM_ROUNDING = tl.constexpr(2)
@@ -32,6 +34,17 @@ _TWO_LN_2 = tl.constexpr(float.fromhex("0x1.62e430p+0"))
 _SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 _TURN = tl.constexpr(2.0**-31)
 DRAW_RANGE = 1 << 16
+_MULTIPLIER0, _MULTIPLIER1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+_WEYL0, _WEYL1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+_ROUNDS = tl.constexpr(10)
+_ONES = tl.constexpr(0xFFFFFFFF)  # for x ^ _ONES: the interpreter has no ~ of unsigned numbers
+# Both halves of a product of 32 by 32 bits in one instruction. Written in the language (tl.umulhi, or a product of 64 bits) the
+# compiler takes one for each half wherever it vectorises the product or needs less than all of its bits: 1.7 times the integer
+# products of a call (sm_80 to sm_100, triton 3.6 and 3.7.1).
+_PRODUCT = "{{ .reg .b64 product; mul.wide.u32 product, $2, {}; mov.b64 {{$1, $0}}, product; }}"
+_PRODUCT0, _PRODUCT1 = (tl.constexpr(_PRODUCT.format(one)) for one in ("0xD2511F53", "0xCD9E8D57"))
+# The sign of bytes 1 and 3 over the halves that they end.
+_SPREAD_SIGNS = tl.constexpr("prmt.b32 $0, $1, 0, 0xbb99;")
 
 
 def keep_threshold(p: float) -> int:
@@ -46,14 +59,35 @@ def keep_scale(p: float) -> float:
 
 
 @triton.jit
+def _halves(a, MULTIPLIER: tl.constexpr, PRODUCT: tl.constexpr):
+    """The upper and the lower 32 bits of a * MULTIPLIER."""
+    if _INTERPRETED:
+        product = a.to(tl.uint64) * MULTIPLIER
+        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+    else:
+        return tl.inline_asm_elementwise(PRODUCT, "=r,=r,r", [a], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1)
+
+
+@triton.jit
 def words_at(seed, q, tensor_id, stream):
     """The four uint32 words of the counters (q low, q high, tensor_id, stream) under an int64 seed; q is an int64
     block."""
-    low = q.to(tl.uint32)
-    high = (q >> 32).to(tl.uint32)
-    # Blocks, since tl.philox bitcasts its counters: a constant would arrive as a signed scalar.
-    zero = low * 0
-    return tl.philox(seed, low, high, zero + tensor_id.to(tl.uint32), zero + stream.to(tl.uint32))
+    c0 = q.to(tl.uint32)
+    c1 = (q >> 32).to(tl.uint32)
+    c2 = c0 * 0 + tensor_id.to(tl.uint32)  # a block too
+    c3 = c0 * 0 + stream.to(tl.uint32)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        high0, low0 = _halves(c0, _MULTIPLIER0, _PRODUCT0)
+        high1, low1 = _halves(c2, _MULTIPLIER1, _PRODUCT1)
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 += _WEYL0
+        k1 += _WEYL1
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -118,27 +152,87 @@ def rounding_tile(seed, first_counter, columns, tensor_id):
 
 
 @triton.jit
-def keep_tile(seed, rows, first_column, columns, C, threshold):
-    """Which elements of a tile dropout keeps.
+def _dropout_words(seed, first_row, first_column, C, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr):
+    """The words of a tile's counters, uint32 ``[BLOCK_M, COLUMNS]``, of which LANES neighbours share a counter.
+
+    The place of the tile is kept apart from the places in it: those do not change from step to step, and the compiler sees that a
+    thread that owns LANES neighbours needs their words once.
+    """
+    counters = ((C + 7) // 8).to(tl.int64)
+    first = first_row.to(tl.int64) * counters + first_column // 8
+    q = first + (tl.arange(0, BLOCK_M)[:, None] * counters + tl.arange(0, COLUMNS)[None, :] // LANES)
+    return words_at(seed, q, tl.full((), 0, tl.int32), tl.full((), STREAM_DROPOUT, tl.int32))
+
+
+@triton.jit
+def keep_tile(seed, first_row, first_column, C, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which elements of a tile, ``[BLOCK_M, BLOCK_C]``, dropout keeps.
 
     Args:
         seed: int64 scalar.
-        rows: row indices, ``[BLOCK_M, 1]`` (or ``[1, BLOCK_M]`` for a tile held transposed).
-        first_column: the tile's first column, a multiple of 8.
-        columns: tl.arange(0, BLOCK), expanded across rows. Kept apart from first_column so that the compiler sees a
-            constant in ``columns % 8`` and one value in ``columns // 8`` for every eight columns that a thread owns:
-            the words of a counter are then computed once and the selection below folds away, with no exchange between
-            threads.
+        first_row, first_column: where the tile lies in the whole matrix; the column a multiple of 8.
         C: width of the whole matrix.
         threshold: keep_threshold(p).
     """
-    counters_per_row = (C + 7) // 8
-    q = (rows.to(tl.int64) * counters_per_row + first_column // 8) + columns // 8
-    word0, word1, word2, word3 = words_at(seed, q, tl.full((), 0, tl.int32), tl.full((), STREAM_DROPOUT, tl.int32))
-    draw = columns % 8
+    word0, word1, word2, word3 = _dropout_words(seed, first_row, first_column, C, BLOCK_M, BLOCK_C, 8)
+    draw = tl.arange(0, BLOCK_C)[None, :] % 8
     word = tl.where(draw < 4, tl.where(draw < 2, word0, word1), tl.where(draw < 6, word2, word3))
-    bits = tl.where(draw % 2 == 0, word & 0xFFFF, word >> 16)
-    return bits.to(tl.int32) < threshold
+    # A draw as the upper half of its word, so that the odd ones need no shift: those that are kept end at (threshold << 16) - 1. A
+    # threshold of 0 keeps none.
+    draw_first = tl.where(draw % 2 == 0, word << 16, word)
+    return (draw_first <= (threshold.to(tl.uint32) << 16) - 1) & (threshold > 0)
+
+
+@triton.jit
+def kept_or(x, other_tile, seed, first_row, first_column, C, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """x, ``[BLOCK_M, BLOCK_C]``, where dropout keeps it, else ``other_tile``, of x's dtype, or 0.0 if that is None. The rest is
+    keep_tile's.
+
+    Of 16 bits two elements are chosen at once: a word of draws makes the mask for the word of x in the same columns. Its two draws are
+    compared by one subtraction, whose borrows the top bits keep apart.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        word0, word1, word2, word3 = _dropout_words(seed, first_row, first_column, C, BLOCK_M, BLOCK_C // 2, 4)
+        at = tl.arange(0, BLOCK_C // 2)[None, :] % 4
+        word = tl.where(at < 2, tl.where(at < 1, word0, word1), tl.where(at < 3, word2, word3))
+        last = ((threshold - 1) & 0xFFFF).to(tl.uint32) * 0x10001  # the greatest draw that is kept
+        below = (last | 0x80008000) - (word & 0x7FFF7FFF)  # top bits: last >= word in the bits below
+        above = (word & (last ^ _ONES)) | ((word ^ last ^ _ONES) & (below ^ _ONES))  # top bits: word > last
+        dropped = _spread_signs(above) | tl.where(threshold > 0, 0, _ONES).to(tl.uint32)
+        if other_tile is None:
+            chosen = _pairs(x, BLOCK_M, BLOCK_C) & (dropped ^ _ONES)
+        else:
+            others = _pairs(other_tile, BLOCK_M, BLOCK_C)
+            # Always true, and gone from the machine code; but it ties the mask to a tile that was loaded, so that the compiler
+            # leaves it in the layout of the load, where a thread owns all columns of a counter. In the layout of a product it
+            # owns two, and every counter is computed four times: 31 Philox calls a thread instead of 8, and spills (sm_80,
+            # sm_90, triton 3.6 and 3.7.1).
+            dropped = tl.where((others | 1) != 0, dropped, 0)
+            chosen = (_pairs(x, BLOCK_M, BLOCK_C) & (dropped ^ _ONES)) | (others & dropped)
+        halves = tl.join(chosen.to(tl.uint16), (chosen >> 16).to(tl.uint16))
+        return tl.reshape(halves, (BLOCK_M, BLOCK_C)).to(x.dtype, bitcast=True)
+    else:
+        keep = keep_tile(seed, first_row, first_column, C, threshold, BLOCK_M, BLOCK_C)
+        if other_tile is None:
+            return tl.where(keep, x, 0.0)
+        else:
+            return tl.where(keep, x, other_tile)
+
+
+@triton.jit
+def _pairs(x, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The bits of neighbouring 16-bit elements, the first in the low half: uint32 ``[BLOCK_M, BLOCK_C / 2]``."""
+    low, high = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), (BLOCK_M, BLOCK_C // 2, 2)))
+    return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+
+
+@triton.jit
+def _spread_signs(word):
+    """Each half of a word all ones where its top bit is set, else zero."""
+    if _INTERPRETED:
+        return ((word >> 15) & 0x10001) * 0xFFFF
+    else:
+        return tl.inline_asm_elementwise(_SPREAD_SIGNS, "=r,r", [word], dtype=tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -167,9 +261,8 @@ def _kept_pair(word, threshold):
 def _dropout_mask_kernel(seed_ptr, mask_ptr, M, C, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_column = tl.program_id(1) * BLOCK_C
-    columns = tl.arange(0, BLOCK_C)
-    offs_c = first_column + columns
-    keep = keep_tile(tl.load(seed_ptr), offs_m[:, None], first_column, columns[None, :], C, threshold)
+    offs_c = first_column + tl.arange(0, BLOCK_C)
+    keep = keep_tile(tl.load(seed_ptr), tl.program_id(0) * BLOCK_M, first_column, C, threshold, BLOCK_M, BLOCK_C)
     mask = (offs_m[:, None] < M) & (offs_c[None, :] < C)
     tl.store(mask_ptr + offs_m[:, None].to(tl.int64) * C + offs_c[None, :], keep.to(tl.uint8), mask=mask)
 

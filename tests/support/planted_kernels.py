@@ -73,3 +73,18 @@ def crowded_product(arch: int) -> None:
     w, b = (torch.empty((4096, columns), dtype=torch.bfloat16, device="meta") for columns in (4096, 16))
     config = ProductConfig(128, 256, 64, 16, num_warps=8, num_stages=5)
     lora_product.lora_product(x, w, None, s, b, None, None, 0.0, 1.0, torch.bfloat16, config)
+
+
+@triton.jit
+def _philox_in_halves_kernel(seed_ptr, words_ptr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    low, high = offs.to(tl.uint32), (offs >> 32).to(tl.uint32)
+    words = tl.philox(tl.load(seed_ptr), low, high, low * 0, low * 0)
+    for i in tl.static_range(4):
+        tl.store(words_ptr + 4 * offs + i, words[i].to(tl.int64))
+
+
+def philox_in_halves(arch: int) -> None:
+    """The language's own generator, whose products take two instructions."""
+    seed, words = (torch.empty(size, dtype=torch.int64, device="meta") for size in (1, 4096))
+    _philox_in_halves_kernel[(4,)](seed, words, BLOCK=256)

@@ -1,4 +1,4 @@
-"""What a compiled kernel asks of a multiprocessor: its machine instructions by the unit that executes them, and the cycles that they take.
+"""What a compiled kernel asks of a multiprocessor: its machine instructions by the unit that executes them, and their cycles.
 
 A kernel that is to run at the memory's speed must finish the instructions of a byte before the next byte comes. Which instructions
 those are only the binary says: this module disassembles it, finds its loops, and counts. Rates are those of the CUDA programming
@@ -15,23 +15,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Warp instructions a multiprocessor takes in a cycle, all units together and by unit. alu: integer additions, shifts, logic, comparisons,
-# selections, byte permutations, packed conversions (64 lanes). imad: integer products (64 lanes; of 32 x 32 -> 64 bits the guide
-# says nothing: counted once where one instruction gives both halves, twice where it gives the upper one, as ptxas prefers the
-# first when it may choose). special: roots, reciprocals and conversions of single numbers (16 lanes). memory: an access of up to 4
-# bytes a lane to shared or global memory, or a shuffle (32 lanes); wider ones count as many times.
+# Warp instructions a multiprocessor takes in a cycle, all units together and by unit. alu: integer additions, shifts, logic,
+# comparisons, selections, byte permutations, packed conversions (64 lanes). imad: integer products (64 lanes; of 32 x 32 -> 64 bits
+# the guide says nothing: counted once where one instruction gives both halves, twice where it gives the upper one). special: roots,
+# reciprocals and conversions of single numbers (16 lanes). memory: an access of up to 4 bytes a lane to shared or global memory, or a
+# shuffle (32 lanes); wider ones count as many times.
 RATES = {
     80: {"issue": 4.0, "alu": 2.0, "imad": 2.0, "float": 2.0, "special": 0.5, "memory": 1.0},
     90: {"issue": 4.0, "alu": 2.0, "imad": 2.0, "float": 4.0, "special": 0.5, "memory": 1.0},
     100: {"issue": 4.0, "alu": 2.0, "imad": 2.0, "float": 4.0, "special": 0.5, "memory": 1.0},
 }
-# Bytes of DRAM for each cycle of a multiprocessor: A100 80 GB 1.41 GHz x 108, 1.8 TB/s; H200 1.98 GHz x 132, 4.3 TB/s as others measured
-# a copy; B200 1.97 GHz x 148, 7.2 TB/s (nine tenths of the data sheet).
+# Bytes of DRAM for each cycle of a multiprocessor: A100 80 GB 1.41 GHz x 108, 1.8 TB/s; H200 1.98 GHz x 132, 4.3 TB/s as others
+# measured a copy; B200 1.97 GHz x 148, 7.2 TB/s (nine tenths of the data sheet).
 DRAM_BYTES = {80: 11.8, 90: 16.5, 100: 24.7}
 
 _ALU = frozenset(
-    "LOP LOP3 PLOP3 IADD IADD3 VIADD VIADDMNMX VIMNMX IMNMX IABS SHF SHL SHR PRMT SEL FSEL ISETP FSETP FMNMX FCHK LEA BMSK SGXT I2FP F2FP "
-    "MOV CS2R P2R R2P VOTE VABSDIFF DSETP HSETP2 HSET2 HMNMX2".split()
+    "LOP LOP3 PLOP3 IADD IADD3 VIADD VIADDMNMX VIMNMX IMNMX IABS SHF SHL SHR PRMT SEL FSEL ISETP FSETP FMNMX FCHK LEA BMSK SGXT I2FP "
+    "F2FP MOV CS2R P2R R2P VOTE VABSDIFF DSETP HSETP2 HSET2 HMNMX2".split()
 )
 _FLOAT = frozenset("FFMA FMUL FADD FSWZADD HFMA2 HADD2 HMUL2".split())
 _SPECIAL = frozenset("MUFU F2I I2F F2F FRND POPC FLO BREV".split())
@@ -73,16 +73,17 @@ def read_cubin(cubin: bytes) -> dict[str, Code]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
     parts = _SECTION.split(text)
     return {name: read_listing(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 @cache
-def _nvdisasm() -> str:
+def _tool(name: str) -> str:
+    """One of the CUDA tools that triton brings."""
     from triton import knobs
 
-    return str(Path(knobs.nvidia.nvdisasm.path))
+    return str(getattr(knobs.nvidia, name).path)
 
 
 def read_listing(text: str) -> Code:
@@ -108,6 +109,43 @@ def read_listing(text: str) -> Code:
     ]
     whole = _count(name for _, name, _ in instructions)
     return Code(whole, [_count(name for at, name, _ in instructions if low <= at <= high) for low, high in inner])
+
+
+def folded_by_ptxas(assembly: str, inputs: list[int], outputs: int, arch: int = 90) -> list[int]:
+    """What inline assembly for 32-bit registers ($0 the first output, inputs behind the outputs) makes of constants: ptxas computes it
+    and its code holds the results. A RuntimeError where ptxas left the computation to the processor."""
+    names = [f"%out{i}" for i in range(outputs)] + [f"%in{i}" for i in range(len(inputs))]
+    for i in reversed(range(len(names))):
+        assembly = assembly.replace(f"${i}", names[i])
+    lines = [
+        f".version 8.0\n.target sm_{arch}\n.address_size 64\n.visible .entry folded(.param .u64 to) {{",
+        f".reg .b32 {', '.join(names)};\n.reg .b64 %to;\nld.param.u64 %to, [to];\ncvta.to.global.u64 %to, %to;",
+        *(f"mov.u32 %in{i}, {value:#x};" for i, value in enumerate(inputs)),
+        assembly,
+        *(f"st.global.u32 [%to+{4 * i}], %out{i};" for i in range(outputs)),
+        "ret;\n}\n",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "folded.ptx", Path(folder) / "folded.cubin"
+        source.write_text("\n".join(lines))
+        subprocess.run(
+            [_tool("ptxas"), f"-arch=sm_{arch}", "-O3", str(source), "-o", str(target)], check=True, capture_output=True
+        )
+        text = subprocess.run(
+            [_tool("nvdisasm"), "-c", "-hex", str(target)], capture_output=True, text=True, check=True
+        ).stdout
+    held, results = {"RZ": 0}, {}
+    for line in text.splitlines():
+        if store := re.search(r"STG\.E desc\[\S+\[R\d+\.64(?:\+0x(\w+))?\], (R\w+)", line):
+            results[int(store[1] or "0", 16) // 4] = held.get(store[2])
+        elif moved := re.search(r"/\s+(?:MOV|IMAD\.MOV\.U32|HFMA2\.MMA|HFMA2) (R\d+),.*/\* 0x(\w{16}) \*/", line):
+            held[moved[1]] = int(moved[2], 16) >> 32  # the immediate's place in every instruction that has one
+        elif written := re.search(r"/\s+\w\S* (R\d+),", line):
+            held.pop(written[1], None)
+    found = [results.get(i) for i in range(outputs)]
+    if None in found:
+        raise RuntimeError(f"ptxas did not compute {assembly!r} of {inputs}:\n{text}")
+    return [value for value in found if value is not None]
 
 
 def _count(names) -> Counts:

@@ -1,9 +1,9 @@
 """Do the kernels that only move bytes leave the processor time to? For each: the cycles that its instructions take of a
 multiprocessor beside those that its bytes take of the memory, from the binary alone.
 
-``python -m tests.support.throughput [--arch 80 | 90 | 100] [--only TEXT] [--opcodes]`` prints the table. 0.5 means that the busiest unit works half of the time that the
-memory does; towards 1 nothing is left for what no count shows (latencies, barriers, a last wave), and past it the kernel is bound by
-that unit.
+``python -m tests.support.throughput [--arch 80 | 90 | 100] [--only TEXT] [--opcodes]`` prints the table. 0.5 means that the busiest
+unit works half of the time that the memory does; towards 1 nothing is left for what no count shows (latencies, barriers, a last
+wave), and past it the kernel is bound by that unit.
 """
 
 import argparse
@@ -27,7 +27,8 @@ class Pass:
         name: of the kernel, and for one of csrc/cuda a part of its demangled signature.
         source: a launcher of support/launches.py, or a file of csrc/cuda.
         bytes: what a program (a warp, for csrc/cuda) reads and writes in the counted range, from the launch's constants.
-        loop: the innermost loop that is counted, in the order of the code; None: all of the kernel but its loops, which a whole tile
+        limit: what the busiest unit may take of the memory's time; past 1 only where the definition itself asks for so much.
+        loop: the innermost loop of the most instructions is what counts; else all of the kernel but its loops, which a whole tile
             does not enter. ``whole``: all of it, loops once.
     """
 
@@ -35,8 +36,13 @@ class Pass:
     source: str
     bytes: Callable[[dict[str, int]], float]
     options: dict[str, Any] = field(default_factory=dict)
-    loop: int | None = None
+    loop: bool = False
     whole: bool = False
+    limit: float = 0.95
+
+    @property
+    def cuda(self) -> bool:
+        return self.source.endswith(".cu")
 
     @property
     def label(self) -> str:
@@ -76,11 +82,11 @@ def _lora() -> list[Pass]:
         size = SIZES[wide]
         for rank in (16, 64):
             kind = {"M": M, "R": rank, "wide": wide, "narrow": narrow, "compute": "bfloat16", "dropout": dropout}
-            passes.append(Pass("_lora_shrink_kernel", "lora_shrink", _tile(size), kind, 0))
+            passes.append(Pass("_lora_shrink_kernel", "lora_shrink", _tile(size), kind, loop=True))
             passes.append(Pass("_lora_expand_kernel", "lora_expand", _tile(2 * size), kind, whole=True))
-            passes.append(Pass("_lora_weight_grad_kernel", "lora_weight_grad", _tile(size), kind, 0))
+            passes.append(Pass("_lora_weight_grad_kernel", "lora_weight_grad", _tile(size), kind, loop=True))
             if not dropout:
-                passes.append(Pass("_lora_dy_grads_kernel", "lora_dy_grads", _tile(size), kind, 0))
+                passes.append(Pass("_lora_dy_grads_kernel", "lora_dy_grads", _tile(size), kind, loop=True))
     return passes
 
 
@@ -125,7 +131,7 @@ PASSES = _lora() + _nf4() + _zeroth_order()
 
 def loads(passes: list[Pass], arch: int) -> list[Load]:
     """What the passes' binaries ask, in order; those of csrc/cuda need nvcc."""
-    triton = [one for one in passes if not one.source.endswith(".cu")]
+    triton = [one for one in passes if not one.cuda]
     findings = run_gate([{"launcher": one.source, "arch": arch, "code": True} | one.options for one in triton])
     found: dict[str, Load] = {}
     for one, finding in zip(triton, _main_kernels(triton, findings), strict=True):
@@ -133,7 +139,7 @@ def loads(passes: list[Pass], arch: int) -> list[Load]:
         counts = _range(finding.code, one)
         found[one.label] = _load(one, counts, finding.warps, arch, one.bytes(finding.constants))
     for one in passes:
-        if one.source.endswith(".cu"):
+        if one.cuda:
             found[one.label] = _load(one, _range(_cuda_kernel(one.source, one.name, arch), one), 1, arch, one.bytes({}))
     return [found[one.label] for one in passes]
 
@@ -153,8 +159,8 @@ def _cuda_kernel(source: str, name: str, arch: int) -> Code:
 
 
 def _range(code: Code, one: Pass) -> Counts:
-    if one.loop is not None:
-        return code.loops[one.loop]
+    if one.loop:
+        return max(code.loops, key=lambda loop: loop.units.get("issue", 0))
     if one.whole:
         return code.whole
     rest = Counts(dict(code.whole.units), dict(code.whole.names))

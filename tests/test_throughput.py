@@ -1,0 +1,87 @@
+"""The kernels that only move bytes leave the memory time to: what their instructions take of a multiprocessor, read from the binary."""
+
+import re
+from functools import cache
+
+import pytest
+
+from .support import nvcc_gate
+from .support.compile_gate import run_gate
+from .support.sass import folded_by_ptxas, read_listing
+from .support.throughput import PASSES, Load, Pass, loads
+
+pytestmark = pytest.mark.slow
+
+LISTING = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_0:
+        /*0020*/              @!P1 IMAD.HI.U32 R8, R12, -0x2daee0ad, RZ ;
+        /*0030*/                   LOP3.LUT R8, R8, 0x1, R9, 0x96, !PT ;
+        /*0040*/               @P0 BRA `(.L_x_0) ;
+        /*0050*/                   IADD3 R2, P4, R2, UR4, RZ ;
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+        /*0070*/                   MUFU.RSQ R3, R4 ;
+        /*0080*/                   EXIT ;
+.L_x_2:
+        /*0090*/                   BRA `(.L_x_2);
+        /*00a0*/                   NOP ;
+"""
+
+
+def test_a_listing_is_read() -> None:
+    code = read_listing(LISTING)
+    assert code.whole.units == {"issue": 10, "memory": 4, "imad": 2, "alu": 2, "special": 1}
+    assert [loop.names for loop in code.loops] == [{"IMAD.HI.U32": 1, "LOP3.LUT": 1, "BRA": 1}]  # the inner one
+    assert code.whole.cycles(warps=8, arch=90) == {
+        "issue": 20.0, "alu": 8.0, "imad": 8.0, "float": 0.0, "special": 16.0, "memory": 32.0
+    }  # fmt: skip
+
+
+@cache
+def _triton_loads(arch: int) -> dict[str, Load]:
+    return {load.label: load for load in loads([one for one in PASSES if not one.cuda], arch)}
+
+
+@pytest.mark.parametrize("one", [one for one in PASSES if not one.cuda], ids=lambda one: one.label)
+def test_triton(one: Pass) -> None:
+    load = _triton_loads(90)[one.label]
+    assert load.share <= one.limit, (
+        f"{load.busiest} works {load.share:.2f} of the memory's time, at most {one.limit}: {load.units}"
+    )
+
+
+@pytest.mark.skipif(nvcc_gate.nvcc_path() is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("one", [one for one in PASSES if one.cuda], ids=lambda one: one.label)
+def test_cuda(one: Pass) -> None:
+    (load,) = loads([one], 90)
+    assert load.share <= one.limit, (
+        f"{load.busiest} works {load.share:.2f} of the memory's time, at most {one.limit}: {load.units}"
+    )
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_product_of_philox_is_one_instruction(arch: int) -> None:
+    """Both halves at once; written in the language the same products take an instruction each, which the count shows."""
+    ours, planted = (
+        finding.code.whole.names
+        for finding in run_gate(
+            [{"launcher": name, "arch": arch, "code": True} for name in ("philox_words", "philox_in_halves")]
+        )
+        if finding.code is not None
+    )
+    count = lambda names, text: sum(times for name, times in names.items() if re.match(text, name))  # noqa: E731
+    assert not count(ours, r"IMAD\.HI") and count(planted, r"IMAD\.HI") >= 8
+    assert count(ours, r"IMAD") + count(ours, r"LOP3") < 0.8 * (count(planted, r"IMAD") + count(planted, r"LOP3"))
+
+
+def test_the_assembly_multiplies() -> None:
+    """What the interpreter does not run: ptxas computes the product of constants itself, and its code shows the result."""
+    from peftfast.kernels import philox
+
+    for value in (1, 0x80000000, 0xFFFFFFFF, 0x89ABCDEF, 0x10001):
+        for text, multiplier in ((philox._PRODUCT0.value, 0xD2511F53), (philox._PRODUCT1.value, 0xCD9E8D57)):
+            product = value * multiplier
+            assert folded_by_ptxas(text, [value], 2) == [product >> 32, product & 0xFFFFFFFF], (hex(value), text)
