@@ -93,9 +93,9 @@ def _nf4() -> list[Pass]:
             return constants["BLOCKS"] * 64 * (0.5 + 1 / 64 + size)
 
         passes.append(Pass("_nf4_dequantize_kernel", "nf4_dequantize", moved, kind, whole=True))
-    for kind, size in (("Bf16", 2), ("float", 4)):
+    for kind, size in ((1, 2), (0, 4)):
         for apart in ("false", "true"):
-            name = f"dequantize_tiles<{kind}, true, {apart}>"
+            name = f"dequantize_tiles<(DType){kind}, true, {apart}>"
             passes.append(Pass(name, "nf4.cu", lambda _, size=size: 1024 * (0.5 + 1 / 64 + size)))
     return passes
 
@@ -114,9 +114,10 @@ def _zeroth_order() -> list[Pass]:
                 whole=True,
             )
         )
-        cuda, width = ("Bf16", 8) if size == 2 else ("float", 4)
-        name = f"apply<{cuda}, false, {str(rademacher).lower()}>"
-        passes.append(Pass(name, "zeroth_order.cu", lambda _, bytes_=2 * size * width * 32: bytes_, whole=True))
+        # A lane's 16 elements, and 32 of the signs' 16-bit ones.
+        number, elements = ("1", 32 if rademacher else 16) if size == 2 else ("0", 16)
+        name = f"apply<(DType){number}, false, {str(rademacher).lower()}, true>"
+        passes.append(Pass(name, "zeroth_order.cu", lambda _, bytes_=2 * size * elements * 32: bytes_, whole=True))
     return passes
 
 
