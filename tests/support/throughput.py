@@ -28,7 +28,7 @@ class Pass:
         source: a launcher of support/launches.py, or a file of csrc/cuda.
         bytes: what a program (a warp, for csrc/cuda) reads and writes in the counted range, from the launch's constants.
         loop: the innermost loop that is counted, in the order of the code; None: all of the kernel but its loops, which a whole tile
-            does not enter. ``whole``: all of it, loops once.
+            does not enter; -1: the largest. ``whole``: all of it, loops once.
     """
 
     name: str
@@ -121,7 +121,25 @@ def _zeroth_order() -> list[Pass]:
     return passes
 
 
-PASSES = _lora() + _nf4() + _zeroth_order()
+def _cuda() -> list[Pass]:
+    """The other kernels of csrc/cuda that move bytes, in bfloat16 where there is a choice. A weight that AdamW writes is counted as the
+    sector it lies in."""
+    # Value, gradient, both states, age, index, base, weight; the states are float32 or bytes.
+    adamw = (("false", 4, 8 + 4 + 16 + 4 + 4 + 2 + 32), ("true", 8, 8 + 4 + 4 + 4 + 4 + 2 + 32))
+    passes = [
+        Pass(f"adamw<(DType)1, int, short, {name}>", "sparse_adamw.cu", lambda _, b=32 * count * each: b, whole=True)
+        for name, count, each in adamw
+    ]
+    passes.append(Pass("mask_pairs(", "philox.cu", lambda _: 32 * 16, whole=True))
+    quantized = 256 * (2 + 0.5 + 4 / 64)
+    passes.append(Pass("quantize_blocks<(DType)1, true>", "nf4_quantize.cu", lambda _: quantized, whole=True))
+    # 16 rows of 128 columns, their bytes and nested maxima.
+    product = 16 * (128 / 2 + 128 / 64)
+    passes.append(Pass("multiply_part<(DType)1, (DType)1, 1>", "nf4_linear.cu", lambda _: product, loop=-1))
+    return passes
+
+
+PASSES = _lora() + _nf4() + _zeroth_order() + _cuda()
 
 
 def loads(passes: list[Pass], arch: int) -> list[Load]:
@@ -154,6 +172,8 @@ def _cuda_kernel(source: str, name: str, arch: int) -> Code:
 
 
 def _range(code: Code, one: Pass) -> Counts:
+    if one.loop == -1:
+        return max(code.loops, key=lambda loop: loop.units["issue"])
     if one.loop is not None:
         return code.loops[one.loop]
     if one.whole:
