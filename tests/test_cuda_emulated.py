@@ -103,8 +103,8 @@ def dequantize(
 def check_dequantize(library: ctypes.CDLL, **fixed: Any) -> None:
     draw = random.Random(0)
     for data in range(150):
-        shape = draw.choice([(33, 64), (70, 96), (5, 33), (17, 256), (3, 1000), (130, 72)])
-        block_size, dtype, nested = draw.choice((32, 64, 128, 4096)), draw.choice(DTYPES), draw.random() < 0.6
+        shape = draw.choice([(33, 64), (70, 96), (5, 33), (17, 256), (3, 1000), (131, 72), (9, 1024), (61, 21)])
+        block_size, dtype, nested = draw.choice((8, 32, 64, 128, 4096)), draw.choice(DTYPES), draw.random() < 0.6
         weight = stored(shape, block_size, nested, data, draw.choice(definition.QUANT_TYPES))
         rows = draw.choice([slice(None), slice(1, None), slice(2, 3)])
         out = dequantize(library, weight, block_size, shape, rows, draw.choice((0, 8, 5)), dtype)
@@ -209,10 +209,21 @@ def test_kernels(name: str, library: ctypes.CDLL) -> None:
     ("name", "edit"),
     [
         ("dequantize", ("row * slab.stride + static_cast", "row * slab.width + static_cast")),
+        ("dequantize", ("target += rows.wrap", "target -= rows.wrap")),
+        ("dequantize", ("rows.units * (slab.stride - slab.width);", "rows.units * slab.stride;")),
+        (
+            "dequantize",
+            ("(start + lane * kElements + j * kStep) >> block_shift", "(lane * kElements + j * kStep) >> block_shift"),
+        ),
+        ("dequantize", ("lane < last ? lane : last", "0")),
         ("quantize", ("word |= index << (8 * (j / 2) + (j % 2 == 0 ? 4 : 0))", "word |= index << (4 * j)")),
+        ("quantize", ("limits[rank + step - 1] >= value", "limits[rank + step - 1] > value")),
         ("nest", ("distance = 16; distance > 0", "distance = 16; distance > 1")),
         ("linear", ("{upper[0], lower[0], upper[1], lower[1]}", "{upper[0], upper[1], lower[0], lower[1]}")),
-        ("linear", ("second_row * p.K + k + kLinearColumns", "second_row * p.K + k")),
+        ("linear", ("second_element += kLinearColumns", "second_element += 0")),
+        ("linear", ("word >> (8 * i - 7)", "word >> (8 * i)")),
+        ("linear", ("+ second, lower", ", lower")),
+        ("linear", ("low[i % 2]", "low[0]")),
         ("linear", ("part < p.splits", "part < p.splits - 1")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[1],

@@ -63,7 +63,7 @@ def test_the_s_pass(shrink: ctypes.CDLL) -> None:
     [
         ("total += s.partials[split * count + at];", "total = s.partials[split * count + at];"),
         ("if (kWhole || i >= left) continue;", "if (kWhole || i > left) continue;"),
-        ("bits >> i & 1u ? rounded", "bits >> i & 2u ? rounded"),
+        ("bits >> i & 1u ? x", "bits >> i & 2u ? x"),
         ("(steps + s.splits - 1) / s.splits", "steps / s.splits"),
     ],
     ids=["partials", "tail", "mask", "splits"],

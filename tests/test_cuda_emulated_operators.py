@@ -2,8 +2,10 @@
 library's operators are defined by the schemas of csrc/bind, and call the emulated launch functions."""
 
 import ctypes
+import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,11 +100,16 @@ def operators(libraries: dict[str, ctypes.CDLL]) -> Iterator[dict[str, ctypes.CD
     namespace._destroy()
 
 
+PLAIN = ZoCase(terms=1, decay=False, threshold=False, rounding=False)
 ZO = (
     ZoCase(sizes=(2100, 0, 77), dtype=BF16, offsets=(0, 3, 8)),
     ZoCase(sizes=(300, 40), dtype=F32, offsets=(5, 128), terms=2, decay=True, threshold=True, data=1),
     ZoCase(sizes=(501,), dtype=F16, offsets=(2047,), rademacher=True, rounding=True, out_of_place=True, data=2),
     ZoCase(sizes=(130, 512), dtype=BF16, offsets=(0, 64), rademacher=True, rounding=True, data=3),
+    # Whole tiles, and nothing but the terms.
+    replace(PLAIN, sizes=(2500, 1100), offsets=(0, 2**33 + 128), rademacher=True, data=4),
+    replace(PLAIN, sizes=(1200,), dtype=F32, offsets=(1024,), rademacher=True, out_of_place=True, data=5),
+    replace(PLAIN, sizes=(1700, 9), dtype=F16, offsets=(2**40 + 16, 2**32 - 3), terms=2, data=6),
 )
 
 
@@ -114,8 +121,8 @@ def check_zo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, seed, eps = torch.randn(70, 33).to(BF16), torch.tensor([9]), torch.tensor([1e-2])
-    for threshold in (None, torch.tensor([0.5])):
-        arguments = (weight, seed, eps, threshold, 5, 16, False)
+    for threshold, rademacher in itertools.product((None, torch.tensor([0.5])), (False, True)):
+        arguments = (weight, seed, eps, threshold, 5, 16, rademacher)
         actual = zo_ops._compiled_pair("peftfast_cuda")(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(actual, zo_ops._reference_pair(*arguments), strict=True))
 
@@ -146,8 +153,21 @@ def test_operators(name: str, operators: dict[str, ctypes.CDLL], monkeypatch: py
 @pytest.mark.parametrize(
     ("name", "family", "edit"),
     [
-        ("zo", "zeroth_order", ("const int64_t at = element - entry.offset", "const int64_t at = element")),
-        ("pair", "zeroth_order", ("minus[i] = minus[i] - term", "minus[i] = minus[i] + term")),
+        ("zo", "zeroth_order", ("at = element - entry.offset", "at = element")),
+        ("zo", "zeroth_order", ("before - blocks", "before")),
+        ("zo", "zeroth_order", ("lane / kCounters % 4", "lane % 4")),
+        ("zo", "zeroth_order", ("from + u * kStep", "from")),
+        ("zo", "zeroth_order", ("bits << (31 - i)", "bits << (30 - i)")),
+        ("zo", "zeroth_order", ("(32 * u + lane) * (kElements / 4)", "lane * (kElements / 4)")),
+        ("zo", "zeroth_order", ("| (32 * u + lane);", "| lane;")),
+        ("zo", "zeroth_order", ("plus[u][i] : stays[i]", "plus[u][i] : plus[u][i] * 0.5f")),
+        ("zo", "zeroth_order", ("if (at + i >= 0 && at + i < count) out", "if (at + i > 0 && at + i < count) out")),
+        (
+            "pair",
+            "zeroth_order",
+            ("minus[u][i + j] = minus[u][i + j] - term", "minus[u][i + j] = minus[u][i + j] + term"),
+        ),
+        ("pair", "zeroth_order", ("minus[u][i] = minus[u][i] - term", "minus[u][i] = minus[u][i] + term")),
         ("dvalues", "sparse", ("distance = kLanes / 2; distance > 0", "distance = kLanes / 2; distance > 1")),
         ("adamw", "sparse", ("if (s + i < count) put", "put")),
     ],

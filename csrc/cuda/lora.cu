@@ -113,7 +113,11 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_rows(Shrink s) {
                 bits = philox::keep_bits(philox::words_at(key, q, 0, philox::kStreamDropout), s.threshold);
             }
 #pragma unroll
-            for (int i = 0; i < kLane; ++i) x[m][i] = bits >> i & 1u ? rounded(x[m][i], s.dtype) : 0.0f;
+            for (int i = 0; i < kLane; ++i) x[m][i] = bits >> i & 1u ? x[m][i] : 0.0f;
+            if (s.dtype != kDtype) {
+#pragma unroll
+                for (int i = 0; i < kLane; ++i) x[m][i] = rounded(x[m][i], s.dtype);
+            }
         }
 #pragma unroll
         for (int r = 0; r < kRanks; ++r) {

@@ -29,14 +29,14 @@ __device__ __forceinline__ float any_element(const void* data, DType dtype, int6
 }
 
 // Eight elements of a 16-byte aligned row, of the compute dtype or float32, as four pairs of the compute dtype.
-template <DType kCompute>
-__device__ __forceinline__ void load_pairs(const void* data, DType dtype, int64_t i, uint32_t (&pairs)[4]) {
-    if (dtype == kCompute) {
-        const uint4 words = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + i));
+template <DType kCompute, DType kType>
+__device__ __forceinline__ void load_pairs(const char* data, uint32_t (&pairs)[4]) {
+    if constexpr (kType == kCompute) {
+        const uint4 words = __ldg(reinterpret_cast<const uint4*>(data));
         pairs[0] = words.x, pairs[1] = words.y, pairs[2] = words.z, pairs[3] = words.w;
     } else {
-        const float4 low = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(data) + i));
-        const float4 high = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(data) + i) + 1);
+        const float4 low = __ldg(reinterpret_cast<const float4*>(data));
+        const float4 high = __ldg(reinterpret_cast<const float4*>(data) + 1);
         pairs[0] = pack_pair<kCompute>(low.x, low.y), pairs[1] = pack_pair<kCompute>(low.z, low.w);
         pairs[2] = pack_pair<kCompute>(high.x, high.y), pairs[3] = pack_pair<kCompute>(high.z, high.w);
     }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void load_piece(const Nf4Weight& weight, int shift, i
     const int64_t block = element >> shift;
     if (weight.nested_absmax != nullptr) {
         piece.byte = __ldg(static_cast<const uint8_t*>(weight.absmax) + block);
-        piece.nested = __ldg(weight.nested_absmax + block / nf4::kNestedBlock);
+        piece.nested = __ldg(weight.nested_absmax + static_cast<uint64_t>(block) / nf4::kNestedBlock);
     } else {
         piece.absmax = __ldg(static_cast<const float*>(weight.absmax) + block);
     }
@@ -67,87 +67,144 @@ __device__ __forceinline__ float maximum_of(const Piece& piece, bool nested, con
 }
 
 // Four pairs of one 32-bit word, rounded as the dequantiser rounds them. A byte's two values lie together in the table,
-// which is there once for each thread of half a warp: no two of them meet in a bank.
+// which is there once for each thread of half a warp: no two of them meet in a bank. `replica`: the thread's, in bytes;
+// it takes the bits that a byte's place leaves free.
 template <DType kCompute>
-__device__ __forceinline__ void decode_word(uint32_t word, float maximum, const float2* table, uint32_t (&pairs)[4]) {
+__device__ __forceinline__ void decode_word(uint32_t word, float maximum, const char* table, uint32_t replica,
+                                            uint32_t (&pairs)[4]) {
+    static_assert(kReplicas * sizeof(float2) == 128, "a byte is moved by seven bits");
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const float2 values = table[((word >> (8 * i)) & 255u) * kReplicas];
+        const uint32_t at = ((i == 0 ? word << 7 : word >> (8 * i - 7)) & (255u << 7)) | replica;
+        const float2 values = *reinterpret_cast<const float2*>(table + at);
         pairs[i] = pack_pair<kCompute>(nf4::scale_code(values.x, maximum), nf4::scale_code(values.y, maximum));
     }
 }
 
+// Where a thread's part of K lies.
+struct Part {
+    int64_t first_row, second_row;  // of the weight or of A
+    int64_t column;                 // its first
+    int64_t steps;                  // of kLinearColumns
+    int group;
+};
+
+// Eight columns of two rows, four pairs each, times those of x.
+template <DType kCompute, DType kX, int kTiles>
+__device__ __forceinline__ void multiply_eight(float (&sums)[kTiles][4], const uint32_t (&upper)[4],
+                                               const uint32_t (&lower)[4], const char* x, int64_t tile_bytes,
+                                               int rows) {
+    const uint32_t early[4] = {upper[0], lower[0], upper[1], lower[1]};
+    const uint32_t late[4] = {upper[2], lower[2], upper[3], lower[3]};
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        uint32_t pairs[4] = {0, 0, 0, 0};
+        if (8 * t < rows) load_pairs<kCompute, kX>(x + t * tile_bytes, pairs);
+        multiply_tile<kCompute>(sums[t], early, pairs[0], pairs[1]);
+        multiply_tile<kCompute>(sums[t], late, pairs[2], pairs[3]);
+    }
+}
+
+template <DType kCompute, DType kX, int kTiles>
+__device__ __forceinline__ void multiply_weight(const Nf4Linear& p, const Part& part, int shift, const float2* decode,
+                                                const float* nested_code, float (&sums)[kTiles][4]) {
+    if (part.steps <= 0) return;
+    constexpr int kUnrolled =
+        kTiles < 4 ? 4 : 1;  // what x needs of many tiles at once would not fit into the registers
+    const bool nested = p.weight.nested_absmax != nullptr;
+    const float offset = nested ? __ldg(p.weight.nested_offset) : 0.0f;
+    const char* table = reinterpret_cast<const char*>(decode);
+    const uint32_t replica = threadIdx.x % kReplicas * sizeof(float2);
+    const uint64_t policy = once_policy();
+    const int64_t x_bytes = element_size(kX), tile_bytes = 8 * p.K * x_bytes;
+    const char* x = static_cast<const char*>(p.x) + (part.group * p.K + part.column) * x_bytes;
+    const int rows = static_cast<int>(p.M) - part.group;  // of x from the thread's first on
+    int64_t first_element = part.first_row * p.K + part.column, second_element = part.second_row * p.K + part.column;
+    Piece next_first, next_second;
+    load_piece(p.weight, shift, first_element, policy, next_first);
+    load_piece(p.weight, shift, second_element, policy, next_second);
+#pragma unroll 1
+    for (int64_t left = part.steps; left > 0; --left) {
+        const Piece first = next_first, second = next_second;
+        if (left > 1) {  // in flight while this step is multiplied
+            first_element += kLinearColumns, second_element += kLinearColumns;
+            load_piece(p.weight, shift, first_element, policy, next_first);
+            load_piece(p.weight, shift, second_element, policy, next_second);
+        }
+        const float first_maximum = maximum_of(first, nested, nested_code, offset);
+        const float second_maximum = maximum_of(second, nested, nested_code, offset);
+        uint4 first_words = first.words, second_words = second.words;
+#pragma unroll(kUnrolled)
+        for (int w = 0; w < 4; ++w) {
+            uint32_t upper[4], lower[4];
+            decode_word<kCompute>(first_words.x, first_maximum, table, replica, upper);
+            decode_word<kCompute>(second_words.x, second_maximum, table, replica, lower);
+            first_words = {first_words.y, first_words.z, first_words.w, first_words.x};
+            second_words = {second_words.y, second_words.z, second_words.w, second_words.x};
+            multiply_eight<kCompute, kX>(sums, upper, lower, x + 8 * w * x_bytes, tile_bytes, rows);
+        }
+        x += kLinearColumns * x_bytes;
+    }
+}
+
+template <DType kCompute, DType kX, DType kA, int kTiles>
+__device__ __forceinline__ void multiply_adapter(const Nf4Linear& p, const Part& part, float (&sums)[kTiles][4]) {
+    const int64_t x_bytes = element_size(kX), a_bytes = element_size(kA), tile_bytes = 8 * p.K * x_bytes;
+    const char* x = static_cast<const char*>(p.x) + (part.group * p.K + part.column) * x_bytes;
+    const char* a = static_cast<const char*>(p.lora_a) + (part.first_row * p.K + part.column) * a_bytes;
+    const int64_t second = (part.second_row - part.first_row) * p.K * a_bytes;
+    const int rows = static_cast<int>(p.M) - part.group;
+#pragma unroll 1
+    for (int64_t left = part.steps; left > 0; --left) {
+#pragma unroll 1
+        for (int w = 0; w < 4; ++w) {
+            uint32_t upper[4], lower[4];
+            load_pairs<kCompute, kA>(a + 8 * w * a_bytes, upper);
+            load_pairs<kCompute, kA>(a + 8 * w * a_bytes + second, lower);
+            multiply_eight<kCompute, kX>(sums, upper, lower, x + 8 * w * x_bytes, tile_bytes, rows);
+        }
+        x += kLinearColumns * x_bytes, a += kLinearColumns * a_bytes;
+    }
+}
+
 // Products of one part of K for 64 rows of the weight, or of A past the weight's last tile; kTiles * 8 rows of x.
-template <DType kCompute, int kTiles>
+template <DType kCompute, DType kX, int kTiles>
 __global__ void __launch_bounds__(kThreads, blocks_of(kTiles))
     multiply_part(Nf4Linear p, int shift, int64_t steps_each) {
     __shared__ float2 decode[256 * kReplicas];
     __shared__ float nested_code[256];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
     const int64_t weight_tiles = (p.N + kLinearTileRows - 1) / kLinearTileRows;
-    const bool adapter = blockIdx.x >= weight_tiles, nested = p.weight.nested_absmax != nullptr;
-    if (!adapter) {
-        for (int i = threadIdx.x; i < 256 * kReplicas; i += kThreads) {
-            const int byte = i / kReplicas;
-            decode[i] = make_float2(__ldg(p.weight.code + byte / 16), __ldg(p.weight.code + byte % 16));
-        }
-        if (nested) {
-            for (int i = threadIdx.x; i < 256; i += kThreads) nested_code[i] = __ldg(p.weight.nested_code + i);
-        }
-    }
-    __syncthreads();
-    const float offset = nested ? __ldg(p.weight.nested_offset) : 0.0f;
-    const float2* table = decode + lane % kReplicas;
+    const bool adapter = blockIdx.x >= weight_tiles;
     const int64_t limit = adapter ? p.R : p.N;
     const int64_t tile = (blockIdx.x - (adapter ? weight_tiles : 0)) * kLinearTileRows + warp * 16;
+    const int64_t steps = p.K / kLinearColumns;
+    const int64_t begin = blockIdx.y * steps_each, end = begin + steps_each < steps ? begin + steps_each : steps;
     // Rows past the last read it again, and their products are dropped.
     const int64_t first_row = tile + group < limit ? tile + group : limit - 1;
     const int64_t second_row = tile + group + 8 < limit ? tile + group + 8 : limit - 1;
-    const int64_t steps = p.K / kLinearColumns;
-    const int64_t begin = blockIdx.y * steps_each, end = begin + steps_each < steps ? begin + steps_each : steps;
+    const Part part = {first_row, second_row, begin * kLinearColumns + member * kChunk, end - begin, group};
     float sums[kTiles][4] = {};
-    uint64_t policy = once_policy();
-    Piece first, second, next_first, next_second;
-    const int64_t column = member * kChunk;
-    if (!adapter && begin < end) {
-        load_piece(p.weight, shift, first_row * p.K + begin * kLinearColumns + column, policy, next_first);
-        load_piece(p.weight, shift, second_row * p.K + begin * kLinearColumns + column, policy, next_second);
-    }
-    for (int64_t step = begin; step < end; ++step) {
-        const int64_t k = step * kLinearColumns + column;
-        float first_maximum = 0.0f, second_maximum = 0.0f;
-        if (!adapter) {
-            first = next_first, second = next_second;
-            if (step + 1 < end) {  // in flight while this step is multiplied
-                load_piece(p.weight, shift, first_row * p.K + k + kLinearColumns, policy, next_first);
-                load_piece(p.weight, shift, second_row * p.K + k + kLinearColumns, policy, next_second);
-            }
-            first_maximum = maximum_of(first, nested, nested_code, offset);
-            second_maximum = maximum_of(second, nested, nested_code, offset);
+    if (adapter) {
+        if (p.a_dtype == kCompute) {
+            multiply_adapter<kCompute, kX, kCompute>(p, part, sums);
+        } else {
+            multiply_adapter<kCompute, kX, DType::f32>(p, part, sums);
         }
-        const uint32_t first_words[4] = {first.words.x, first.words.y, first.words.z, first.words.w};
-        const uint32_t second_words[4] = {second.words.x, second.words.y, second.words.z, second.words.w};
+    } else {
+        // Entry high * 256 + low * 16 + replica; a thread has one replica and two low nibbles.
+        static_assert(kThreads == 8 * kReplicas, "places of the table");
+        const float low[2] = {__ldg(p.weight.code + threadIdx.x / kReplicas),
+                              __ldg(p.weight.code + threadIdx.x / kReplicas + 8)};
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            uint32_t upper[4], lower[4];
-            if (adapter) {
-                load_pairs<kCompute>(p.lora_a, p.a_dtype, first_row * p.K + k + 8 * w, upper);
-                load_pairs<kCompute>(p.lora_a, p.a_dtype, second_row * p.K + k + 8 * w, lower);
-            } else {
-                decode_word<kCompute>(first_words[w], first_maximum, table, upper);
-                decode_word<kCompute>(second_words[w], second_maximum, table, lower);
-            }
-            const uint32_t early[4] = {upper[0], lower[0], upper[1], lower[1]};
-            const uint32_t late[4] = {upper[2], lower[2], upper[3], lower[3]};
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-                uint32_t x[4] = {0, 0, 0, 0};
-                const int64_t m = t * 8 + group;
-                if (m < p.M) load_pairs<kCompute>(p.x, p.x_dtype, m * p.K + k + 8 * w, x);
-                multiply_tile<kCompute>(sums[t], early, x[0], x[1]);
-                multiply_tile<kCompute>(sums[t], late, x[2], x[3]);
-            }
+        for (int i = 0; i < 32; ++i) {
+            decode[i * kThreads + threadIdx.x] = make_float2(__ldg(p.weight.code + i / 2), low[i % 2]);
         }
+        if (p.weight.nested_absmax != nullptr) {
+            for (int i = threadIdx.x; i < 256; i += kThreads) nested_code[i] = __ldg(p.weight.nested_code + i);
+        }
+        __syncthreads();
+        multiply_weight<kCompute, kX>(p, part, shift, decode, nested_code, sums);
     }
     const int64_t width = p.N + p.R, start = adapter ? p.N : 0;
     float* partial = p.partial + blockIdx.y * p.M * width + start;
@@ -222,22 +279,28 @@ __global__ void __launch_bounds__(kFinishThreads) finish(Nf4Linear p) {
     }
 }
 
-template <DType kCompute, int kTiles>
+template <DType kCompute, DType kX, int kTiles>
 void launch(const Nf4Linear& p, cudaStream_t stream) {
     int shift = 5;
     while ((int64_t{1} << shift) < p.weight.block_size) ++shift;
     const int64_t steps = p.K / kLinearColumns, each = (steps + p.splits - 1) / p.splits;
     const int64_t tiles = (p.N + kLinearTileRows - 1) / kLinearTileRows + (p.R + kLinearTileRows - 1) / kLinearTileRows;
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.splits));
-    multiply_part<kCompute, kTiles><<<grid, kThreads, 0, stream>>>(p, shift, each);
+    multiply_part<kCompute, kX, kTiles><<<grid, kThreads, 0, stream>>>(p, shift, each);
+}
+
+template <DType kCompute, DType kX>
+void launch(const Nf4Linear& p, cudaStream_t stream) {
+    if (p.M <= 8) return launch<kCompute, kX, 1>(p, stream);
+    if (p.M <= 16) return launch<kCompute, kX, 2>(p, stream);
+    if (p.M <= 32) return launch<kCompute, kX, 4>(p, stream);
+    return launch<kCompute, kX, 8>(p, stream);
 }
 
 template <DType kCompute>
 void launch(const Nf4Linear& p, cudaStream_t stream) {
-    if (p.M <= 8) return launch<kCompute, 1>(p, stream);
-    if (p.M <= 16) return launch<kCompute, 2>(p, stream);
-    if (p.M <= 32) return launch<kCompute, 4>(p, stream);
-    return launch<kCompute, 8>(p, stream);
+    if (p.x_dtype == kCompute) return launch<kCompute, kCompute>(p, stream);
+    return launch<kCompute, DType::f32>(p, stream);
 }
 
 }  // namespace

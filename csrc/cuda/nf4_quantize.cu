@@ -16,6 +16,12 @@ __device__ __forceinline__ float value_at(const void* data, int64_t i) {
     return kType == DType::bf16 ? float_from_bf16(half) : float_from_f16(half);
 }
 
+__device__ __forceinline__ void push(float (&values)[kElements], float last) {
+#pragma unroll
+    for (int i = 1; i < kElements; ++i) values[i - 1] = values[i];
+    values[kElements - 1] = last;
+}
+
 // Elements first .. first + 8, zeros past the end. kWide: the address is a multiple of 16 bytes.
 template <DType kType, bool kWide>
 __device__ __forceinline__ void load_eight(const void* data, int64_t first, int64_t end, float (&values)[kElements]) {
@@ -37,11 +43,22 @@ __device__ __forceinline__ void load_eight(const void* data, int64_t first, int6
         }
         return;
     }
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) values[i] = first + i < end ? value_at<kType>(data, first + i) : 0.0f;
+    // Rare, and so a loop, through which the values move: an index that is not a constant would put them into memory.
+#pragma unroll 1
+    for (int i = 0; i < kElements; ++i) {
+        push(values, first + i < end ? value_at<kType>(data, first + i) : 0.0f);
+    }
 }
 
 __device__ __forceinline__ uint32_t largest(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// nf4::bounds_below of the 15 bounds in four steps without a branch.
+__device__ __forceinline__ int rank_of(const float* limits, float value) {
+    int rank = 0;
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) rank += limits[rank + step - 1] >= value ? 0 : step;
+    return rank;
+}
 
 // `lanes` neighbouring threads, a power of two up to a warp, encode one block: 8 elements each at a time, which for
 // blocks up to 256 elements is all of them. Longer blocks are read twice.
@@ -74,10 +91,15 @@ __global__ void __launch_bounds__(kThreads)
     if (first < count && begin == first) absmax[block] = divided ? clamped : maximum;
     for (int64_t i = begin; i < end; i += step) {
         if (step < block_size) load_eight<kType, kWide>(weight, i, end, values);  // else they are still there
+        if (divided) {
+#pragma unroll 1
+            for (int j = 0; j < kElements; ++j) push(values, nf4::scaled_value(values[0], scale, true));
+        }
         uint32_t word = 0;
 #pragma unroll
         for (int j = 0; j < kElements; ++j) {
-            const uint32_t index = codes[nf4::bounds_below(limits, 15, nf4::scaled_value(values[j], scale, divided))];
+            const float scaled = nf4::scaled_value(values[j], divided ? 1.0f : scale, false);
+            const uint32_t index = codes[rank_of(limits, scaled)];
             word |= index << (8 * (j / 2) + (j % 2 == 0 ? 4 : 0));
         }
         if (i + kElements <= end) {

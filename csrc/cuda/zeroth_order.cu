@@ -2,13 +2,27 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../philox.h"
+#include "cuda/units.h"
 
 namespace peftfast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlock = 2048;  // elements: eight a thread, a multiple of the 128 signs of a counter
+constexpr int kWarps = kThreads / 32;
+constexpr uint32_t kWarpMask = 0xffffffffu;
+
+// Units of 16 bytes a lane, `kUnit` elements each; a warp's tile is 32 times as much. Signs cost little beside the 128
+// that their counter gives, and 1024 elements ask for as many words of signs as a warp has lanes. Where two results, or
+// normals, take registers and code, it is half of that.
+PEFTFAST_HD constexpr int units_of(DType dtype, bool minus, bool rademacher) {
+    return dtype == DType::f32 || (rademacher && !minus) ? 4 : 2;
+}
+constexpr int64_t block_elements(DType dtype, bool minus, bool rademacher) {
+    return units_of(dtype, minus, rademacher) * (dtype == DType::f32 ? 4 : 8) * kThreads;
+}
 
 struct Entry {
     const void* source;
@@ -17,6 +31,7 @@ struct Entry {
     int64_t count;
     int64_t offset;
     int64_t first_block;
+    int64_t before;  // blocks of the logical tensor before the first, less first_block
     uint32_t tensor_id;
     uint32_t aligned;  // pointers and offset allow 16-byte accesses
 };
@@ -30,86 +45,72 @@ struct Launch {
 };
 static_assert(sizeof(Launch) <= 32764, "kernel parameters");
 
-struct Bf16 {
-    uint16_t bits;
-};
-struct F16 {
-    uint16_t bits;
-};
-__device__ __forceinline__ float widened(float value) { return value; }
-__device__ __forceinline__ float widened(Bf16 value) { return float_from_bf16(value.bits); }
-__device__ __forceinline__ float widened(F16 value) { return float_from_f16(value.bits); }
-__device__ __forceinline__ void narrow_to(float& out, float value) { out = value; }
-__device__ __forceinline__ void narrow_to(Bf16& out, float value) { out.bits = bf16_from_float(value); }
-__device__ __forceinline__ void narrow_to(F16& out, float value) { out.bits = f16_from_float(value); }
-__device__ __forceinline__ void narrow_by(float& out, float value, uint32_t) { out = value; }
-__device__ __forceinline__ void narrow_by(Bf16& out, float value, uint32_t draw) {
-    out.bits = bf16_from_float_by(value, draw);
-}
-__device__ __forceinline__ void narrow_by(F16& out, float value, uint32_t draw) {
-    out.bits = f16_from_float_by(value, draw);
-}
-
-// z of the kWidth elements from `element` on, a multiple of kWidth.
-template <int kWidth, bool kRademacher>
-__device__ __forceinline__ void direction(float* z, uint64_t seed, int64_t element, uint32_t tensor_id) {
-    if (kRademacher) {
-        const philox::Words words = philox::words_at(seed, static_cast<uint64_t>(element / philox::kSignsPerCounter),
-                                                     tensor_id, philox::kStreamRademacher);
-        const int bit = static_cast<int>(element % philox::kSignsPerCounter);
-        const uint32_t low = bit & 32 ? words.word[1] : words.word[0], high = bit & 32 ? words.word[3] : words.word[2];
-        const uint32_t bits = (bit & 64 ? high : low) >> (bit & 31);
+// Stochastically, by a counter's eight draws.
+template <DType kType>
+__device__ __forceinline__ uint4 narrowed_by(const float (&values)[kUnit<kType>], const philox::Words& noise) {
+    if constexpr (kType == DType::f32) return narrowed<kType>(values);
+    uint32_t words[4];
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) z[i] = philox::sign_of(bits, i);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kWidth; i += 4) {
-            const philox::Words words =
-                philox::words_at(seed, static_cast<uint64_t>(element / 4 + i / 4), tensor_id, philox::kStreamGaussian);
-            const philox::Pair first = philox::normal_pair(words.word[0], words.word[1]);
-            const philox::Pair second = philox::normal_pair(words.word[2], words.word[3]);
-            z[i] = first.first, z[i + 1] = first.second, z[i + 2] = second.first, z[i + 3] = second.second;
-        }
-    }
-}
-
-template <class T, int kWidth>
-__device__ __forceinline__ void load(T (&values)[kWidth], const void* source, int64_t at, int64_t count, bool whole) {
-    const T* from = static_cast<const T*>(source) + at;
-    if (whole) {
-        *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(from);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) values[i] = at + i >= 0 && at + i < count ? from[i] : T{};
-    }
-}
-
-template <class T, int kWidth>
-__device__ __forceinline__ void store(const float (&values)[kWidth], void* out, int64_t at, int64_t count, bool whole,
-                                      const uint32_t* noise) {
-    alignas(16) T narrow[kWidth];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-        if (noise != nullptr) {
-            narrow_by(narrow[i], values[i], (noise[i / 2] >> (16 * (i % 2))) & 0xffffu);
+    for (int i = 0; i < kUnit<kType> / 2; ++i) {
+        const uint32_t low = noise.word[i] & 0xffffu, high = noise.word[i] >> 16;
+        if (kType == DType::bf16) {
+            words[i] = bf16_from_float_by(values[2 * i], low) |
+                       static_cast<uint32_t>(bf16_from_float_by(values[2 * i + 1], high)) << 16;
         } else {
-            narrow_to(narrow[i], values[i]);
+            words[i] = f16_from_float_by(values[2 * i], low) |
+                       static_cast<uint32_t>(f16_from_float_by(values[2 * i + 1], high)) << 16;
         }
     }
-    T* to = static_cast<T*>(out) + at;
-    if (whole) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(narrow);
-    } else {
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Elements `at` and on of the `count` at `source`, through shared memory: zeros in the place of those that are not
+// there, which may be some at the front as well as some behind.
+template <class T, int kUnits>
+__device__ __forceinline__ void load_part(uint4 (&tile)[kUnits], const T* source, int64_t at, int64_t count,
+                                          uint4* staging, int lane) {
+    T* staged = reinterpret_cast<T*>(staging);
+#pragma unroll 4
+    for (int i = lane; i < kUnits * static_cast<int>(32 * sizeof(uint4) / sizeof(T)); i += 32) {
+        staged[i] = at + i >= 0 && at + i < count ? source[at + i] : T{};
+    }
+    __syncwarp();
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-            if (at + i >= 0 && at + i < count) to[i] = narrow[i];
-        }
+    for (int u = 0; u < kUnits; ++u) tile[u] = staging[32 * u + lane];
+}
+
+template <class T, int kUnits>
+__device__ __forceinline__ void store_part(const uint4 (&tile)[kUnits], T* out, int64_t at, int64_t count,
+                                           uint4* staging, int lane) {
+    __syncwarp();  // what lay there before has been read
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) staging[32 * u + lane] = tile[u];
+    __syncwarp();
+    const T* staged = reinterpret_cast<const T*>(staging);
+#pragma unroll 4
+    for (int i = lane; i < kUnits * static_cast<int>(32 * sizeof(uint4) / sizeof(T)); i += 32) {
+        if (at + i >= 0 && at + i < count) out[at + i] = staged[i];
     }
 }
 
-template <class T, bool kMinus, bool kRademacher>
+// Each of a tile's kCounters counters of signs is computed by four lanes, of which each keeps another word: lane l word
+// l / kCounters of counter l % kCounters.
+template <int kCounters>
+__device__ __forceinline__ uint32_t signs_of_lane(uint64_t seed, uint64_t first, uint32_t tensor_id, int lane) {
+    const philox::Words words =
+        philox::words_at(seed, first | (lane % kCounters), tensor_id, philox::kStreamRademacher);
+    const int word = lane / kCounters % 4;
+    const uint32_t low = word & 1 ? words.word[1] : words.word[0], high = word & 1 ? words.word[3] : words.word[2];
+    return word & 2 ? high : low;
+}
+
+// kPlain: no thresholds, rounded to nearest.
+template <DType kType, bool kMinus, bool kRademacher, bool kPlain>
 __global__ void __launch_bounds__(kThreads) apply(const __grid_constant__ Launch launch) {
-    constexpr int kWidth = 16 / sizeof(T);  // elements of one access
+    using T = std::conditional_t<kType == DType::f32, uint32_t, uint16_t>;
+    constexpr int kElements = kUnit<kType>, kUnits = units_of(kType, kMinus, kRademacher);
+    constexpr int kTile = 32 * kElements * kUnits;
+    __shared__ uint4 staging[kWarps][32 * kUnits];
     int low = 0, high = launch.tensors;
     while (high - low > 1) {  // the last tensor whose first block is not after this one
         const int middle = (low + high) / 2;
@@ -121,76 +122,136 @@ __global__ void __launch_bounds__(kThreads) apply(const __grid_constant__ Launch
     }
     const Entry& entry = launch.entries[low];
     const ZoTerms& terms = launch.terms;
-    const int64_t block = entry.offset / kBlock + static_cast<int64_t>(blockIdx.x) - entry.first_block;
-    const float decay = terms.decay != nullptr ? __ldg(terms.decay) : 1.0f;
-    // Eight elements a thread, in accesses that lie next to those of its neighbours.
-#pragma unroll 1
-    for (int unit = 0; unit < 8 / kWidth; ++unit) {
-        const int64_t element = block * kBlock + (unit * kThreads + static_cast<int>(threadIdx.x)) * kWidth;
-        const int64_t at = element - entry.offset;
-        if (at + kWidth <= 0 || at >= entry.count) continue;
-        const bool whole = entry.aligned && at >= 0 && at + kWidth <= entry.count;
-        float before[kWidth], plus[kWidth], minus[kWidth];
-        if (entry.source != nullptr) {
-            alignas(16) T values[kWidth];
-            load<T, kWidth>(values, entry.source, at, entry.count, whole);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t block = entry.before + static_cast<int64_t>(blockIdx.x);
+    const int64_t element = (block * kWarps + warp) * kTile, at = element - entry.offset;
+    // Of all of the block, so that no warp can diverge.
+    const int64_t front = block * kWarps * kTile - entry.offset;
+    const bool whole = entry.aligned && front >= 0 && front + kWarps * kTile <= entry.count;
+    const bool sourced = entry.source != nullptr;
+    uint4 before[kUnits];
+    const T* source = static_cast<const T*>(entry.source);
+    if (sourced && whole) {
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) before[i] = widened(values[i]);
+        for (int u = 0; u < kUnits; ++u) before[u] = reinterpret_cast<const uint4*>(source + at)[32 * u + lane];
+    } else if (sourced) {
+        load_part(before, source, at, entry.count, staging[warp], lane);
+    } else {  // -0, which leaves every term as it is
+        const uint32_t zeros = kType == DType::f32 ? 0x80000000u : 0x80008000u;
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) before[u] = make_uint4(zeros, zeros, zeros, zeros);
+    }
+    const float decay = terms.decay != nullptr && sourced ? __ldg(terms.decay) : 1.0f;
+    float plus[kUnits][kElements], minus[kUnits][kElements];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+        widen<kType>(before[u], plus[u]);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) plus[u][i] = minus[u][i] = plus[u][i] * decay;
+    }
+    for (int64_t k = 0; k < terms.count; ++k) {
+        const float coefficient = __ldg(terms.coefficients + k);
+        if (coefficient == 0.0f) continue;
+        const uint64_t seed = static_cast<uint64_t>(__ldg(reinterpret_cast<const long long*>(terms.seeds) + k));
+        if (kRademacher) {
+            // The lane's elements of a unit have their signs in one word, which is one `step` counters further in the
+            // next unit.
+            constexpr int kSigns = static_cast<int>(philox::kSignsPerCounter), kCounters = kTile / kSigns;
+            constexpr int kStep = 32 * kElements / kSigns;
+            const uint32_t own =
+                signs_of_lane<kCounters>(seed, static_cast<uint64_t>(element / kSigns), entry.tensor_id, lane);
+            const int first = lane * kElements, from = first % kSigns / 32 * kCounters + first / kSigns;
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) {
+                const uint32_t bits = __shfl_sync(kWarpMask, own, from + u * kStep) >> (first % 32);
+#pragma unroll
+                for (int i = 0; i < kElements; ++i) {
+                    const float term = bits_float(float_bits(coefficient) ^ (bits << (31 - i) & 0x80000000u));
+                    plus[u][i] = plus[u][i] + term;
+                    if (kMinus) minus[u][i] = minus[u][i] - term;
+                }
+            }
         } else {
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) before[i] = 0.0f;
-        }
+            for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) plus[i] = minus[i] = before[i] * decay;
-        for (int64_t k = 0; k < terms.count; ++k) {
-            const float coefficient = __ldg(terms.coefficients + k);
-            if (coefficient == 0.0f) continue;
-            float z[kWidth];
-            const uint64_t seed = static_cast<uint64_t>(__ldg(reinterpret_cast<const long long*>(terms.seeds) + k));
-            direction<kWidth, kRademacher>(z, seed, element, entry.tensor_id);
+                for (int i = 0; i < kElements; i += 4) {
+                    const uint64_t q = static_cast<uint64_t>(element / 4) | ((32 * u + lane) * (kElements / 4) + i / 4);
+                    const philox::Words words = philox::words_at(seed, q, entry.tensor_id, philox::kStreamGaussian);
+                    const philox::Pair first = philox::normal_pair(words.word[0], words.word[1]);
+                    const philox::Pair second = philox::normal_pair(words.word[2], words.word[3]);
+                    const float z[4] = {first.first, first.second, second.first, second.second};
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                const float term = coefficient * z[i];
-                plus[i] = entry.source != nullptr ? plus[i] + term : term;
-                if (kMinus) minus[i] = minus[i] - term;
+                    for (int j = 0; j < 4; ++j) {
+                        const float term = coefficient * z[j];
+                        plus[u][i + j] = plus[u][i + j] + term;
+                        if (kMinus) minus[u][i + j] = minus[u][i + j] - term;
+                    }
+                }
             }
         }
-        if (terms.thresholds != nullptr) {
-            const float threshold = __ldg(terms.thresholds + low);
+    }
+    if (!kPlain && terms.thresholds != nullptr) {
+        const float threshold = __ldg(terms.thresholds + low);
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-                const bool moves = fabsf(before[i]) <= threshold;
-                plus[i] = moves ? plus[i] : before[i];
-                if (kMinus) minus[i] = moves ? minus[i] : before[i];
+        for (int u = 0; u < kUnits; ++u) {
+            float stays[kElements];
+            widen<kType>(before[u], stays);
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) {
+                const bool moves = fabsf(stays[i]) <= threshold;
+                plus[u][i] = moves ? plus[u][i] : stays[i];
+                if (kMinus) minus[u][i] = moves ? minus[u][i] : stays[i];
             }
         }
-        if (terms.rounding_seed != nullptr && sizeof(T) == 2) {
-            const uint64_t seed = static_cast<uint64_t>(__ldg(reinterpret_cast<const long long*>(terms.rounding_seed)));
-            const philox::Words noise =
-                philox::words_at(seed, static_cast<uint64_t>(element / philox::kDrawsPerCounter), entry.tensor_id,
-                                 philox::kStreamRounding);
-            store<T, kWidth>(plus, entry.out, at, entry.count, whole, noise.word);
-        } else {
-            store<T, kWidth>(plus, entry.out, at, entry.count, whole, nullptr);
+    }
+    uint4 after[kUnits];
+    if (!kPlain && kType != DType::f32 && terms.rounding_seed != nullptr) {
+        const uint64_t seed = static_cast<uint64_t>(__ldg(reinterpret_cast<const long long*>(terms.rounding_seed)));
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            const uint64_t q = static_cast<uint64_t>(element / philox::kDrawsPerCounter) | (32 * u + lane);
+            after[u] = narrowed_by<kType>(plus[u], philox::words_at(seed, q, entry.tensor_id, philox::kStreamRounding));
         }
-        if (kMinus) store<T, kWidth>(minus, entry.minus, at, entry.count, whole, nullptr);
+    } else {
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) after[u] = narrowed<kType>(plus[u]);
+    }
+    T* out = static_cast<T*>(entry.out);
+    T* other = static_cast<T*>(entry.minus);
+    uint4 opposite[kUnits];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) opposite[u] = kMinus ? narrowed<kType>(minus[u]) : uint4();
+    if (whole) {
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            reinterpret_cast<uint4*>(out + at)[32 * u + lane] = after[u];
+            if (kMinus) reinterpret_cast<uint4*>(other + at)[32 * u + lane] = opposite[u];
+        }
+    } else {
+        store_part(after, out, at, entry.count, staging[warp], lane);
+        if (kMinus) store_part(opposite, other, at, entry.count, staging[warp], lane);
     }
 }
 
-template <class T>
-void start(const Launch& launch, int64_t blocks, bool minus, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(blocks));
-    if (minus) {
-        if (launch.terms.rademacher) {
-            apply<T, true, true><<<grid, kThreads, 0, stream>>>(launch);
-        } else {
-            apply<T, true, false><<<grid, kThreads, 0, stream>>>(launch);
-        }
-    } else if (launch.terms.rademacher) {
-        apply<T, false, true><<<grid, kThreads, 0, stream>>>(launch);
+template <DType kType, bool kMinus, bool kRademacher>
+void start(const Launch& launch, unsigned blocks, cudaStream_t stream) {
+    if (launch.terms.thresholds == nullptr && (kType == DType::f32 || launch.terms.rounding_seed == nullptr)) {
+        apply<kType, kMinus, kRademacher, true><<<blocks, kThreads, 0, stream>>>(launch);
     } else {
-        apply<T, false, false><<<grid, kThreads, 0, stream>>>(launch);
+        apply<kType, kMinus, kRademacher, false><<<blocks, kThreads, 0, stream>>>(launch);
     }
+}
+
+template <DType kType>
+void start(const Launch& launch, int64_t blocks, bool minus, cudaStream_t stream) {
+    const unsigned grid = static_cast<unsigned>(blocks);
+    if (minus) {
+        if (launch.terms.rademacher) return start<kType, true, true>(launch, grid, stream);
+        return start<kType, true, false>(launch, grid, stream);
+    }
+    if (launch.terms.rademacher) return start<kType, false, true>(launch, grid, stream);
+    return start<kType, false, false>(launch, grid, stream);
 }
 
 bool aligned(const ZoTensor& tensor) {
@@ -207,28 +268,29 @@ const char* launch_zo_apply(const ZoTensor* tensors, int64_t count, const ZoTerm
         Launch launch = {};
         launch.terms = terms;
         if (terms.thresholds != nullptr) launch.terms.thresholds += begin;
+        const bool minus = tensors[begin].minus != nullptr;
+        const int64_t each = block_elements(dtype, minus, terms.rademacher);
         int64_t blocks = 0;
         const int64_t end = begin + kZoTensors < count ? begin + kZoTensors : count;
         launch.tensors = static_cast<int32_t>(end - begin);
         for (int64_t t = begin; t < end; ++t) {
             const ZoTensor& one = tensors[t];
-            launch.entries[t - begin] = {one.source, one.out, one.minus,     one.count,
-                                         one.offset, blocks,  one.tensor_id, aligned(one)};
-            const int64_t last = (one.offset + one.count + kBlock - 1) / kBlock;
-            if (one.count) blocks += last - one.offset / kBlock;
+            const int64_t before = one.offset / each;
+            launch.entries[t - begin] = {one.source, one.out,         one.minus,     one.count,   one.offset,
+                                         blocks,     before - blocks, one.tensor_id, aligned(one)};
+            if (one.count) blocks += (one.offset + one.count + each - 1) / each - before;
         }
         if (blocks == 0) continue;
         if (blocks > 0x7fffffff) return "more than 2**42 elements in one launch";
-        const bool minus = tensors[begin].minus != nullptr;
         switch (dtype) {
             case DType::f32:
-                start<float>(launch, blocks, minus, cuda_stream);
+                start<DType::f32>(launch, blocks, minus, cuda_stream);
                 break;
             case DType::bf16:
-                start<Bf16>(launch, blocks, minus, cuda_stream);
+                start<DType::bf16>(launch, blocks, minus, cuda_stream);
                 break;
             case DType::f16:
-                start<F16>(launch, blocks, minus, cuda_stream);
+                start<DType::f16>(launch, blocks, minus, cuda_stream);
                 break;
         }
         const cudaError_t error = cudaGetLastError();

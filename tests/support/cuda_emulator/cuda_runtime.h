@@ -191,6 +191,14 @@ inline T __shfl_xor_sync(uint32_t mask, T value, int distance) {
     return emulated::Block::current().exchange(value)[emulated::Block::current().lane() ^ distance];
 }
 
+// A lane past `width`, a power of two, counts from the start of the part of the warp again.
+template <class T>
+inline T __shfl_sync(uint32_t mask, T value, int lane, int width = 32) {
+    if (mask != 0xffffffffu) emulated::fail("a collective of part of a warp");
+    const unsigned part = emulated::Block::current().lane() & ~(width - 1u), from = lane & (width - 1u);
+    return emulated::Block::current().exchange(value)[part | from];
+}
+
 template <class T>
 inline T __ldg(const T* p) {
     if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) emulated::fail("an address that is not aligned");
