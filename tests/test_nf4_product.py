@@ -183,22 +183,25 @@ decode_tile = kernel.decode_tile
 
 
 @triton.jit
-def _probe_kernel(packed_ptr, absmax_ptr, code_ptr, out_ptr, row, rows, columns, row_bytes):
+def _probe_kernel(
+    packed_ptr, absmax_ptr, code_ptr, out_ptr, row, rows, columns, row_bytes, WORDS: tl.constexpr, STORED: tl.constexpr
+):
     code = tl.load(code_ptr + tl.arange(0, 16))
     rest = (packed_ptr, absmax_ptr, code, None, None, 0.0, row, 0, rows, columns, row_bytes)
-    tile = decode_tile(*rest, 12, 64, tl.float32, True, 1, 64)
+    tile = decode_tile(*rest, 12, 64, tl.float32, True, WORDS, STORED, 1, 64)
     tl.store(out_ptr + tl.arange(0, 64)[None, :], tile)
 
 
-def test_beyond_two_to_the_31_elements() -> None:
+@pytest.mark.parametrize(("words", "stored"), [(False, True), (True, False), (True, True)])
+def test_beyond_two_to_the_31_elements(words: bool, stored: bool) -> None:
     """A tile whose elements are counted past 2^31: rows of 2^17 columns, whose bytes lie closer together here."""
     row, columns = 2**14 + 5, 2**17
-    packed, absmax = torch.zeros(2 * row + 64, dtype=torch.uint8, device=DEVICE), torch.zeros(2**20, device=DEVICE)
-    packed[2 * row : 2 * row + 32] = (torch.arange(32, device=DEVICE) * 7).to(torch.uint8)
+    packed, absmax = torch.zeros(4 * row + 64, dtype=torch.uint8, device=DEVICE), torch.zeros(2**20, device=DEVICE)
+    packed[4 * row : 4 * row + 32] = (torch.arange(32, device=DEVICE) * 7).to(torch.uint8)
     absmax[row * columns // 4096] = 1.25
     code, out = definition.code_table("nf4", DEVICE), torch.zeros(1, 64, device=DEVICE)
-    _probe_kernel[(1,)](packed, absmax, code, out, row, row + 1, columns, 2)
-    held = packed[2 * row : 2 * row + 32]
+    _probe_kernel[(1,)](packed, absmax, code, out, row, row + 1, columns, 4, words, stored)
+    held = packed[4 * row : 4 * row + 32]
     assert torch.equal(out[0], code[torch.stack((held >> 4, held & 15), 1).reshape(-1).long()] * 1.25)
 
 

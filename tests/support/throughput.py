@@ -17,6 +17,7 @@ from .sass import DRAM_BYTES, Code, Counts
 
 M, WIDTH = 8192, 4096  # rows and width of the passes below: a training step's
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PACKED = 0.5 + 1 / 64  # of an element in blocks of 64 with nested maxima
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Pass:
         bytes: what a program (a warp, for csrc/cuda) reads and writes in the counted range, from the launch's constants.
         loop: the innermost loop that is counted, in the order of the code; None: all of the kernel but its loops, which a whole tile
             does not enter. ``whole``: all of it, loops once.
+        cold: of a whole kernel, blocks with so many of an opcode are left out, and what leads to them alone: the code of a ragged tile,
+            which no other enters, and of a root's argument that is no normal number.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Pass:
     options: dict[str, Any] = field(default_factory=dict)
     loop: int | None = None
     whole: bool = False
+    cold: dict[str, int] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -90,14 +94,22 @@ def _nf4() -> list[Pass]:
         kind = {"dtype": dtype, "block_size": 64, "nested": True}
 
         def moved(constants: dict[str, int], size: int = SIZES[dtype]) -> float:
-            return constants["BLOCKS"] * 64 * (0.5 + 1 / 64 + size)
+            return constants["BLOCKS"] * 64 * (PACKED + size)
 
         passes.append(Pass("_nf4_dequantize_kernel", "nf4_dequantize", moved, kind, whole=True))
     for kind, size in (("Bf16", 2), ("float", 4)):
         for apart in ("false", "true"):
             name = f"dequantize_tiles<{kind}, true, {apart}>"
-            passes.append(Pass(name, "nf4.cu", lambda _, size=size: 1024 * (0.5 + 1 / 64 + size)))
+            passes.append(Pass(name, "nf4.cu", lambda _, size=size: 1024 * (PACKED + size)))
     return passes
+
+
+# A ragged tile's loads of elements of so many bytes: beside those, a few 4-byte loads read settings and tables.
+NARROW_LOADS = {2: {"LDG.E.U16": 1}, 4: {"LDG.E": 8}}
+
+
+# A ragged tile's loads of elements of so many bytes: beside those, a few 4-byte loads read settings and tables.
+NARROW_LOADS = {2: {"LDG.E.U16": 1}, 4: {"LDG.E": 8}}
 
 
 def _zeroth_order() -> list[Pass]:
@@ -112,6 +124,7 @@ def _zeroth_order() -> list[Pass]:
                 lambda constants, size=size: 2 * size * constants["BLOCK"],
                 kind,
                 whole=True,
+                cold={f"STG.E{'.U16' if size == 2 else ''}": 1, **NARROW_LOADS[size], "CALL.REL.NOINC": 1},
             )
         )
         cuda, width = ("Bf16", 8) if size == 2 else ("float", 4)
@@ -120,7 +133,61 @@ def _zeroth_order() -> list[Pass]:
     return passes
 
 
-PASSES = _lora() + _nf4() + _zeroth_order()
+def _weights(size: float) -> Callable[[dict[str, int]], float]:
+    """Of a step of a product of a few rows, whose x stays in a cache."""
+    return lambda constants: size * constants["BLOCK_N"] * constants["BLOCK_K"]
+
+
+def _quantised() -> list[Pass]:
+    few = {"M": 16, "x": "bfloat16", "compute": "bfloat16", "out": "bfloat16", "nested": True}
+    passes = [Pass("_nf4_linear_kernel", "nf4_linear", _weights(PACKED), few, 0)]
+    for transposed in (False, True):
+        kind = {"M": 64, "R": 16, "transposed": transposed, "dropout": False, "nested": True, "candidate": 0}
+        passes.append(Pass("_nf4_product_kernel", "nf4_product", _weights(PACKED), kind, -1))
+    for dtype in ("bfloat16", "float32"):
+
+        def columns(constants: dict[str, int], size: int = SIZES[dtype]) -> float:
+            return constants["ROWS"] * constants["COLUMNS"] * (PACKED + size)
+
+        def blocks(constants: dict[str, int], size: int = SIZES[dtype]) -> float:
+            return constants["BLOCKS"] * 64 * (PACKED + size)
+
+        passes += [
+            Pass(
+                "_nf4_columns_kernel", "nf4_dequantize_columns", columns, {"dtype": dtype, "nested": True}, whole=True
+            ),
+            # Without the loops over the delta's entries, one in a hundred of the elements.
+            Pass("_nf4_dequantize_kernel", "sparse_delta_dequantize", blocks, {"dtype": dtype}),
+        ]
+    for rademacher in (False, True):
+        kind = {"M": 16, "dtype": "bfloat16", "rademacher": rademacher}
+        passes.append(Pass("_zo_linear_kernel", "zo_linear", _weights(2), kind, 0))
+    for distribution in ("gaussian", "rademacher", "scales"):
+        kind = {"M": 16, "dtype": "bfloat16", "distribution": distribution, "nested": True}
+        passes.append(Pass("_zo_nf4_linear_kernel", "zo_nf4_linear", _weights(PACKED), kind, 0))
+    return passes
+
+
+def _sparse() -> list[Pass]:
+    passes = []
+    for stochastic in (False, True):
+        for small in (False, True):
+            # Value read and written, gradient, two states, age, index, base, and the weight's own two bytes of a sector.
+            size = 8 + 4 + (4 if small else 16) + 4 + 4 + 2 + 2
+
+            def entries(constants: dict[str, int], size: int = size) -> float:
+                return size * constants["BLOCK"]
+
+            kind = {"dtype": "bfloat16", "stochastic": stochastic, "small": small}
+            # A ragged block's values are stored one by one.
+            cold = {"STG.E": 4, "CALL.REL.NOINC": 1}
+            passes.append(Pass("_sparse_adamw_kernel", "sparse_adamw_step", entries, kind, whole=True, cold=cold))
+    product = {"M": 64, "R": 16, "transposed": True, "dropout": False, "nested": True, "candidate": 0}
+    passes.append(Pass("_reduce_partials_kernel", "nf4_product", lambda constants: 4 * constants["BLOCK"], product, 0))
+    return passes
+
+
+PASSES = _lora() + _nf4() + _zeroth_order() + _quantised() + _sparse()
 
 
 def loads(passes: list[Pass], arch: int) -> list[Load]:
@@ -156,7 +223,7 @@ def _range(code: Code, one: Pass) -> Counts:
     if one.loop is not None:
         return code.loops[one.loop]
     if one.whole:
-        return code.whole
+        return code.avoiding(one.cold) if one.cold else code.whole
     rest = Counts(dict(code.whole.units), dict(code.whole.names))
     for loop in code.loops:
         for unit, times in loop.units.items():
