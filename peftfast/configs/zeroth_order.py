@@ -50,8 +50,8 @@ class ZoLinearConfig:
 
 
 def perturb(dtype: str, rademacher: bool, device: Device) -> PerturbConfig:
-    """Sixteen elements a thread, which share what a program finds out first; with 32 ptxas spills four words of normals on sm_100. Signs
-    take 32: a thread draws one counter, of 128 signs, whatever it has of elements."""
+    """Sixteen elements a thread, which share what a program finds out first; with 32 ptxas spills four words of the normals' kernel on
+    sm_100. Signs take 32: a thread draws one counter, of 128 signs, however many elements it has."""
     key = f"{dtype} {'rademacher' if rademacher else 'gaussian'}"
     default = PerturbConfig(4096) if rademacher else PerturbConfig()
     return measured(device, "perturb_", key, PerturbConfig) or default
