@@ -59,9 +59,10 @@ def _address(entry, column: tl.constexpr, dtype: tl.constexpr, first, ALIGNED: t
 @triton.jit
 def _store(pointer, values, columns, low, high, FULL: tl.constexpr):
     if FULL:
-        tl.store(pointer + columns, values)
+        tl.store(pointer + columns, narrow(values, pointer.dtype.element_ty))
     else:
-        tl.store(pointer + columns, values, mask=(columns >= low) & (columns < high))
+        inside = (columns >= low) & (columns < high)
+        tl.store(pointer + columns, narrow(values, pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -142,9 +143,9 @@ def _perturb_block(
         bits = _bits_by(plus, draw, DTYPE).to(tl.int16)
         _store(_address(entry, 1, tl.int16, first, ALIGNED), bits, columns, low, high, FULL)
     else:
-        _store(_address(entry, 1, DTYPE, first, ALIGNED), narrow(plus, DTYPE), columns, low, high, FULL)
+        _store(_address(entry, 1, DTYPE, first, ALIGNED), plus, columns, low, high, FULL)
     if HAS_MINUS:
-        _store(_address(entry, 2, DTYPE, first, ALIGNED), narrow(minus, DTYPE), columns, low, high, FULL)
+        _store(_address(entry, 2, DTYPE, first, ALIGNED), minus, columns, low, high, FULL)
 
 
 # Compiled with enable_fp_fusion=False: every product and sum is rounded by itself.

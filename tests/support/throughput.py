@@ -17,6 +17,7 @@ from .sass import DRAM_BYTES, Code, Counts
 
 M, WIDTH = 8192, 4096  # rows and width of the passes below: a training step's
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LONGEST = -1  # loop: where the compiler's waits for barriers are loops too
 PACKED = 0.5 + 1 / 64  # of an element in blocks of 64 with nested maxima
 
 
@@ -143,7 +144,7 @@ def _quantised() -> list[Pass]:
     passes = [Pass("_nf4_linear_kernel", "nf4_linear", _weights(PACKED), few, 0)]
     for transposed in (False, True):
         kind = {"M": 64, "R": 16, "transposed": transposed, "dropout": False, "nested": True, "candidate": 0}
-        passes.append(Pass("_nf4_product_kernel", "nf4_product", _weights(PACKED), kind, -1))
+        passes.append(Pass("_nf4_product_kernel", "nf4_product", _weights(PACKED), kind, LONGEST))
     for dtype in ("bfloat16", "float32"):
 
         def columns(constants: dict[str, int], size: int = SIZES[dtype]) -> float:
@@ -220,6 +221,8 @@ def _cuda_kernel(source: str, name: str, arch: int) -> Code:
 
 
 def _range(code: Code, one: Pass) -> Counts:
+    if one.loop == LONGEST:
+        return max(code.loops, key=lambda loop: loop.units["issue"])
     if one.loop is not None:
         return code.loops[one.loop]
     if one.whole:
