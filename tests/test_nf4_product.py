@@ -205,6 +205,18 @@ def test_beyond_two_to_the_31_elements(words: bool, stored: bool) -> None:
     assert torch.equal(out[0], code[torch.stack((held >> 4, held & 15), 1).reshape(-1).long()] * 1.25)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bytes_that_no_word_can_be_loaded_from(transposed: bool) -> None:
+    given = list(_arguments(Case(17, 40, 96, transposed=transposed)))
+    aligned = _kernel(SMALL)(*given)
+    given[1] = torch.empty(given[1].numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(-1, 1).copy_(given[1])
+    assert torch.equal(_kernel(SMALL)(*given), aligned)
+    out = torch.empty(40, 32, device=DEVICE)
+    kernel.nf4_dequantize_columns(*given[1:5], (40, 96), *given[6:9], out, 32, configs.ColumnsConfig(16, 32))
+    whole = definition.nf4_dequantize(*given[1:5], (40, 96), FLOAT32, *given[6:9])
+    assert torch.equal(out, whole[:, 32:64])
+
+
 FAULTS: dict[str, Callable[..., Tensor]] = {
     "no adapter step": lambda *g: _kernel(SMALL)(*g[:11], g[11] * 0, *g[12:]),
     "the last rank forgotten": lambda *g: _kernel(SMALL)(*g[:11], g[11][:, :-1], g[12][:, :-1], *g[13:]),
