@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 
 from .launch import launch
+from .nf4 import indices_of
 from .numerics import convert, multiply_add, narrow, widen
 
-_NESTED_BLOCK_SIZE = tl.constexpr(256)
+_NESTED_BITS = tl.constexpr(8)  # 256 maxima share one of the second level
 
 
 @triton.jit
@@ -28,7 +29,8 @@ def _nf4_linear_kernel(
     row_bytes,
     stride_xm,
     stride_xk,
-    block_size,
+    BLOCK_BITS: tl.constexpr,
+    WORDS: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -36,34 +38,35 @@ def _nf4_linear_kernel(
 ):
     """y[M, N] = x Wᵀ + bias for one tile of BLOCK_N weight rows and all of up to BLOCK_M rows of x.
 
-    BLOCK_K divides K and the block size, so that a step has one maximum a row. A byte holds an even column and the odd
-    one after it: two products, of the even and of the odd columns of x, need no interleaving of what was decoded. The
-    weight is rounded to COMPUTE as the dequantiser rounds it.
+    BLOCK_K divides K and the block size, 2 ** BLOCK_BITS, so that a step has one maximum a row. WORDS: four bytes can be loaded as a
+    word. The weight is rounded to COMPUTE as the dequantiser rounds it.
     """
-    HALF: tl.constexpr = BLOCK_K // 2
+    UNITS: tl.constexpr = BLOCK_K // 8 if WORDS else BLOCK_K // 2
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     row = tl.where(mask_n, offs_n, 0).to(tl.int64)
-    bytes_row = packed_ptr + row[:, None] * row_bytes + tl.arange(0, HALF)[None, :]
+    if WORDS:
+        units_row = packed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + row[:, None] * (row_bytes // 4)
+    else:
+        units_row = packed_ptr + row[:, None] * row_bytes
+    units_row += tl.arange(0, UNITS)[None, :]
     x_row = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + tl.arange(0, BLOCK_K)[None, :] * stride_xk
     code = tl.load(code_ptr + tl.arange(0, 16))
     if nested_absmax_ptr is not None:
         offset = tl.load(nested_offset_ptr)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(0, K, BLOCK_K):
-        bytes_ = tl.load(bytes_row + k // 2)
-        block = (row * K + k) // block_size
+        units = tl.load(units_row + (k // 8 if WORDS else k // 2))
+        block = (row * K + k) >> BLOCK_BITS
         absmax = tl.load(absmax_ptr + block)
         if nested_absmax_ptr is not None:
-            nested = tl.load(nested_absmax_ptr + block // _NESTED_BLOCK_SIZE)
+            nested = tl.load(nested_absmax_ptr + (block >> _NESTED_BITS))
             absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
-        high = tl.gather(code, (bytes_ >> 4).to(tl.int32).reshape(BLOCK_N * HALF), 0).reshape(BLOCK_N, HALF)
-        low = tl.gather(code, (bytes_ & 15).to(tl.int32).reshape(BLOCK_N * HALF), 0).reshape(BLOCK_N, HALF)
-        x = tl.load(x_row + k * stride_xk, mask=mask_m[:, None], other=0.0)
-        x_even, x_odd = tl.split(convert(x, COMPUTE).reshape(BLOCK_M, HALF, 2))
-        accumulator = multiply_add(narrow(high * absmax[:, None], COMPUTE), tl.trans(x_even), accumulator)
-        accumulator = multiply_add(narrow(low * absmax[:, None], COMPUTE), tl.trans(x_odd), accumulator)
+        index = indices_of(units, False) if WORDS else tl.join(units >> 4, units & 15).to(tl.int32)
+        values = tl.gather(code, index.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
+        x = convert(tl.load(x_row + k * stride_xk, mask=mask_m[:, None], other=0.0), COMPUTE)
+        accumulator = multiply_add(narrow(values * absmax[:, None], COMPUTE), tl.trans(x), accumulator)
     if bias_ptr is not None:
         accumulator += widen(tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0))[:, None]
     offs = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
@@ -116,7 +119,8 @@ def nf4_linear(
         K // 2,
         x.stride(0),
         x.stride(1),
-        block_size,
+        BLOCK_BITS=block_size.bit_length() - 1,
+        WORDS=(K // 2) % 4 == 0 and packed.data_ptr() % 4 == 0,
         COMPUTE=_TRITON_DTYPES[compute],
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from .launch import launch
 from .lora_product import adapter_part, place_of, write_tile
+from .nf4 import indices_of
 from .numerics import convert, multiply_add, narrow
 from .partials import divide, partials_of, reduce_partials
 from .philox import keep_scale, keep_threshold
@@ -50,25 +51,34 @@ def decode_tile(
     SPAN: tl.constexpr,
     DTYPE: tl.constexpr,
     WHOLE: tl.constexpr,
+    WORDS: tl.constexpr,
+    STORED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The weight's ``[ROWS, COLUMNS]`` from row ``row`` and column ``column`` on, in DTYPE; zeros outside ``[rows, columns]``.
 
     Each SPAN neighbours from a multiple of SPAN on have one maximum: SPAN divides columns and the block size, 2 ** BLOCK_BITS; so
-    columns is even and rows, ``row_bytes`` long, begin with a byte. WHOLE: no tile reaches past the weight. The nested scale is a
-    product and a sum that are rounded apart: the kernel must be compiled with enable_fp_fusion=False.
+    columns is even and rows, ``row_bytes`` long, begin with a byte. WHOLE: no tile reaches past the weight. WORDS: SPAN
+    is a multiple of 8 and four bytes can be loaded as a word, which a shift and a mask for each element unpack; bytes take thrice as
+    many instructions. The nested scale is a product and a sum that are rounded apart: the kernel must be compiled with
+    enable_fp_fusion=False.
     """
-    HALF: tl.constexpr = COLUMNS // 2
+    UNITS: tl.constexpr = COLUMNS // 8 if WORDS else COLUMNS // 2
     SPANS: tl.constexpr = COLUMNS // SPAN
     offs_row = row + tl.arange(0, ROWS)
-    offs_byte = (column >> 1) + tl.arange(0, HALF)
+    if WORDS:
+        row_units, offs_unit = row_bytes // 4, (column >> 3) + tl.arange(0, UNITS)
+        units_ptr = packed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    else:
+        row_units, offs_unit = row_bytes, (column >> 1) + tl.arange(0, UNITS)
+        units_ptr = packed_ptr
     offs_span = column + SPAN * tl.arange(0, SPANS)
     wide_row = offs_row.to(tl.int64)
     block = (wide_row[:, None] * columns + offs_span[None, :]) >> BLOCK_BITS
-    bytes_ptr = packed_ptr + wide_row[:, None] * row_bytes + offs_byte[None, :]
+    units_ptr += wide_row[:, None] * row_units + offs_unit[None, :]
     if WHOLE:
-        bytes_ = tl.load(bytes_ptr)
+        units = tl.load(units_ptr)
         absmax = tl.load(absmax_ptr + block)
         if nested_absmax_ptr is not None:
             nested = tl.load(nested_absmax_ptr + (block >> _NESTED_BITS))
@@ -76,7 +86,7 @@ def decode_tile(
         # Whoever calls clamps nothing: what is not there is a byte 0 under a maximum 0.
         mask_row = (offs_row < rows)[:, None]
         mask_span = mask_row & (offs_span < columns)[None, :]
-        bytes_ = tl.load(bytes_ptr, mask=mask_row & (offs_byte < row_bytes)[None, :], other=0)
+        units = tl.load(units_ptr, mask=mask_row & (offs_unit < row_units)[None, :], other=0)
         absmax = tl.load(absmax_ptr + block, mask=mask_span, other=0)
         if nested_absmax_ptr is not None:
             nested = tl.load(nested_absmax_ptr + (block >> _NESTED_BITS), mask=mask_span, other=0.0)
@@ -84,8 +94,11 @@ def decode_tile(
         absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
         if not WHOLE:
             absmax = tl.where(mask_span, absmax, 0.0)
-    index = tl.join(bytes_ >> 4, bytes_ & 15).reshape(ROWS * COLUMNS)
-    values = tl.gather(code, index.to(tl.int32), 0)
+    if WORDS:
+        index = indices_of(units, STORED)
+    else:
+        index = tl.join(units >> 4, units & 15).to(tl.int32)
+    values = tl.gather(code, index.reshape(ROWS * COLUMNS), 0)
     if SPANS == 1:
         return narrow(values.reshape(ROWS, COLUMNS) * absmax, DTYPE)
     else:
@@ -138,6 +151,7 @@ def _nf4_product_kernel(
     stride_br,
     TRANSPOSED: tl.constexpr,
     WHOLE: tl.constexpr,
+    WORDS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_BITS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -186,6 +200,8 @@ def _nf4_product_kernel(
                         SPAN,
                         COMPUTE,
                         WHOLE,
+                        WORDS,
+                        False,
                         BLOCK_K,
                         BLOCK_N,
                     ),
@@ -204,6 +220,8 @@ def _nf4_product_kernel(
                         SPAN,
                         COMPUTE,
                         WHOLE,
+                        WORDS,
+                        False,
                         BLOCK_N,
                         BLOCK_K,
                     ),
@@ -230,6 +248,7 @@ def _nf4_columns_kernel(
     stride_row,
     BLOCK_BITS: tl.constexpr,
     SPAN: tl.constexpr,
+    WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -251,6 +270,8 @@ def _nf4_columns_kernel(
             SPAN,
             out_ptr.dtype.element_ty,
             False,
+            WORDS,
+            True,
             ROWS,
             COLUMNS,
         ),
@@ -262,6 +283,11 @@ def _nf4_columns_kernel(
 
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _has_words(packed: torch.Tensor, span: int) -> bool:
+    """Whether decode_tile can read four bytes at once: rows and tiles begin with a word where spans of 8 columns divide them."""
+    return span % 8 == 0 and packed.data_ptr() % 4 == 0
 
 
 def span_of(columns: int, block_size: int, tile: int) -> int:
@@ -311,6 +337,7 @@ def nf4_product(
     if masked:
         bits = torch.empty(programs * config.block_m * config.block_n // 8, dtype=torch.uint8, device=x.device)
     rank = 0 if b is None else b.shape[1]
+    span = span_of(shape[1], block_size, config.block_n if transposed else config.block_k)
     launch(
         _nf4_product_kernel,
         (programs,),
@@ -344,9 +371,10 @@ def nf4_product(
         0 if b is None else b.stride(1),
         TRANSPOSED=transposed,
         WHOLE=N % config.block_n == 0 and K % config.block_k == 0,
+        WORDS=_has_words(packed, span),
         SPLITS=splits,
         BLOCK_BITS=block_size.bit_length() - 1,
-        SPAN=span_of(shape[1], block_size, config.block_n if transposed else config.block_k),
+        SPAN=span,
         COMPUTE=_DTYPES[x.dtype],
         DTYPE=_DTYPES[target.dtype],
         GROUP_M=config.group_m,
@@ -380,6 +408,7 @@ def nf4_dequantize_columns(
     if out.numel() == 0:
         return out
     width = out.shape[1]
+    span = span_of(shape[1] | first, block_size, config.columns)
     launch(
         _nf4_columns_kernel,
         (triton.cdiv(width, config.columns), triton.cdiv(out.shape[0], config.rows)),
@@ -397,7 +426,8 @@ def nf4_dequantize_columns(
         width,
         out.stride(0),
         BLOCK_BITS=block_size.bit_length() - 1,
-        SPAN=span_of(shape[1] | first, block_size, config.columns),
+        SPAN=span,
+        WORDS=_has_words(packed, span),
         ROWS=config.rows,
         COLUMNS=config.columns,
         num_warps=config.num_warps,

@@ -6,10 +6,25 @@ import triton
 import triton.language as tl
 
 from .launch import launch
+from .nf4 import indices_of
 from .numerics import multiply_add, narrow, widen
 from .philox import normal_tile, sign_tile
 
-_NESTED_BLOCK_SIZE = tl.constexpr(256)
+_NESTED_BITS = tl.constexpr(8)  # 256 maxima share one of the second level
+
+
+@triton.jit
+def _signs(seed, start, first, columns, tensor_id, WHOLE_COUNTERS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """z of the elements start + first + columns, 1 or -1; ``start`` is where each row begins in the weight, ``first`` a multiple of
+    BLOCK_K. WHOLE_COUNTERS: rows begin with a counter of 128 signs, so that the column tells the bit; otherwise the position does, in
+    64 bits for each element."""
+    if WHOLE_COUNTERS:
+        # In the shape in which the compiler sees that a thread's neighbours share a word.
+        within = first // BLOCK_K % (128 // BLOCK_K if BLOCK_K < 128 else 1) * BLOCK_K
+        return sign_tile(seed, (start + first) // 128, within + columns, tensor_id)
+    else:
+        at = start + (first + columns)
+        return sign_tile(seed, at * 0, at, tensor_id)
 
 
 # tensor_id: of the second tensor, 1, the compiler would make a constant, which has no type to convert from.
@@ -30,6 +45,7 @@ def _zo_linear_kernel(
     K,
     tensor_id,
     RADEMACHER: tl.constexpr,
+    WHOLE_COUNTERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -53,8 +69,7 @@ def _zo_linear_kernel(
         at = rows_n * K + offs_k[None, :]
         w = widen(tl.load(weight_ptr + at, mask=mask_n[:, None] & mask_k[None, :], other=0.0))
         if RADEMACHER:
-            # A row may begin inside a counter: the position itself, not the column, tells the bit.
-            z = sign_tile(seed, at * 0, at, id_)
+            z = _signs(seed, rows_n * K, first, columns[None, :], id_, WHOLE_COUNTERS, BLOCK_K)
         else:
             z = normal_tile(seed, (rows_n * K + first) // 4, columns[None, :], id_)
         term = eps * z
@@ -116,6 +131,7 @@ def zo_linear(
             K,
             tensor_id,
             RADEMACHER=rademacher,
+            WHOLE_COUNTERS=K % 128 == 0,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
@@ -147,9 +163,11 @@ def _zo_nf4_linear_kernel(
     N,
     K,
     row_bytes,
-    block_size,
     tensor_id,
+    BLOCK_BITS: tl.constexpr,
+    WORDS: tl.constexpr,
     RADEMACHER: tl.constexpr,
+    WHOLE_COUNTERS: tl.constexpr,
     OF_SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -157,11 +175,11 @@ def _zo_nf4_linear_kernel(
 ):
     """The same on a 4-bit weight: a tile of packed bytes is loaded once and decoded in registers as the dequantiser decodes it.
 
-    BLOCK_K divides K and the block size, so that a step has one maximum a row. OF_SCALES: z moves the block maxima, in float32, and
-    the tile is decoded with both; otherwise it moves the decoded weight.
+    BLOCK_K divides K and the block size, 2 ** BLOCK_BITS, so that a step has one maximum a row. WORDS: four bytes can be loaded as a
+    word. OF_SCALES: z moves the block maxima, in float32, and the tile is decoded with both; otherwise it moves the decoded weight.
     """
     DTYPE: tl.constexpr = out_plus_ptr.dtype.element_ty
-    HALF: tl.constexpr = BLOCK_K // 2
+    UNITS: tl.constexpr = BLOCK_K // 8 if WORDS else BLOCK_K // 2
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
@@ -169,20 +187,25 @@ def _zo_nf4_linear_kernel(
     row = tl.where(mask_n, offs_n, 0).to(tl.int64)
     seed, eps = tl.load(seed_ptr), tl.load(eps_ptr)
     id_ = tensor_id.to(tl.int64)
+    if WORDS:
+        units_row = packed_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + row[:, None] * (row_bytes // 4)
+    else:
+        units_row = packed_ptr + row[:, None] * row_bytes
+    units_row += tl.arange(0, UNITS)[None, :]
     code = tl.load(code_ptr + tl.arange(0, 16))
     if nested_absmax_ptr is not None:
         offset = tl.load(nested_offset_ptr)
     plus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     minus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, K, BLOCK_K):
-        bytes_ = tl.load(packed_ptr + row[:, None] * row_bytes + (first // 2 + tl.arange(0, HALF))[None, :])
-        block = (row * K + first) // block_size
+        units = tl.load(units_row + (first // 8 if WORDS else first // 2))
+        block = (row * K + first) >> BLOCK_BITS
         absmax = tl.load(absmax_ptr + block)
         if nested_absmax_ptr is not None:
-            nested = tl.load(nested_absmax_ptr + block // _NESTED_BLOCK_SIZE)
+            nested = tl.load(nested_absmax_ptr + (block >> _NESTED_BITS))
             absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
-        index = tl.join(bytes_ >> 4, bytes_ & 15).reshape(BLOCK_N * BLOCK_K)
-        value = tl.gather(code, index.to(tl.int32), 0).reshape(BLOCK_N, BLOCK_K)
+        index = indices_of(units, False) if WORDS else tl.join(units >> 4, units & 15).to(tl.int32)
+        value = tl.gather(code, index.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
         if OF_SCALES:
             if RADEMACHER:
                 z = sign_tile(seed, block * 0, block, id_)
@@ -196,8 +219,7 @@ def _zo_nf4_linear_kernel(
         else:
             w = widen(narrow(value * absmax[:, None], DTYPE))
             if RADEMACHER:
-                at = row[:, None] * K + first + columns[None, :]
-                z = sign_tile(seed, at * 0, at, id_)
+                z = _signs(seed, row[:, None] * K, first, columns[None, :], id_, WHOLE_COUNTERS, BLOCK_K)
             else:
                 z = normal_tile(seed, (row[:, None] * K + first) // 4, columns[None, :], id_)
             term = eps * z
@@ -273,9 +295,11 @@ def zo_nf4_linear(
             N,
             K,
             K // 2,
-            block_size,
             tensor_id,
+            BLOCK_BITS=block_size.bit_length() - 1,
+            WORDS=K % 8 == 0 and packed.data_ptr() % 4 == 0,
             RADEMACHER=rademacher,
+            WHOLE_COUNTERS=K % 128 == 0,
             OF_SCALES=of_scales,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

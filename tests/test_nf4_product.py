@@ -183,23 +183,38 @@ decode_tile = kernel.decode_tile
 
 
 @triton.jit
-def _probe_kernel(packed_ptr, absmax_ptr, code_ptr, out_ptr, row, rows, columns, row_bytes):
+def _probe_kernel(
+    packed_ptr, absmax_ptr, code_ptr, out_ptr, row, rows, columns, row_bytes, WORDS: tl.constexpr, STORED: tl.constexpr
+):
     code = tl.load(code_ptr + tl.arange(0, 16))
     rest = (packed_ptr, absmax_ptr, code, None, None, 0.0, row, 0, rows, columns, row_bytes)
-    tile = decode_tile(*rest, 12, 64, tl.float32, True, 1, 64)
+    tile = decode_tile(*rest, 12, 64, tl.float32, True, WORDS, STORED, 1, 64)
     tl.store(out_ptr + tl.arange(0, 64)[None, :], tile)
 
 
-def test_beyond_two_to_the_31_elements() -> None:
+@pytest.mark.parametrize(("words", "stored"), [(False, True), (True, False), (True, True)])
+def test_beyond_two_to_the_31_elements(words: bool, stored: bool) -> None:
     """A tile whose elements are counted past 2^31: rows of 2^17 columns, whose bytes lie closer together here."""
     row, columns = 2**14 + 5, 2**17
-    packed, absmax = torch.zeros(2 * row + 64, dtype=torch.uint8, device=DEVICE), torch.zeros(2**20, device=DEVICE)
-    packed[2 * row : 2 * row + 32] = (torch.arange(32, device=DEVICE) * 7).to(torch.uint8)
+    packed, absmax = torch.zeros(4 * row + 64, dtype=torch.uint8, device=DEVICE), torch.zeros(2**20, device=DEVICE)
+    packed[4 * row : 4 * row + 32] = (torch.arange(32, device=DEVICE) * 7).to(torch.uint8)
     absmax[row * columns // 4096] = 1.25
     code, out = definition.code_table("nf4", DEVICE), torch.zeros(1, 64, device=DEVICE)
-    _probe_kernel[(1,)](packed, absmax, code, out, row, row + 1, columns, 2)
-    held = packed[2 * row : 2 * row + 32]
+    _probe_kernel[(1,)](packed, absmax, code, out, row, row + 1, columns, 4, words, stored)
+    held = packed[4 * row : 4 * row + 32]
     assert torch.equal(out[0], code[torch.stack((held >> 4, held & 15), 1).reshape(-1).long()] * 1.25)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bytes_that_no_word_can_be_loaded_from(transposed: bool) -> None:
+    given = list(_arguments(Case(17, 40, 96, transposed=transposed)))
+    aligned = _kernel(SMALL)(*given)
+    given[1] = torch.empty(given[1].numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(-1, 1).copy_(given[1])
+    assert torch.equal(_kernel(SMALL)(*given), aligned)
+    out = torch.empty(40, 32, device=DEVICE)
+    kernel.nf4_dequantize_columns(*given[1:5], (40, 96), *given[6:9], out, 32, configs.ColumnsConfig(16, 32))
+    whole = definition.nf4_dequantize(*given[1:5], (40, 96), FLOAT32, *given[6:9])
+    assert torch.equal(out, whole[:, 32:64])
 
 
 FAULTS: dict[str, Callable[..., Tensor]] = {

@@ -8,7 +8,8 @@ import pytest
 from .support import nvcc_gate
 from .support.compile_gate import run_gate
 from .support.sass import folded_by_ptxas, read_listing
-from .support.throughput import PASSES, Load, Pass, loads
+from .support.throughput import Load, Pass, loads
+from .support.throughput_passes import PASSES
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from peftfast.configs import nf4 as configs
 from peftfast.configs.device import Device
-from peftfast.kernels import nf4
+from peftfast.kernels import nf4, nf4_linear
 from peftfast.reference import nf4 as definition
 
 from .support.interpreter import DEVICE, require_runnable_kernels
@@ -122,3 +122,79 @@ def test_rows(width: int, block_size: int, spare: int) -> None:
     whole = definition.nf4_dequantize(packed, absmax, code, block_size, (12, width), torch.bfloat16, *nesting)
     assert torch.equal(out, whole[2:9])
     assert (buffer[:, width:] == 7.0).all()
+
+
+@pytest.mark.parametrize("spare", [0, 16], ids=["consecutive", "apart"])
+def test_rows_past_two_to_the_31_elements(spare: int) -> None:
+    """The last rows of a weight of more elements than 32 bits count; what lies before them is memory that nothing touches."""
+    rows, width = 2**25 + 40, 64
+    packed = torch.zeros((rows * width // 2, 1), dtype=torch.uint8, device=DEVICE)
+    absmax = torch.zeros(rows * width // 64, device=DEVICE)
+    held = packed[-8 * 32 :]
+    held.copy_((torch.arange(8 * 32, device=DEVICE) * 7)[:, None])
+    absmax[-8:] = torch.arange(1, 9, device=DEVICE) / 8
+    code = definition.code_table("nf4", DEVICE)
+    out = torch.full((8, width + spare), 7.0, device=DEVICE)
+    nf4.nf4_dequantize(packed, absmax, code, 64, rows * width, out[:, :width], rows - 8, None, None, None, SMALL)
+    right = definition.nf4_dequantize(held, absmax[-8:], code, 64, (8, width), torch.float32, None, None, None)
+    assert torch.equal(out[:, :width], right)
+    assert (out[:, width:] == 7.0).all()
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (5, 65), (1, 4)])
+@pytest.mark.parametrize("by", [1, 2, 4])
+def test_bytes_that_no_word_can_be_loaded_from(shape: tuple[int, int], by: int) -> None:
+    """Packed bytes at an address that 4 does not divide (and at one that it does, but not 16)."""
+    packed, absmax, code, nesting = _quantized(shape, 32, True)
+    askew = torch.empty(packed.numel() + by, dtype=torch.uint8, device=DEVICE)[by:].view(-1, 1).copy_(packed)
+    out = torch.full(shape, float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    nf4.nf4_dequantize(askew, absmax, code, 32, out.numel(), out, 0, *nesting, SMALL)
+    assert torch.equal(out, definition.nf4_dequantize(packed, absmax, code, 32, shape, out.dtype, *nesting))
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_a_tile_has_one_maximum_of_the_second_level(block_size: int) -> None:
+    """The largest tile has all the blocks that share one; rows from the middle of a tile on begin at its multiple."""
+    packed, absmax, code, nesting = _quantized((700, 32), block_size, True)
+    out = torch.full((290, 32), float("nan"), device=DEVICE)
+    config = configs.Nf4Config(tile_bytes=4096)
+    nf4.nf4_dequantize(packed, absmax, code, block_size, 700 * 32, out, 250, *nesting, config)
+    whole = definition.nf4_dequantize(packed, absmax, code, block_size, (700, 32), torch.float32, *nesting)
+    assert torch.equal(out, whole[250:540])
+    with pytest.raises(ValueError, match="tile_bytes: expected at most 4096"):
+        configs.Nf4Config(tile_bytes=8192)
+
+
+def test_wide_rows_count_their_place_in_64_bits() -> None:
+    """The variant for rows of 2^31 elements and more, on short ones."""
+    packed, absmax, code, nesting = _quantized((12, 96), 32, False)
+    whole = definition.nf4_dequantize(packed, absmax, code, 32, (12, 96), torch.float32, *nesting)
+    for kind in (nf4.WHOLE_BLOCKS, nf4.ANY_ROWS):
+        out = torch.full((7, 101), 7.0, device=DEVICE)
+        begin, end = 2 * 96, 9 * 96
+        given = (packed, absmax, code, out, None, None, None, begin // 128, begin, end, packed.numel(), 96, 101)
+        rest = {"HALF": 16, "BLOCKS": 4, "ALIGNED": True, "ROWS": kind, "SLAB": True, "WIDE": True, "PICKS": 32}
+        grid = (-(-end // 128) - begin // 128,)
+        nf4._nf4_dequantize_kernel[grid](*given, None, None, None, 0, **rest, enable_fp_fusion=False)
+        assert torch.equal(out[:, :96], whole[2:9])
+        assert (out[:, 96:] == 7.0).all()
+
+
+@pytest.mark.parametrize("columns", [96, 100])  # rows of whole words, and of whole bytes only
+def test_a_few_rows_by_words_and_by_bytes(columns: int) -> None:
+    """The same bits from packed bytes that no word can be loaded from: the tile is the same."""
+    block = 32 if columns == 96 else 4
+    packed, absmax, code, nesting = _quantized((37, columns), 32, True)
+    if block == 4:  # rows that begin inside a block of 32
+        absmax, nesting = torch.rand(37 * columns // 4, device=DEVICE), (None, None, None)
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    results = []
+    for by in (0, 1):
+        askew = torch.empty(packed.numel() + by, dtype=torch.uint8, device=DEVICE)[by:].view(-1, 1).copy_(packed)
+        y = torch.full((3, 37), float("nan"), device=DEVICE)
+        given = (x, askew, absmax, code, block, (37, columns), *nesting, None, torch.bfloat16, y)
+        results.append(nf4_linear.nf4_linear(*given, configs.LinearConfig(16, 32)))
+    assert torch.equal(*results)
+    weight = definition.nf4_dequantize(packed, absmax, code, block, (37, columns), torch.bfloat16, *nesting)
+    exact = x.bfloat16().double() @ weight.double().T
+    torch.testing.assert_close(results[0].double(), exact, rtol=1e-5, atol=1e-5)

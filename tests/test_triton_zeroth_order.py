@@ -56,13 +56,21 @@ def test_thresholds_of_empty_tensors_are_passed_over() -> None:
     assert torch.equal(weights[1], torch.ones(8, device=DEVICE))
 
 
-@pytest.mark.parametrize("config", [ZoLinearConfig(16, 16, 16), ZoLinearConfig(32, 64, 32)])
+# Rows that begin inside a counter of 128 signs, and rows that begin with one, in steps of less, of one and of two counters.
+@pytest.mark.parametrize(
+    ("config", "K"),
+    [
+        (ZoLinearConfig(16, 16, 16), 76),
+        (ZoLinearConfig(32, 64, 32), 76),
+        (ZoLinearConfig(16, 32, 64), 256),
+        (ZoLinearConfig(16, 32, 128), 384),
+        (ZoLinearConfig(16, 16, 256), 384),
+    ],
+)
 @pytest.mark.parametrize("rademacher", [False, True])
-def test_linear_does_not_depend_on_the_tile(config: ZoLinearConfig, rademacher: bool) -> None:
+def test_linear_does_not_depend_on_the_tile(config: ZoLinearConfig, K: int, rademacher: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, y, weight = (
-        torch.randn(*shape, generator=generator).half().to(DEVICE) for shape in ((19, 76), (19, 76), (35, 76))
-    )
+    x, y, weight = (torch.randn(*shape, generator=generator).half().to(DEVICE) for shape in ((19, K), (19, K), (35, K)))
     eps = torch.tensor([0.25], device=DEVICE)
     got = zeroth_order_linear.zo_linear(x, y, weight, None, None, seed_of(8), eps, None, 2, rademacher, config)
     right = definition.zo_linear(
@@ -83,3 +91,24 @@ def test_nf4_linear_does_not_depend_on_the_tile(config: ZoLinearConfig, of_scale
     for side, moved in enumerate(nf4_moved(arguments)):
         exact = torch.nn.functional.linear(arguments[side].double(), moved.double(), arguments[10 + side].double())
         assert_within_budget(("plus", "minus")[side], got[side], composed[side], exact)
+
+
+@pytest.mark.parametrize("rademacher", [False, True])
+def test_packed_bytes_that_no_word_can_be_loaded_from(rademacher: bool) -> None:
+    arguments = list(nf4_arguments(NF4LinearCase(5, 35, 128, torch.float16, rademacher=rademacher)))
+    aligned = zeroth_order_linear.zo_nf4_linear(*arguments, ZoLinearConfig(16, 16, 32))
+    packed = arguments[2]
+    arguments[2] = torch.empty(packed.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(-1, 1).copy_(packed)
+    askew = zeroth_order_linear.zo_nf4_linear(*arguments, ZoLinearConfig(16, 16, 32))
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(aligned, askew, strict=True))
+
+
+def test_a_coefficient_keeps_its_sign_under_signs() -> None:
+    """Of every kind: what is put into the sign bit is what the product with a sign is, also of zero's neighbours and infinity."""
+    for value in (0.5, -0.5, 2.0**-149, -(2.0**-149), float("inf"), float("-inf"), 0.0, -0.0):
+        out = torch.full((5000,), float("nan"), device=DEVICE)
+        one = torch.tensor([value], device=DEVICE)
+        arguments = (seed_of(3), one, None, None, None, [4], [0], True, PerturbConfig(1024, 4))
+        zeroth_order.perturb(None, [out], None, *arguments)
+        right = definition.perturbed(torch.zeros(5000, device=DEVICE), seed_of(3), one, None, None, None, 4, 0, True)
+        assert torch.equal(out, right), value

@@ -11,13 +11,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Nf4Config:
-    """Packed bytes of one program, rounded up to a whole block, and its warps."""
+    """Packed bytes of one program, rounded up to a whole block, and its warps. A program reads one maximum of the second level, which
+    256 blocks share, of 16 bytes at least."""
 
     tile_bytes: int = 2048
     num_warps: int = 4
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "tile_bytes", "num_warps")
+        if self.tile_bytes > 4096:
+            raise ValueError(f"tile_bytes: expected at most 4096, got {self.tile_bytes}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ guide's table of arithmetic throughput; what that table leaves out is said where
 knows neither latencies nor how well warps hide them.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -38,7 +39,7 @@ _SPECIAL = frozenset("MUFU F2I I2F F2F FRND POPC FLO BREV".split())
 _MEMORY = frozenset("LDS STS LDSM STSM LDG STG LDGSTS SHFL ATOMS ATOMG ATOM RED LD ST LDL STL".split())
 _NOTHING = frozenset(["NOP"])  # the padding behind a kernel's end
 
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _LABEL = re.compile(r"^(\.L\w+):")
 _SECTION = re.compile(r"\.section\s+\.text\.([^\s,]+),")
 
@@ -56,16 +57,59 @@ class Counts:
 
 
 @dataclass
+class Block:
+    """Instructions that run one after the other, by opcode, and the numbers of the blocks that may come next; none after an exit."""
+
+    names: dict[str, int]
+    after: list[int]
+
+
+@dataclass
 class Code:
-    """A kernel's instructions: all, and those of each innermost loop in the order of the code."""
+    """A kernel's instructions: all, those of each innermost loop in the order of the code, and its blocks from its beginning on."""
 
     whole: Counts
     loops: list[Counts]
+    blocks: list[Block] = field(default_factory=list)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Code":
         """The code whose ``dataclasses.asdict`` this is."""
-        return cls(Counts(**values["whole"]), [Counts(**loop) for loop in values["loops"]])
+        loops, blocks = ([kind(**one) for one in values[name]] for kind, name in ((Counts, "loops"), (Block, "blocks")))
+        return cls(Counts(**values["whole"]), loops, blocks)
+
+    def without_loops(self) -> Counts:
+        rest = Counter(self.whole.names)
+        for loop in self.loops:
+            rest.subtract(loop.names)
+        return _count(name for name in rest.elements())
+
+    def avoiding(self, cold: dict[str, int]) -> Counts:
+        """The instructions that a run from the beginning to an exit can meet, each once, if it enters no block with so many of an
+        opcode (or more): the way of a whole tile past the code for a ragged one, by what that one alone does."""
+        warm = [all(block.names.get(name, 0) < times for name, times in cold.items()) for block in self.blocks]
+        before: list[list[int]] = [[] for _ in self.blocks]
+        for number, block in enumerate(self.blocks):
+            for other in block.after:
+                before[other].append(number)
+        exits = [number for number, block in enumerate(self.blocks) if block.names.get("EXIT") or not block.after]
+        reached = _spread([0], [block.after for block in self.blocks], warm)
+        reached &= _spread(exits, before, warm)
+        return _count(name for number in sorted(reached) for name in _repeated(self.blocks[number].names))
+
+
+def _spread(start: list[int], after: list[list[int]], allowed: list[bool]) -> set[int]:
+    found, open_ = set(), list(start)
+    while open_:
+        one = open_.pop()
+        if allowed[one] and one not in found:
+            found.add(one)
+            open_.extend(after[one])
+    return found
+
+
+def _repeated(names: dict[str, int]) -> list[str]:
+    return [name for name, times in names.items() for _ in range(times)]
 
 
 def read_cubin(cubin: bytes) -> dict[str, Code]:
@@ -89,6 +133,8 @@ def _tool(name: str) -> str:
 def read_listing(text: str) -> Code:
     """One kernel of nvdisasm's listing."""
     instructions: list[tuple[int, str, str]] = []
+    # Of each instruction whether the next one may follow it, and where else it may go.
+    leaves: list[tuple[bool, str | None]] = []
     labels: dict[str, int] = {}
     waiting: list[str] = []
     for line in text.splitlines():
@@ -97,7 +143,8 @@ def read_listing(text: str) -> Code:
         elif match := _INSTRUCTION.search(line):
             labels.update(dict.fromkeys(waiting, int(match[1], 16)))
             waiting = []
-            instructions.append((int(match[1], 16), match[2], match[3]))
+            instructions.append((int(match[1], 16), match[3], match[4]))
+            leaves.append(_leaving(bool(match[2]), match[3], match[4]))
     ranges = []
     for at, name, operands in instructions:
         target = re.search(r"\((\.L\w+)\)", operands)
@@ -108,7 +155,43 @@ def read_listing(text: str) -> Code:
         one for one in sorted(set(ranges)) if not any(one[0] <= other[0] and other[1] < one[1] for other in ranges)
     ]
     whole = _count(name for _, name, _ in instructions)
-    return Code(whole, [_count(name for at, name, _ in instructions if low <= at <= high) for low, high in inner])
+    loops = [_count(name for at, name, _ in instructions if low <= at <= high) for low, high in inner]
+    return Code(whole, loops, _blocks([(at, name) for at, name, _ in instructions], leaves, labels))
+
+
+def _leaving(predicated: bool, name: str, operands: str) -> tuple[bool, str | None]:
+    """Whether the next instruction may follow, and the label to which a branch or a call may go."""
+    first = name.split(".")[0]
+    target = re.search(r"\((\.L\w+)\)", operands)
+    # A condition may stand before the branch or among its operands.
+    conditional = predicated or "," in operands or name.startswith("BRA.")
+    if first == "BRA":
+        return conditional, target[1] if target else None
+    if first == "CALL":
+        return True, target[1] if target else None
+    return predicated or first not in ("EXIT", "RET"), None
+
+
+def _blocks(
+    instructions: list[tuple[int, str]], leaves: list[tuple[bool, str | None]], labels: dict[str, int]
+) -> list[Block]:
+    starts = {labels[target] for _, target in leaves if target in labels} | {instructions[0][0]}
+    for (follows, target), (at, _) in zip(leaves[:-1], instructions[1:], strict=True):
+        if not follows or target:
+            starts.add(at)
+    starts |= {after for (_, name), (after, _) in itertools.pairwise(instructions) if name == "EXIT"}
+    number = {at: i for i, at in enumerate(sorted(starts))}
+    blocks: list[Block] = []
+    for i, ((at, name), (follows, target)) in enumerate(zip(instructions, leaves, strict=True)):
+        if at in number:
+            blocks.append(Block({}, []))
+        names, after = blocks[-1].names, blocks[-1].after
+        names[name] = names.get(name, 0) + 1
+        if target in labels:
+            after.append(number[labels[target]])
+        if follows and i + 1 < len(instructions) and instructions[i + 1][0] in number:
+            after.append(number[instructions[i + 1][0]])
+    return blocks
 
 
 def folded_by_ptxas(assembly: str, inputs: list[int], outputs: int, arch: int = 90) -> list[int]:

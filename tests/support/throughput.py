@@ -1,4 +1,4 @@
-"""Do the kernels that only move bytes leave the processor time to? For each: the cycles that its instructions take of a
+"""Do the kernels that only move bytes leave the memory time to? For each: the cycles that its instructions take of a
 multiprocessor beside those that its bytes take of the memory, from the binary alone.
 
 ``python -m tests.support.throughput [--arch 80 | 90 | 100] [--only TEXT] [--opcodes]`` prints the table. 0.5 means that the busiest
@@ -15,9 +15,6 @@ from . import nvcc_gate
 from .compile_gate import Finding, run_gate
 from .sass import DRAM_BYTES, Code, Counts
 
-M, WIDTH = 8192, 4096  # rows and width of the passes below: a training step's
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -27,18 +24,22 @@ class Pass:
         name: of the kernel, and for one of csrc/cuda a part of its demangled signature.
         source: a launcher of support/launches.py, or a file of csrc/cuda.
         bytes: what a program (a warp, for csrc/cuda) reads and writes in the counted range, from the launch's constants.
-        limit: what the busiest unit may take of the memory's time; past 1 only where the definition itself asks for so much.
-        loop: the innermost loop of the most instructions is what counts; else all of the kernel but its loops, which a whole tile
-            does not enter. ``whole``: all of it, loops once.
+        limit: what the busiest unit may take of the memory's time on sm_90; past 1 where the definition itself asks for so much, or
+            where nothing better is known.
+        loop: the innermost loop of the most instructions is what counts, else the whole kernel, its loops once.
+        straight: of a whole kernel, the loops are left out, which a whole tile does not enter.
+        cold: of a whole kernel, blocks with so many of an opcode are left out, and what leads to them alone: the code of a ragged tile,
+            which no other enters, and of a root's argument that is no normal number.
     """
 
     name: str
     source: str
     bytes: Callable[[dict[str, int]], float]
+    limit: float
     options: dict[str, Any] = field(default_factory=dict)
     loop: bool = False
-    whole: bool = False
-    limit: float = 0.95
+    straight: bool = False
+    cold: dict[str, int] = field(default_factory=dict)
 
     @property
     def cuda(self) -> bool:
@@ -51,7 +52,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Load:
-    """Of a pass: cycles of the memory and of each unit, for as many bytes."""
+    """Of a pass: cycles of the memory and of each unit, for as many bytes; ``names`` are the instructions by opcode."""
 
     label: str
     memory: float
@@ -68,67 +69,6 @@ class Load:
         return self.units[self.busiest] / self.memory
 
 
-def _tile(size: int) -> Callable[[dict[str, int]], float]:
-    return lambda constants: constants["BLOCK_M"] * constants["BLOCK_C"] * size
-
-
-def _lora() -> list[Pass]:
-    passes = []
-    for wide, narrow, dropout in (
-        ("bfloat16", "float32", True),
-        ("bfloat16", "float32", False),
-        ("float32", "float32", True),
-    ):
-        size = SIZES[wide]
-        for rank in (16, 64):
-            kind = {"M": M, "R": rank, "wide": wide, "narrow": narrow, "compute": "bfloat16", "dropout": dropout}
-            passes.append(Pass("_lora_shrink_kernel", "lora_shrink", _tile(size), kind, loop=True))
-            passes.append(Pass("_lora_expand_kernel", "lora_expand", _tile(2 * size), kind, whole=True))
-            passes.append(Pass("_lora_weight_grad_kernel", "lora_weight_grad", _tile(size), kind, loop=True))
-            if not dropout:
-                passes.append(Pass("_lora_dy_grads_kernel", "lora_dy_grads", _tile(size), kind, loop=True))
-    return passes
-
-
-def _nf4() -> list[Pass]:
-    passes = []
-    for dtype in ("bfloat16", "float32"):
-        kind = {"dtype": dtype, "block_size": 64, "nested": True}
-
-        def moved(constants: dict[str, int], size: int = SIZES[dtype]) -> float:
-            return constants["BLOCKS"] * 64 * (0.5 + 1 / 64 + size)
-
-        passes.append(Pass("_nf4_dequantize_kernel", "nf4_dequantize", moved, kind, whole=True))
-    for kind, size in (("Bf16", 2), ("float", 4)):
-        for apart in ("false", "true"):
-            name = f"dequantize_tiles<{kind}, true, {apart}>"
-            passes.append(Pass(name, "nf4.cu", lambda _, size=size: 1024 * (0.5 + 1 / 64 + size)))
-    return passes
-
-
-def _zeroth_order() -> list[Pass]:
-    passes = []
-    for dtype, rademacher in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
-        size = SIZES[dtype]
-        kind = {"dtype": dtype, "rademacher": rademacher}
-        passes.append(
-            Pass(
-                "_perturb_kernel",
-                "perturb",
-                lambda constants, size=size: 2 * size * constants["BLOCK"],
-                kind,
-                whole=True,
-            )
-        )
-        cuda, width = ("Bf16", 8) if size == 2 else ("float", 4)
-        name = f"apply<{cuda}, false, {str(rademacher).lower()}>"
-        passes.append(Pass(name, "zeroth_order.cu", lambda _, bytes_=2 * size * width * 32: bytes_, whole=True))
-    return passes
-
-
-PASSES = _lora() + _nf4() + _zeroth_order()
-
-
 def loads(passes: list[Pass], arch: int) -> list[Load]:
     """What the passes' binaries ask, in order; those of csrc/cuda need nvcc."""
     triton = [one for one in passes if not one.cuda]
@@ -136,11 +76,10 @@ def loads(passes: list[Pass], arch: int) -> list[Load]:
     found: dict[str, Load] = {}
     for one, finding in zip(triton, _main_kernels(triton, findings), strict=True):
         assert finding.code is not None
-        counts = _range(finding.code, one)
-        found[one.label] = _load(one, counts, finding.warps, arch, one.bytes(finding.constants))
+        found[one.label] = _load(one, finding.code, finding.warps, arch, one.bytes(finding.constants))
     for one in passes:
         if one.cuda:
-            found[one.label] = _load(one, _range(_cuda_kernel(one.source, one.name, arch), one), 1, arch, one.bytes({}))
+            found[one.label] = _load(one, _cuda_kernel(one.source, one.name, arch), 1, arch, one.bytes({}))
     return [found[one.label] for one in passes]
 
 
@@ -160,31 +99,30 @@ def _cuda_kernel(source: str, name: str, arch: int) -> Code:
 
 def _range(code: Code, one: Pass) -> Counts:
     if one.loop:
-        return max(code.loops, key=lambda loop: loop.units.get("issue", 0))
-    if one.whole:
-        return code.whole
-    rest = Counts(dict(code.whole.units), dict(code.whole.names))
-    for loop in code.loops:
-        for unit, times in loop.units.items():
-            rest.units[unit] -= times
-        for name, times in loop.names.items():
-            rest.names[name] -= times
-    return rest
+        # Not the first: where the compiler's waits for barriers are loops too.
+        return max(code.loops, key=lambda loop: loop.units["issue"])
+    if one.straight:
+        return code.without_loops()
+    return code.avoiding(one.cold) if one.cold else code.whole
 
 
-def _load(one: Pass, counts: Counts, warps: int, arch: int, moved: float) -> Load:
+def _load(one: Pass, code: Code, warps: int, arch: int, moved: float) -> Load:
+    counts = _range(code, one)
     return Load(one.label, moved / DRAM_BYTES[arch], counts.cycles(warps, arch), counts.names)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    from .throughput_passes import PASSES
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, choices=sorted(DRAM_BYTES), default=90)
     parser.add_argument("--only", default="", help="passes whose label holds this")
     parser.add_argument("--opcodes", action="store_true", help="and the instructions that they are made of")
     arguments = parser.parse_args()
-    for load in loads([one for one in PASSES if arguments.only in one.label], arguments.arch):
+    passes = [one for one in PASSES if arguments.only in one.label]
+    for one, load in zip(passes, loads(passes, arguments.arch), strict=True):
         units = "  ".join(f"{unit} {cycles / load.memory:.2f}" for unit, cycles in load.units.items())
-        print(f"{load.share:5.2f}  {load.busiest:7} {load.label:130} {units}")
+        print(f"{load.share:5.2f} of {one.limit:5.2f}  {load.busiest:7} {load.label:130} {units}")
         if arguments.opcodes:
             print("       " + ", ".join(f"{name} {times}" for name, times in load.names.items()))
 
