@@ -40,6 +40,7 @@ def _lora_shrink_kernel(
     stride_xk,
     stride_wr,
     stride_wk,
+    EIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -47,6 +48,8 @@ def _lora_shrink_kernel(
 ):
     """out[split, m, r] = scaling * sum over the split's k of dropout(x)[m, k] w[r, k]; grid (M blocks, R blocks,
     splits of K)."""
+    if EIGHT:  # see eights
+        R = R // 8 * 8
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -99,12 +102,18 @@ def _lora_expand_kernel(
     stride_wr,
     stride_om,
     stride_on,
+    EIGHT: tl.constexpr,
+    EIGHT_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """out = base + dropout(scaling * (s wᵀ + bias)); one tile a program, N fastest. A tile reads its base before it
     writes, so out may be base."""
+    if EIGHT:  # see eights
+        R, stride_sm = R // 8 * 8, stride_sm // 8 * 8
+    if EIGHT_W:
+        stride_wn = stride_wn // 8 * 8
     blocks_n = tl.cdiv(N, BLOCK_C)
     pid_m = tl.program_id(0) // blocks_n
     pid_n = tl.program_id(0) % blocks_n
@@ -142,7 +151,7 @@ def _lora_expand_kernel(
             # Where an element is dropped base stays as it is.
             result = narrow(widen(base) + delta, base.dtype)
             result = kept_or(result, base, seed, first_row, first_column, N, threshold, BLOCK_M, BLOCK_C)
-            tl.store(out_tile, result, mask=mask)
+            tl.store(out_tile, convert(result, out_ptr.dtype.element_ty), mask=mask)
         else:
             keep = keep_tile(seed, first_row, first_column, N, threshold, BLOCK_M, BLOCK_C)
             # Ties the mask to the layout of the load, see kept_or.
@@ -174,6 +183,7 @@ def _lora_weight_grad_kernel(
     stride_split,
     stride_or,
     stride_ok,
+    EIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -185,6 +195,8 @@ def _lora_weight_grad_kernel(
     The product is formed transposed, [BLOCK_C, BLOCK_R]: K fills the 64 rows of a tensor core instruction, R = 16
     would not.
     """
+    if EIGHT:  # see eights
+        R, stride_dsm = R // 8 * 8, stride_dsm // 8 * 8
     first_column = tl.program_id(0) * BLOCK_C
     offs_k = first_column + tl.arange(0, BLOCK_C)
     rows = tl.arange(0, BLOCK_M)
@@ -248,6 +260,7 @@ def _lora_dy_grads_kernel(
     stride_sr,
     stride_bn,
     stride_br,
+    EIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -257,6 +270,8 @@ def _lora_dy_grads_kernel(
     A program owns a strip of BLOCK_C columns and walks down its rows: ds[n block, m, r] = ds_scaling * dy b over the
     strip leaves as a partial sum at every step, db[split, n, r] = db_scaling * dyᵀ s stays in registers to the end.
     """
+    if EIGHT:  # see eights
+        R, stride_sm, stride_bn = R // 8 * 8, stride_sm // 8 * 8, stride_bn // 8 * 8
     pid_n = tl.program_id(0)
     offs_n = pid_n * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -287,6 +302,13 @@ def _lora_dy_grads_kernel(
         tl.store(ds_tile, narrow(ds * ds_scaling, ds_ptr.dtype.element_ty), mask=mask_mr)
     db_tile = db_ptr + (split.to(tl.int64) * N + offs_n[:, None]) * R + offs_r[None, :]
     tl.store(db_tile, narrow(db * db_scaling, db_ptr.dtype.element_ty), mask=mask_nr)
+
+
+def eights(R: int, *matrices: torch.Tensor) -> bool:
+    """Whether the rank is an odd multiple of eight, as PEFT's default is, and so are the rows of matrices ``[.., R]``. The compiler
+    itself looks for multiples of sixteen alone, and would move these matrices element by element: a kernel then writes the numbers as
+    multiples of eight, since tl.multiple_of does nothing for arguments."""
+    return R % 16 == 8 and all(one.stride(1) == 1 and one.stride(0) % 8 == 0 for one in matrices)
 
 
 def _dropout_arguments(seed: torch.Tensor | None, p: float) -> tuple[torch.Tensor | None, int, float]:
@@ -332,6 +354,7 @@ def lora_shrink(
         x.stride(1),
         w.stride(0),
         w.stride(1),
+        EIGHT=eights(R),
         COMPUTE=COMPUTE_DTYPES[dtype],
         **_blocks(config),
     )
@@ -379,6 +402,8 @@ def lora_expand(
         w.stride(1),
         out.stride(0),
         out.stride(1),
+        EIGHT=eights(s.shape[1], s),
+        EIGHT_W=eights(s.shape[1], w),
         **_blocks(config),
     )
     return out
@@ -437,6 +462,7 @@ def _weight_grad(
         R * K,
         1 if transposed else K,
         R if transposed else 1,
+        EIGHT=eights(R, ds),
         COMPUTE=COMPUTE_DTYPES[ds.dtype],
         **_blocks(config),
     )
@@ -487,6 +513,7 @@ def lora_dy_grads(
         s.stride(1),
         b.stride(0),
         b.stride(1),
+        EIGHT=eights(R, s, b),
         **_blocks(config),
     )
     reduce_two(ds_partials, ds, scaling, db_partials, db, scaling)

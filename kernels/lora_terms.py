@@ -27,11 +27,23 @@ ENTRY = tl.constexpr(8)
 
 
 @triton.jit
-def _factor_tile(entry, offs_r, offs_c, mask_r, mask_c, C, DTYPE: tl.constexpr, BY_COLUMNS: tl.constexpr):
+def _ranks(entry, place: tl.constexpr, ALIGNED: tl.constexpr):
+    """A number of ranks from the block's entry: its first rank, 1, how many, 2, or its first column of S, 3. ALIGNED: 8 divides every
+    rank and so all of these, which what is read from memory does not show: without it factors and S move 2 bytes at a time."""
+    number = tl.load(entry + place)
+    if ALIGNED:
+        number = tl.multiple_of(number, 8)
+    return number
+
+
+@triton.jit
+def _factor_tile(
+    entry, offs_r, offs_c, mask_r, mask_c, C, DTYPE: tl.constexpr, BY_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
+):
     """The block's factor: w[r, c] with r along offs_r's axis. Stored as A, [R, C], or BY_COLUMNS as B, [C, R]."""
     # The host takes only factors whose address is a multiple of 16 bytes.
     w_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
-    ranks = tl.load(entry + 1) + offs_r
+    ranks = _ranks(entry, 1, ALIGNED) + offs_r
     if BY_COLUMNS:
         offsets = offs_c.to(tl.int64) * tl.load(entry + 6) + ranks
     else:
@@ -56,6 +68,7 @@ def _lora_terms_shrink_kernel(
     stride_xk,
     DTYPE: tl.constexpr,
     BY_COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -71,7 +84,7 @@ def _lora_terms_shrink_kernel(
     columns = tl.arange(0, BLOCK_C)
     entry = table_ptr + block * ENTRY
     mask_m = offs_m < M
-    mask_r = offs_r < tl.load(entry + 2)
+    mask_r = offs_r < _ranks(entry, 2, ALIGNED)
     term = tl.load(entry + 4)
     first_block = split * blocks_per_split
     last_block = tl.minimum(first_block + blocks_per_split, tl.cdiv(K, BLOCK_C))
@@ -91,14 +104,14 @@ def _lora_terms_shrink_kernel(
             x_rows + offs_k[None, :].to(tl.int64) * stride_xk, mask=mine[:, None] & mask_k[None, :], other=0.0
         )
         w_tile = _factor_tile(
-            entry, offs_r[None, :], offs_k[:, None], mask_r[None, :], mask_k[:, None], K, DTYPE, BY_COLUMNS
+            entry, offs_r[None, :], offs_k[:, None], mask_r[None, :], mask_k[:, None], K, DTYPE, BY_COLUMNS, ALIGNED
         )
         x_tile = convert(x_tile, COMPUTE)
         if seeds_ptr is not None:
             x_tile = kept_or(x_tile, None, seed, first_row, step * BLOCK_C, K, threshold, BLOCK_M, BLOCK_C)
         accumulator = multiply_add(x_tile, convert(w_tile, COMPUTE), accumulator)
     accumulator *= tl.load(scaling_ptr + block)
-    out_tile = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * R + tl.load(entry + 3) + offs_r[None, :]
+    out_tile = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * R + _ranks(entry, 3, ALIGNED) + offs_r[None, :]
     tl.store(out_tile, narrow(accumulator, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
@@ -125,6 +138,7 @@ def _lora_terms_expand_kernel(
     DTYPE: tl.constexpr,
     BIAS: tl.constexpr,
     BY_COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -151,14 +165,14 @@ def _lora_terms_expand_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for block in range(first_block, last_block):
         entry = table_ptr + block * ENTRY
-        mask_r = offs_r < tl.load(entry + 2)
+        mask_r = offs_r < _ranks(entry, 2, ALIGNED)
         term = tl.load(entry + 4)
-        s_columns = (tl.load(entry + 3) + offs_r) * stride_sr
+        s_columns = (_ranks(entry, 3, ALIGNED) + offs_r) * stride_sr
         s_tile = tl.load(
             s_ptr + offs_m[:, None] * stride_sm + s_columns[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0
         )
         w_tile = _factor_tile(
-            entry, offs_r[:, None], offs_n[None, :], mask_r[:, None], mask_n[None, :], N, DTYPE, BY_COLUMNS
+            entry, offs_r[:, None], offs_n[None, :], mask_r[:, None], mask_n[None, :], N, DTYPE, BY_COLUMNS, ALIGNED
         )
         delta = multiply_add(s_tile, convert(w_tile, s_ptr.dtype.element_ty), tl.zeros((BLOCK_M, BLOCK_C), tl.float32))
         if BIAS is not None:
@@ -199,6 +213,7 @@ def _lora_terms_weight_grad_kernel(
     stride_split,
     COMPUTE: tl.constexpr,
     BY_COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -213,8 +228,8 @@ def _lora_terms_weight_grad_kernel(
     split = tl.program_id(2)
     entry = table_ptr + block * ENTRY
     mask_k = offs_k < K
-    mask_r = offs_r < tl.load(entry + 2)
-    column = tl.load(entry + 3)
+    mask_r = offs_r < _ranks(entry, 2, ALIGNED)
+    column = _ranks(entry, 3, ALIGNED)
     term = tl.load(entry + 4)
     if seeds_ptr is not None:
         seed = tl.load(seeds_ptr + term)
@@ -319,6 +334,10 @@ def _masked(seeds: torch.Tensor | None, ps) -> tuple[torch.Tensor | None, tuple[
     return seeds.contiguous(), tuple(ps)
 
 
+def _aligned(ranks: tuple[int, ...]) -> bool:
+    return all(rank % 8 == 0 for rank in ranks)
+
+
 def _addresses(tensors: list[torch.Tensor]) -> tuple[int, ...]:
     return tuple(one.data_ptr() for one in tensors)
 
@@ -366,6 +385,7 @@ def lora_terms_shrink(
         x.stride(1),
         DTYPE=COMPUTE_DTYPES[factor_dtype],
         BY_COLUMNS=by_columns,
+        ALIGNED=_aligned(ranks),
         COMPUTE=COMPUTE_DTYPES[dtype],
         **_blocks(config),
     )
@@ -421,6 +441,7 @@ def lora_terms_expand(
         DTYPE=COMPUTE_DTYPES[factor_dtype],
         BIAS=None if bias_dtype is None else COMPUTE_DTYPES[bias_dtype],
         BY_COLUMNS=not transposed,
+        ALIGNED=_aligned(ranks),
         **_blocks(config),
     )
     return out
@@ -469,6 +490,7 @@ def lora_terms_weight_grad(
         out.numel(),
         COMPUTE=COMPUTE_DTYPES[ds.dtype],
         BY_COLUMNS=by_columns,
+        ALIGNED=_aligned(ranks),
         **_blocks(config),
     )
     reduce_partials(partials, out, 1.0)

@@ -158,7 +158,7 @@ def _dropout_words(seed, first_row, first_column, C, BLOCK_M: tl.constexpr, COLU
     The place of the tile is kept apart from the places in it: those do not change from step to step, and the compiler sees that a
     thread that owns LANES neighbours needs their words once.
     """
-    counters = ((C + 7) // 8).to(tl.int64)
+    counters = tl.full((), 1, tl.int64) * ((C + 7) // 8)  # C may be a constant 1
     first = first_row.to(tl.int64) * counters + first_column // 8
     q = first + (tl.arange(0, BLOCK_M)[:, None] * counters + tl.arange(0, COLUMNS)[None, :] // LANES)
     return words_at(seed, q, tl.full((), 0, tl.int32), tl.full((), STREAM_DROPOUT, tl.int32))

@@ -84,6 +84,12 @@ def _lora_requests() -> list[dict[str, Any]]:
                 # The sums whole in one program, which writes the result itself: the type of out is another.
                 if case.op in WHOLE and case.rows == 64 and (FULL or case.rank == 128 or case.op == "lora_dy_grads"):
                     requests.append(_case_request(case, arch) | {"M": WHOLE[case.op]})
+    # PEFT's default rank: 16 does not divide it, and all is to be as wide all the same.
+    for arch, op, (wide, narrow, compute) in itertools.product((80, 90, 100), lora.OPS, (QLORA, PEFT)):
+        if op != "lora_dy_grads" or wide == compute:
+            for dropout in (False,) if op == "lora_dy_grads" else (False, True):
+                case = lora.Case(op, wide, narrow, compute, 16, 64, dropout)
+                requests.append(_case_request(case, arch) | {"R": 8})
     # w as the backward hands it over, and the other options of expand.
     for arch, (wide, narrow, compute) in itertools.product((80, 90, 100), (QLORA, PEFT)):
         case = lora.Case("lora_expand", wide, narrow, compute, 16, 64, True)

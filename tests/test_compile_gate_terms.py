@@ -4,6 +4,7 @@ the limit, 16-byte accesses of the wide operands, tensor cores.
 PEFTFAST_FULL_GATE=1 compiles all that the heuristics can produce.
 """
 
+import itertools
 import os
 from typing import Any
 
@@ -63,6 +64,11 @@ def _requests(arch: int) -> list[dict[str, Any]]:
                     "rows": True,
                 }
             )
+    for op, dropout in itertools.product(
+        ("lora_terms_shrink", "lora_terms_expand", "lora_terms_weight_grad"), (False, True)
+    ):
+        common = {"launcher": op, "arch": arch, "M": 8192, "wide": "bfloat16", "compute": "bfloat16", "rows": False}
+        requests += [common | {"ranks": ranks, "dropout": dropout} for ranks in ([8] * 3, [64] * 3)]
     for wide in ("float32", "bfloat16"):
         requests.append({"launcher": "lora_gain_grads", "arch": arch, "M": 8192, "wide": wide})
         requests += [

@@ -206,6 +206,7 @@ NATIVE: dict[str, tuple[str, Callable[[], Any]]] = {
 @pytest.mark.parametrize("name", NATIVE)
 def test_native_contract(name: str) -> None:
     message, call = NATIVE[name]
+    native.cpu_available()  # loads the library
     with pytest.raises(RuntimeError, match=message):
         call()
 

@@ -91,7 +91,9 @@ def run(source: Path, outcomes: Path, words: str, *more: str) -> dict:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-m", "pytest", "-p", "patch_every_model", *quiet, *select, *more]
+    # Names are from the root, which else is wherever above a pyproject.toml lies.
+    root = ["--rootdir", str(source)]
+    command = [sys.executable, "-m", "pytest", *root, "-p", "patch_every_model", *quiet, *select, *more]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=LONGEST)
     assert outcomes.exists(), f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return json.loads(outcomes.read_text()) | {"said": done.stdout[-6000:]}

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from peftfast.configs import lora as configs
+from peftfast.configs import lora_terms as terms_configs
 from peftfast.configs.device import Device
-from peftfast.kernels import lora
+from peftfast.kernels import lora, lora_dora
 from peftfast.reference import lora as definition
+from peftfast.reference import philox as philox_definition
 
 from .support.budget import assert_within_budget
 from .support.interpreter import DEVICE, require_runnable_kernels, seed_of
@@ -50,6 +52,8 @@ CASES = [
     (Sizes(33, 41, 43, 17), SINGLE, 0.1),
     (Sizes(13, 64, 32, 8), FP16, 0.3),
     (Sizes(17, 23, 29, 3), QLORA, 1.0),
+    (Sizes(18, 64, 32, 24), PEFT, 1e-6),
+    (Sizes(7, 35, 41, 8), HALF, 1.0),
 ]
 IDS = [
     f"M{sizes.M}-K{sizes.K}-N{sizes.N}-R{sizes.R}-{str(dtypes[0])[6:]}-{str(dtypes[2])[6:]}-p{p}"
@@ -296,3 +300,19 @@ def test_a_planted_fault_is_found(check: Callable, launcher: str, changes: dict[
     data = _data(Sizes(32, 40, 48, 4), QLORA)
     with pytest.raises(AssertionError, match="over the budget"):
         check(_altered(getattr(lora, launcher), **changes), data, 0.3)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32])
+def test_every_draw_falls_on_its_side_of_the_threshold(dtype: torch.dtype) -> None:
+    """Two 16-bit elements are masked at once: thresholds at, just above and just below draws that occur, in both halves of a word."""
+    rows, columns = 24, 136
+    seed = seed_of(SEED)
+    words = philox_definition.philox_words(seed, 0, rows * columns // 8, 0, 1).cpu()
+    draws = torch.stack([words & 0xFFFF, words >> 16], -1).reshape(rows, columns)
+    x = torch.ones(rows, columns, dtype=dtype, device=DEVICE)
+    for draw in (0, int(draws[3, 40]), int(draws[23, 135]), int(draws.min()), int(draws.max()), 0x7FFF, 0x8000, 0xFFFF):
+        for threshold in {max(0, draw - 1), draw, draw + 1}:
+            p = 1 - threshold / 65536
+            assert philox_definition.keep_threshold(p) == threshold
+            got = lora_dora.lora_dropout_add(None, x, seed, p, FLOAT32, terms_configs.TileConfig(8, 64))
+            assert torch.equal((got != 0).cpu(), draws < threshold), threshold

@@ -87,7 +87,7 @@ class Case:
     Attributes:
         wide: dtype of x, base or dy. narrow: dtype of w (A or B). compute: dtype of the products.
         rank, rows: of RANK_BUCKETS and ROW_BUCKETS.
-        ragged: 16 does not divide the rank or the width of the wide matrix: elements are addressed one by one, in more registers.
+        ragged: 8 does not divide the rank, or 16 not the width of the wide matrix: elements are addressed one by one, in more registers.
     """
 
     op: str
@@ -108,7 +108,7 @@ class Case:
 
 def case(op: str, M: int, width: int, R: int, wide: str, narrow: str, compute: str, dropout: bool) -> Case:
     """The case of a call; ``width`` is K of x or N of base and dy."""
-    ragged = bool(width % 16 or R % 16)
+    ragged = bool(width % 16 or R % 8)
     return Case(op, wide, narrow, compute, bucket(R, RANK_BUCKETS), bucket(M, ROW_BUCKETS), dropout, ragged)
 
 

@@ -112,9 +112,9 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str, generator: 
     strides = values.stride()
     size = sum((length - 1) * stride for length, stride in zip(values.shape, strides, strict=True)) + 1
     storage = torch.empty(max(size, 1), dtype=dtype, device=DEVICE)
-    if layout == "wide" and columns % 2 and dtype.itemsize == 2:
-        # Where the processor has AMX, torch's own products of 16 bits read the element behind an odd row, and multiply it with zero:
-        # a NaN that lies there spoils them (torch 2.13, stock layers too). What is not ours to read stays finite, and wrong.
+    if layout == "wide" and dtype.itemsize == 2:
+        # Where the processor has AMX, torch's own products of 16 bits read past the end of a row, and multiply that with zero: a NaN
+        # there spoils them (torch 2.13, stock layers too). What is not ours to read stays finite, and wrong.
         storage.fill_(3e4)
     return storage.as_strided(values.shape, strides).copy_(values) if values.numel() else values.to(DEVICE, dtype)
 

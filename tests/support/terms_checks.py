@@ -56,6 +56,7 @@ TELLING = (
     TermsCase(dtypes=DTYPES[0], rows=True, ps=(0.5, 0.1, 0.0), data=2),
     TermsCase(dtypes=DTYPES[3], seeded=False, data=3),
     TermsCase(ranks=(16, 1), ps=(0.9, 0.3), layout="transposed", data=4),
+    TermsCase(ranks=(8, 24, 16), data=5),  # eights: other accesses to factors and S
 )
 
 
