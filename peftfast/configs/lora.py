@@ -87,7 +87,8 @@ class Case:
     Attributes:
         wide: dtype of x, base or dy. narrow: dtype of w (A or B). compute: dtype of the products.
         rank, rows: of RANK_BUCKETS and ROW_BUCKETS.
-        ragged: 8 does not divide the rank, or 16 not the width of the wide matrix: elements are addressed one by one, in more registers.
+        ragged: 8 does not divide the rank, or 16 not the width of the wide matrix: elements are addressed one by one, in more
+            registers.
     """
 
     op: str
