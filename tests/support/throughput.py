@@ -24,8 +24,8 @@ class Pass:
         name: of the kernel, and for one of csrc/cuda a part of its demangled signature.
         source: a launcher of support/launches.py, or a file of csrc/cuda.
         bytes: what a program (a warp, for csrc/cuda) reads and writes in the counted range, from the launch's constants.
-        limit: what the busiest unit may take of the memory's time on sm_90; past 1 where the definition itself asks for so much, or
-            where nothing better is known.
+        limit: what the busiest unit may take of the memory's time on sm_90, under triton 3.6 and 3.7.1; past 1 where the definition
+            itself asks for so much, or where nothing better is known.
         loop: the innermost loop of the most instructions is what counts, else the whole kernel, its loops once.
         straight: of a whole kernel, the loops are left out, which a whole tile does not enter.
         cold: of a whole kernel, blocks with so many of an opcode are left out, and what leads to them alone: the code of a ragged tile,
