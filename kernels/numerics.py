@@ -7,6 +7,10 @@ import triton.language as tl
 # all compiled.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+# Both halves of a product of 32 by 32 bits in one instruction.
+_PRODUCT = tl.constexpr("{ .reg .b64 product; mul.wide.u32 product, $2, $3; mov.b64 {$1, $0}, product; }")
+# The sign of bytes 1 and 3 over the halves that they end.
+_SPREAD_SIGNS = tl.constexpr("prmt.b32 $0, $1, 0, 0xbb99;")
 
 
 @triton.jit
@@ -55,3 +59,28 @@ def multiply_add(a, b, accumulator):
         a = widen(a)
         b = widen(b)
     return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def product(a, FACTOR: tl.constexpr):
+    """The upper and the lower 32 bits of uint32 a times FACTOR, below 2 ** 32.
+
+    Written in the language (tl.umulhi, or a product of 64 bits) the compiler takes an instruction for each half wherever it vectorises
+    the product or needs less than all of its bits: 1.7 times the integer products of a Philox call (sm_80 to sm_100, triton 3.6 and
+    3.7.1).
+    """
+    if _INTERPRETED:
+        both = a.to(tl.uint64) * FACTOR
+        return (both >> 32).to(tl.uint32), both.to(tl.uint32)
+    else:
+        factor = tl.full((), FACTOR, tl.uint32)
+        return tl.inline_asm_elementwise(_PRODUCT, "=r,=r,r,r", [a, factor], (tl.uint32, tl.uint32), True, 1)
+
+
+@triton.jit
+def spread_signs(word):
+    """Each half of a uint32 word all ones where its top bit is set, else zero."""
+    if _INTERPRETED:
+        return ((word >> 15) & 0x10001) * 0xFFFF
+    else:
+        return tl.inline_asm_elementwise(_SPREAD_SIGNS, "=r,r", [word], tl.uint32, True, 1)

@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .numerics import INTERPRETED
+from .numerics import product, spread_signs
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 STREAM_GAUSSIAN = tl.constexpr(0)
 STREAM_DROPOUT = tl.constexpr(1)
 STREAM_ROUNDING = tl.constexpr(2)
@@ -38,13 +37,6 @@ _MULTIPLIER0, _MULTIPLIER1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 _WEYL0, _WEYL1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 _ROUNDS = tl.constexpr(10)
 _ONES = tl.constexpr(0xFFFFFFFF)  # for x ^ _ONES: the interpreter has no ~ of unsigned numbers
-# Both halves of a product of 32 by 32 bits in one instruction. Written in the language (tl.umulhi, or a product of 64 bits) the
-# compiler takes one for each half wherever it vectorises the product or needs less than all of its bits: 1.7 times the integer
-# products of a call (sm_80 to sm_100, triton 3.6 and 3.7.1).
-_PRODUCT = "{{ .reg .b64 product; mul.wide.u32 product, $2, {}; mov.b64 {{$1, $0}}, product; }}"
-_PRODUCT0, _PRODUCT1 = (tl.constexpr(_PRODUCT.format(one)) for one in ("0xD2511F53", "0xCD9E8D57"))
-# The sign of bytes 1 and 3 over the halves that they end.
-_SPREAD_SIGNS = tl.constexpr("prmt.b32 $0, $1, 0, 0xbb99;")
 
 
 def keep_threshold(p: float) -> int:
@@ -59,16 +51,6 @@ def keep_scale(p: float) -> float:
 
 
 @triton.jit
-def _halves(a, MULTIPLIER: tl.constexpr, PRODUCT: tl.constexpr):
-    """The upper and the lower 32 bits of a * MULTIPLIER."""
-    if _INTERPRETED:
-        product = a.to(tl.uint64) * MULTIPLIER
-        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-    else:
-        return tl.inline_asm_elementwise(PRODUCT, "=r,=r,r", [a], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1)
-
-
-@triton.jit
 def words_at(seed, q, tensor_id, stream):
     """The four uint32 words of the counters (q low, q high, tensor_id, stream) under an int64 seed; q is an int64
     block."""
@@ -79,8 +61,8 @@ def words_at(seed, q, tensor_id, stream):
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(_ROUNDS):
-        high0, low0 = _halves(c0, _MULTIPLIER0, _PRODUCT0)
-        high1, low1 = _halves(c2, _MULTIPLIER1, _PRODUCT1)
+        high0, low0 = product(c0, _MULTIPLIER0)
+        high1, low1 = product(c2, _MULTIPLIER1)
         c0 = high1 ^ c1 ^ k0
         c1 = low1
         c2 = high0 ^ c3 ^ k1
@@ -198,7 +180,7 @@ def kept_or(x, other_tile, seed, first_row, first_column, C, threshold, BLOCK_M:
         last = ((threshold - 1) & 0xFFFF).to(tl.uint32) * 0x10001  # the greatest draw that is kept
         below = (last | 0x80008000) - (word & 0x7FFF7FFF)  # top bits: last >= word in the bits below
         above = (word & (last ^ _ONES)) | ((word ^ last ^ _ONES) & (below ^ _ONES))  # top bits: word > last
-        dropped = _spread_signs(above) | tl.where(threshold > 0, 0, _ONES).to(tl.uint32)
+        dropped = spread_signs(above) | tl.where(threshold > 0, 0, _ONES).to(tl.uint32)
         if other_tile is None:
             chosen = _pairs(x, BLOCK_M, BLOCK_C) & (dropped ^ _ONES)
         else:
@@ -224,15 +206,6 @@ def _pairs(x, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """The bits of neighbouring 16-bit elements, the first in the low half: uint32 ``[BLOCK_M, BLOCK_C / 2]``."""
     low, high = tl.split(tl.reshape(x.to(tl.uint16, bitcast=True), (BLOCK_M, BLOCK_C // 2, 2)))
     return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
-
-
-@triton.jit
-def _spread_signs(word):
-    """Each half of a word all ones where its top bit is set, else zero."""
-    if _INTERPRETED:
-        return ((word >> 15) & 0x10001) * 0xFFFF
-    else:
-        return tl.inline_asm_elementwise(_SPREAD_SIGNS, "=r,r", [word], dtype=tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -33,6 +33,12 @@ for one, other in zip((y, *found), (expected, *torch.autograd.grad(expected, (x,
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 assert launches.counts["_lora_shrink_kernel"] == 3, launches.counts
 
+half = [one.detach().bfloat16() for one in (x, dense, a, b)]
+seed = torch.tensor([11], device="cuda")
+masked = F.lora_linear(*half, scaling=2.0, dropout_p=0.5, seed=seed)
+on_cpu = F.lora_linear(*(one.cpu() for one in half), scaling=2.0, dropout_p=0.5, seed=seed.cpu())
+torch.testing.assert_close(masked.cpu().float(), on_cpu.float(), rtol=0.02, atol=0.3)  # of sums of size 20; another mask is 10 away
+
 graph, held = torch.cuda.CUDAGraph(), torch.zeros(20, 128, device="cuda")
 with torch.no_grad(), torch.cuda.graph(graph):
     captured = F.lora_linear(held, weight, a, b, scaling=2.0)
