@@ -17,7 +17,7 @@ import triton.language as tl
 from .launch import launch
 from .numerics import convert, multiply_add, narrow, widen
 from .partials import divide, partials_of, reduce_partials, reduce_two
-from .philox import keep_scale, keep_threshold, keep_tile, kept_or
+from .philox import keep_scale, keep_threshold, keep_tile, kept_or, tied_to
 
 COMPUTE_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -154,14 +154,42 @@ def _lora_expand_kernel(
             tl.store(out_tile, convert(result, out_ptr.dtype.element_ty), mask=mask)
         else:
             keep = keep_tile(seed, first_row, first_column, N, threshold, BLOCK_M, BLOCK_C)
-            # Ties the mask to the layout of the load, see kept_or.
-            BITS: tl.constexpr = tl.int16 if base.dtype.primitive_bitwidth == 16 else tl.int32
-            # The zero is of the tile's own width: triton 3.6 would lift the layout over the sign extension of a wider one.
-            keep &= (base.to(BITS, bitcast=True) | 1) != tl.full((), 0, BITS)
-            delta = tl.where(keep, delta, 0.0)
+            delta = tl.where(tied_to(base, keep), delta, 0.0)
             tl.store(out_tile, narrow(widen(base) + delta, out_ptr.dtype.element_ty), mask=mask)
     else:
         tl.store(out_tile, narrow(widen(base) + delta, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def places_of_x(rows, offs_k, stride_xm, stride_xk, MASKED: tl.constexpr):
+    """Where a tile of x lies that transposed_x reads: by rows where it is MASKED, since a mask is drawn by rows; else as the product
+    takes it, transposed: turned behind the load, float32 would be read 4 bytes at a time."""
+    if MASKED:
+        return rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    else:
+        return offs_k[:, None].to(tl.int64) * stride_xk + rows[None, :].to(tl.int64) * stride_xm
+
+
+@triton.jit
+def transposed_x(
+    x_ptrs,
+    mask_m,
+    mask_k,
+    seed,
+    first_row,
+    first_column,
+    K,
+    threshold,
+    COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dropout(x)ᵀ of a tile, ``[BLOCK_C, BLOCK_M]`` of COMPUTE; seed is None where nothing is dropped."""
+    if seed is not None:
+        x_tile = convert(tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0), COMPUTE)
+        return tl.trans(kept_or(x_tile, None, seed, first_row, first_column, K, threshold, BLOCK_M, BLOCK_C))
+    else:
+        return convert(tl.load(x_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0), COMPUTE)
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split"])
@@ -204,14 +232,11 @@ def _lora_weight_grad_kernel(
     split = tl.program_id(2)
     mask_k = offs_k < K
     mask_r = offs_r < R
+    seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    # Places in a tile, which stay, apart from the tile's place. A mask is drawn for a tile by rows; without one x is read as the
-    # product takes it, transposed: turned behind the load, float32 would be read 4 bytes at a time.
-    if seed_ptr is not None:
-        x_places = rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-    else:
-        x_places = offs_k[:, None].to(tl.int64) * stride_xk + rows[None, :].to(tl.int64) * stride_xm
+    # Places in a tile, which stay, apart from the tile's place.
+    x_places = places_of_x(rows, offs_k, stride_xm, stride_xk, seed_ptr is not None)
     ds_places = rows[:, None].to(tl.int64) * stride_dsm + offs_r[None, :].to(tl.int64) * stride_dsr
     accumulator = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     first_block = split * blocks_per_split
@@ -223,14 +248,9 @@ def _lora_weight_grad_kernel(
         ds_tile = tl.load(
             ds_ptr + first_row * stride_dsm + ds_places, mask=mask_m[:, None] & mask_r[None, :], other=0.0
         )
-        if seed_ptr is not None:
-            x_tile = tl.load(x_block + x_places, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            x_tile = convert(x_tile, COMPUTE)
-            x_tile = kept_or(x_tile, None, seed, first_row, first_column, K, threshold, BLOCK_M, BLOCK_C)
-            x_tile = tl.trans(x_tile)
-        else:
-            x_tile = tl.load(x_block + x_places, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-            x_tile = convert(x_tile, COMPUTE)
+        x_tile = transposed_x(
+            x_block + x_places, mask_m, mask_k, seed, first_row, first_column, K, threshold, COMPUTE, BLOCK_M, BLOCK_C
+        )
         accumulator = multiply_add(x_tile, convert(ds_tile, COMPUTE), accumulator)
     out_tile = (
         out_ptr

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from .launch import constant, launch
-from .lora import COMPUTE_DTYPES
+from .lora import COMPUTE_DTYPES, places_of_x, transposed_x
 from .numerics import convert, multiply_add, narrow, widen
 from .partials import divide, partials_of, reduce_partials
-from .philox import keep_scale, keep_threshold, keep_tile, kept_or
+from .philox import keep_scale, keep_threshold, keep_tile, kept_or, tied_to
 
 # int64 words of a block: address of the factor, first rank, ranks, column in S, term, threshold, rank of the term, address of
 # the bias (0: none, or not the term's first block).
@@ -183,10 +183,7 @@ def _lora_terms_expand_kernel(
         if seeds_ptr is not None:
             threshold = tl.load(entry + 5).to(tl.int32)
             keep = keep_tile(tl.load(seeds_ptr + term), first_row, first_column, N, threshold, BLOCK_M, BLOCK_C)
-            # Always true: it keeps the mask in the layout of the load, see kept_or.
-            BITS: tl.constexpr = tl.int16 if base.dtype.primitive_bitwidth == 16 else tl.int32
-            keep &= (base.to(BITS, bitcast=True) | 1) != tl.full((), 0, BITS)
-            delta = tl.where(keep, delta, 0.0)
+            delta = tl.where(tied_to(base, keep), delta, 0.0)
         if rows_ptr is not None:
             delta = tl.where((ids == term)[:, None], delta, 0.0)
         total += delta
@@ -231,14 +228,12 @@ def _lora_terms_weight_grad_kernel(
     mask_r = offs_r < _ranks(entry, 2, ALIGNED)
     column = _ranks(entry, 3, ALIGNED)
     term = tl.load(entry + 4)
+    seed, threshold = None, None
     if seeds_ptr is not None:
         seed = tl.load(seeds_ptr + term)
         threshold = tl.load(entry + 5).to(tl.int32)
-    # Places in a tile, which stay, apart from the tile's place; x by rows or transposed, see _lora_weight_grad_kernel.
-    if seeds_ptr is not None:
-        x_places = rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-    else:
-        x_places = offs_k[:, None].to(tl.int64) * stride_xk + rows[None, :].to(tl.int64) * stride_xm
+    # Places in a tile, which stay, apart from the tile's place.
+    x_places = places_of_x(rows, offs_k, stride_xm, stride_xk, seeds_ptr is not None)
     ds_places = rows[:, None].to(tl.int64) * stride_dsm + (column + offs_r)[None, :] * stride_dsr
     accumulator = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     first_block = split * blocks_per_split
@@ -252,14 +247,9 @@ def _lora_terms_weight_grad_kernel(
         ds_tile = tl.load(
             ds_ptr + first_row * stride_dsm + ds_places, mask=mask_m[:, None] & mask_r[None, :], other=0.0
         )
-        if seeds_ptr is not None:
-            x_tile = tl.load(x_block + x_places, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            x_tile = convert(x_tile, COMPUTE)
-            x_tile = kept_or(x_tile, None, seed, first_row, first_column, K, threshold, BLOCK_M, BLOCK_C)
-            x_tile = tl.trans(x_tile)
-        else:
-            x_tile = tl.load(x_block + x_places, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-            x_tile = convert(x_tile, COMPUTE)
+        x_tile = transposed_x(
+            x_block + x_places, mask_m, mask_k, seed, first_row, first_column, K, threshold, COMPUTE, BLOCK_M, BLOCK_C
+        )
         accumulator = multiply_add(x_tile, convert(ds_tile, COMPUTE), accumulator)
     accumulator *= tl.load(scaling_ptr + block)
     rank = tl.load(entry + 1) + offs_r

@@ -30,21 +30,24 @@ def _words(packed_ptr, first, left, ALIGNED: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def indices_of(words, STORED: tl.constexpr):
-    """int32, eight times as many: the codes of the eight elements of each uint32 word. Of each byte the upper half is the first.
+def indices_of(units, STORED: tl.constexpr):
+    """int32, as many times as a unit holds codes: those of uint32 words, eight each, or of bytes. Of each byte the upper half is the
+    first.
 
     STORED: what is decoded goes to memory as it lies, and the store says which thread has which elements: the words are brought there,
     a quarter of the bytes of 16-bit elements or less. A product wants its tile in shared memory and says nothing about threads: there
     elements are joined, which stay in the thread that has the word. The shifts of one element are one instruction.
     """
-    if STORED:
+    if units.dtype == tl.uint8:
+        index = tl.join(units >> 4, units)
+    elif STORED:
         shifts = (4 * (tl.arange(0, 8) ^ 1)).to(tl.uint32)
-        if len(words.shape) == 1:
-            index = words[:, None] >> shifts[None, :]
+        if len(units.shape) == 1:
+            index = units[:, None] >> shifts[None, :]
         else:
-            index = words[:, :, None] >> shifts[None, None, :]
+            index = units[:, :, None] >> shifts[None, None, :]
     else:
-        halves = tl.join(words, words >> 16)
+        halves = tl.join(units, units >> 16)
         bytes_ = tl.join(halves, halves >> 8)
         index = tl.join(bytes_ >> 4, bytes_)
     return (index & 15).to(tl.int32)
@@ -140,6 +143,11 @@ def _nf4_dequantize_kernel(
             tl.store(out_ptr + place, narrow(widen(weight) + value, out_ptr.dtype.element_ty), mask=inside)
 
 
+def has_words(packed: torch.Tensor, columns: int) -> bool:
+    """Whether four packed bytes can be loaded at once where rows or parts of them are multiples of so many columns."""
+    return columns % 8 == 0 and packed.data_ptr() % 4 == 0
+
+
 def nf4_dequantize(
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -199,7 +207,7 @@ def nf4_dequantize(
         0 if delta is None else delta[0].numel(),
         HALF=half,
         BLOCKS=blocks,
-        ALIGNED=packed_count % 4 == 0 and packed.data_ptr() % 4 == 0,
+        ALIGNED=has_words(packed, 2 * packed_count),
         ROWS=rows,
         SLAB=begin > 0,
         WIDE=width >= 2**31,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .nf4 import indices_of
+from .nf4 import has_words, indices_of
 from .numerics import convert, multiply_add, narrow, widen
 
 _NESTED_BITS = tl.constexpr(8)  # 256 maxima share one of the second level
@@ -63,7 +63,7 @@ def _nf4_linear_kernel(
         if nested_absmax_ptr is not None:
             nested = tl.load(nested_absmax_ptr + (block >> _NESTED_BITS))
             absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
-        index = indices_of(units, False) if WORDS else tl.join(units >> 4, units & 15).to(tl.int32)
+        index = indices_of(units, False)
         values = tl.gather(code, index.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
         x = convert(tl.load(x_row + k * stride_xk, mask=mask_m[:, None], other=0.0), COMPUTE)
         accumulator = multiply_add(narrow(values * absmax[:, None], COMPUTE), tl.trans(x), accumulator)
@@ -120,7 +120,7 @@ def nf4_linear(
         x.stride(0),
         x.stride(1),
         BLOCK_BITS=block_size.bit_length() - 1,
-        WORDS=(K // 2) % 4 == 0 and packed.data_ptr() % 4 == 0,
+        WORDS=has_words(packed, K),
         COMPUTE=_TRITON_DTYPES[compute],
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .launch import launch
 from .lora_product import adapter_part, place_of, write_tile
-from .nf4 import indices_of
+from .nf4 import has_words, indices_of
 from .numerics import convert, multiply_add, narrow
 from .partials import divide, partials_of, reduce_partials
 from .philox import keep_scale, keep_threshold
@@ -94,10 +94,7 @@ def decode_tile(
         absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
         if not WHOLE:
             absmax = tl.where(mask_span, absmax, 0.0)
-    if WORDS:
-        index = indices_of(units, STORED)
-    else:
-        index = tl.join(units >> 4, units & 15).to(tl.int32)
+    index = indices_of(units, STORED)
     values = tl.gather(code, index.reshape(ROWS * COLUMNS), 0)
     if SPANS == 1:
         return narrow(values.reshape(ROWS, COLUMNS) * absmax, DTYPE)
@@ -285,11 +282,6 @@ def _nf4_columns_kernel(
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _has_words(packed: torch.Tensor, span: int) -> bool:
-    """Whether decode_tile can read four bytes at once: rows and tiles begin with a word where spans of 8 columns divide them."""
-    return span % 8 == 0 and packed.data_ptr() % 4 == 0
-
-
 def span_of(columns: int, block_size: int, tile: int) -> int:
     """The largest power of two that divides all of them: so many neighbours of a tile's row have one maximum, wherever it lies."""
     joined = columns | block_size | tile
@@ -371,7 +363,7 @@ def nf4_product(
         0 if b is None else b.stride(1),
         TRANSPOSED=transposed,
         WHOLE=N % config.block_n == 0 and K % config.block_k == 0,
-        WORDS=_has_words(packed, span),
+        WORDS=has_words(packed, span),
         SPLITS=splits,
         BLOCK_BITS=block_size.bit_length() - 1,
         SPAN=span,
@@ -427,7 +419,7 @@ def nf4_dequantize_columns(
         out.stride(0),
         BLOCK_BITS=block_size.bit_length() - 1,
         SPAN=span,
-        WORDS=_has_words(packed, span),
+        WORDS=has_words(packed, span),
         ROWS=config.rows,
         COLUMNS=config.columns,
         num_warps=config.num_warps,

@@ -166,6 +166,19 @@ def keep_tile(seed, first_row, first_column, C, threshold, BLOCK_M: tl.constexpr
 
 
 @triton.jit
+def tied_to(tile, keep):
+    """keep, in the layout of a tile that was loaded.
+
+    What is added to it is always true, and gone from the machine code; but the compiler so leaves the mask where a thread owns all
+    columns of a counter. In the layout of a product it owns two, and every counter is computed four times: 31 Philox calls a thread
+    instead of 8, and spills (sm_80, sm_90, triton 3.6 and 3.7.1).
+    """
+    BITS: tl.constexpr = tl.int16 if tile.dtype.primitive_bitwidth == 16 else tl.int32
+    # The zero is of the tile's own width: triton 3.6 would lift the layout over the sign extension of a wider one.
+    return keep & ((tile.to(BITS, bitcast=True) | 1) != tl.full((), 0, BITS))
+
+
+@triton.jit
 def kept_or(x, other_tile, seed, first_row, first_column, C, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """x, ``[BLOCK_M, BLOCK_C]``, where dropout keeps it, else ``other_tile``, of x's dtype, or 0.0 if that is None. The rest is
     keep_tile's.
@@ -185,10 +198,7 @@ def kept_or(x, other_tile, seed, first_row, first_column, C, threshold, BLOCK_M:
             chosen = _pairs(x, BLOCK_M, BLOCK_C) & (dropped ^ _ONES)
         else:
             others = _pairs(other_tile, BLOCK_M, BLOCK_C)
-            # Always true, and gone from the machine code; but it ties the mask to a tile that was loaded, so that the compiler
-            # leaves it in the layout of the load, where a thread owns all columns of a counter. In the layout of a product it
-            # owns two, and every counter is computed four times: 31 Philox calls a thread instead of 8, and spills (sm_80,
-            # sm_90, triton 3.6 and 3.7.1).
+            # See tied_to.
             dropped = tl.where((others | 1) != 0, dropped, 0)
             chosen = (_pairs(x, BLOCK_M, BLOCK_C) & (dropped ^ _ONES)) | (others & dropped)
         halves = tl.join(chosen.to(tl.uint16), (chosen >> 16).to(tl.uint16))

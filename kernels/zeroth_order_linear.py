@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .nf4 import indices_of
+from .nf4 import has_words, indices_of
 from .numerics import multiply_add, narrow, widen
 from .philox import normal_tile, sign_tile
 
@@ -204,7 +204,7 @@ def _zo_nf4_linear_kernel(
         if nested_absmax_ptr is not None:
             nested = tl.load(nested_absmax_ptr + (block >> _NESTED_BITS))
             absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
-        index = indices_of(units, False) if WORDS else tl.join(units >> 4, units & 15).to(tl.int32)
+        index = indices_of(units, False)
         value = tl.gather(code, index.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
         if OF_SCALES:
             if RADEMACHER:
@@ -297,7 +297,7 @@ def zo_nf4_linear(
             K // 2,
             tensor_id,
             BLOCK_BITS=block_size.bit_length() - 1,
-            WORDS=K % 8 == 0 and packed.data_ptr() % 4 == 0,
+            WORDS=has_words(packed, K),
             RADEMACHER=rademacher,
             WHOLE_COUNTERS=K % 128 == 0,
             OF_SCALES=of_scales,
