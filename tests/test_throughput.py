@@ -1,6 +1,7 @@
 """The kernels that only move bytes leave the memory time to: what their instructions take of a multiprocessor, read from the binary."""
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from .support import nvcc_gate
 from .support.compile_gate import run_gate
 from .support.sass import folded_by_ptxas, read_listing
-from .support.throughput import Load, Pass, loads
+from .support.throughput import Load, Pass, loads, speed_of
 from .support.throughput_passes import PASSES
 
 pytestmark = pytest.mark.slow
@@ -49,9 +50,18 @@ def _triton_loads(arch: int) -> dict[str, Load]:
 @pytest.mark.parametrize("one", [one for one in PASSES if not one.cuda], ids=lambda one: one.label)
 def test_triton(one: Pass) -> None:
     load = _triton_loads(90)[one.label]
+    assert (load.speed or 0.0) >= one.speed, f"{load.speed:.2f} of the memory's speed, at least {one.speed}"
     assert load.share <= one.limit, (
         f"{load.busiest} works {load.share:.2f} of the memory's time, at most {one.limit}: {load.units}"
     )
+
+
+def test_programs_that_do_not_fit_are_seen() -> None:
+    """The same code with so much shared memory that one program is there where four were."""
+    one = next(one for one in PASSES if one.source == "lora_expand" and one.options["dropout"])
+    (finding,) = run_gate([{"launcher": one.source, "arch": 90, "code": True} | one.options])
+    speeds = [speed_of(one, replace(finding, shared=shared)) or 0.0 for shared in (finding.shared, 200 * 1024)]
+    assert speeds[0] >= one.speed > 1.5 * speeds[1]
 
 
 @pytest.mark.skipif(nvcc_gate.nvcc_path() is None, reason="nvcc is not on PATH")

@@ -40,6 +40,17 @@ class Device:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
+def blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def parts(programs: int, steps: int, device: Device, each: int = 4) -> int:
+    """Into how many parts the sum of ``steps`` blocks that a program makes is cut, so that ``each`` programs for a multiprocessor, or
+    nearly, share it; a part has at least two steps. Not more than that: with one program beyond, all wait for one multiprocessor's
+    fifth."""
+    return max(1, min(each * device.multiprocessors // max(1, programs), steps // 2))
+
+
 def measured(device: Device, op: str, key: str, kind: type[Config], folder: Path = _FOLDER) -> Config | None:
     """The configuration of ``op`` for ``key`` in ``<slug>.json``, or None where there is no table or no such entry.
 

@@ -7,7 +7,7 @@ kernels once; into how many parts a sum is cut follows from the sizes and is an 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .device import Device, bucket, measured, require_powers_of_two
+from .device import Device, blocks, bucket, measured, parts, require_powers_of_two
 
 OPS = ("lora_shrink", "lora_expand", "lora_weight_grad", "lora_dy_grads")
 RANK_BUCKETS = (16, 32, 64, 128)
@@ -23,10 +23,10 @@ DTYPES = (
     ("float16", "float32", "float16"),
     ("float16", "float16", "float16"),
 )
-# dy_grads reads dy once up to this rank. Its partial sums of ds weigh 4 R / block_c bytes for every byte pair of dy:
-# half of dy at R = 64 and block_c = 256. Beyond, two readings move less.
-LARGEST_ONE_PASS_RANK = 64
-_PROGRAMS_PER_MULTIPROCESSOR = 4
+# dy_grads reads dy once up to this rank. Its partial sums of ds weigh 4 R / block_c bytes for every byte pair of dy, written and read
+# again. By the model of _shrink, 8192 x 4096, in times that dy takes of the memory: of rank 32 1.8 at once and 2.2 in two readings, of
+# rank 64 2.9 and 2.5, since but one program of 128 KiB is there at once.
+LARGEST_ONE_PASS_RANK = 32
 
 # From this rank and this many rows on a pass over bfloat16 is a product of torch's library, where the CPU multiplies bfloat16.
 # Kernel against library, 512 rows of 2048 x 2048, ms of one thread of an AMD EPYC of the Zen 5 generation (2026-11-21):
@@ -120,8 +120,8 @@ def tile(case: Case, device: Device) -> LoraConfig:
 
 def lora_shrink(M: int, K: int, R: int, x: str, w: str, compute: str, dropout: bool, device: Device) -> LoraConfig:
     config = tile(case("lora_shrink", M, K, R, x, w, compute, dropout), device)
-    programs = _blocks(M, config.block_m) * _blocks(R, config.block_r)
-    return replace(config, splits=_splits(programs, _blocks(K, config.block_c), device))
+    programs = blocks(M, config.block_m) * blocks(R, config.block_r)
+    return replace(config, splits=parts(programs, blocks(K, config.block_c), device))
 
 
 def lora_expand(M: int, N: int, R: int, base: str, w: str, compute: str, dropout: bool, device: Device) -> LoraConfig:
@@ -130,8 +130,8 @@ def lora_expand(M: int, N: int, R: int, base: str, w: str, compute: str, dropout
 
 def lora_weight_grad(M: int, K: int, R: int, x: str, compute: str, dropout: bool, device: Device) -> LoraConfig:
     config = tile(case("lora_weight_grad", M, K, R, x, compute, compute, dropout), device)
-    programs = _blocks(K, config.block_c) * _blocks(R, config.block_r)
-    return replace(config, splits=_splits(programs, _blocks(M, config.block_m), device))
+    programs = blocks(K, config.block_c) * blocks(R, config.block_r)
+    return replace(config, splits=parts(programs, blocks(M, config.block_m), device))
 
 
 def lora_dy_grads(M: int, N: int, R: int, dy: str, b: str, device: Device) -> DyGradsConfig:
@@ -140,8 +140,8 @@ def lora_dy_grads(M: int, N: int, R: int, dy: str, b: str, device: Device) -> Dy
             None, lora_shrink(M, N, R, dy, b, dy, False, device), lora_weight_grad(M, N, R, dy, dy, False, device)
         )
     config = tile(case("lora_dy_grads", M, N, R, dy, b, dy, False), device)
-    programs = _blocks(N, config.block_c) * _blocks(R, config.block_r)
-    return DyGradsConfig(replace(config, splits=_splits(programs, _blocks(M, config.block_m), device)))
+    programs = blocks(N, config.block_c) * blocks(R, config.block_r)
+    return DyGradsConfig(replace(config, splits=parts(programs, blocks(M, config.block_m), device)))
 
 
 def launch_matrix(device: Device) -> Iterator[tuple[Case, LoraConfig]]:
@@ -165,16 +165,6 @@ def _roomy(device: Device) -> bool:
     return device.capability >= (9, 0) and device.shared_memory >= 160 * 1024
 
 
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
-def _splits(programs: int, steps: int, device: Device) -> int:
-    """Parts of a sum of ``steps`` blocks that fill the GPU, each of at least two steps."""
-    wanted = _blocks(_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, max(1, programs))
-    return max(1, min(wanted, steps // 2))
-
-
 # Chosen by what the compiler shows on sm_80, sm_89, sm_90 and sm_100 with triton 3.7.1 (2026-11-20): no spills, at
 # most 190 registers, 16-byte loads. ptxas spills 8 bytes to stay at 64, 96 or 128 registers a thread, so that
 # neighbours of these blocks often fail. No GPU has timed them yet.
@@ -185,12 +175,13 @@ def _shrink(case: Case, device: Device) -> LoraConfig:
         return LoraConfig(case.rows, 32, 16, num_warps=8 if case.rows == 64 else 4, num_stages=1)
     if case.rows == 16:  # x is small here: reading it once for every 64 ranks costs less than registers for 128
         return LoraConfig(16, 64, min(case.rank, 64))
-    # 128 rows a tile: w, rounded anew for each, is else up to three quarters of what passes through shared memory. By the count of
-    # instructions on sm_90 (tests/support/throughput.py, dropout, float32 w, triton 3.7.1, 2026-11-22) the busiest unit works, with 64
-    # rows and with 128, of the memory's time: bfloat16 x of rank 32 0.98 and 0.80, 64 1.35 and 0.85, 128 2.0 and 1.19; float32 x of
-    # rank 64 0.81 and 0.75, 128 1.06 and 0.80.
-    if _roomy(device) and case.rank > (32 if case.wide == "float32" else 16):
-        return LoraConfig(128, 32 if case.wide == "float32" else 64, case.rank, num_warps=8 if case.rank == 128 else 4)
+    if _roomy(device):
+        # Many programs of few registers at once. The part of the memory's speed that a model of a multiprocessor reaches with the
+        # machine code for sm_90 (tests/support/throughput.py, dropout, float32 w, 8192 x 4096, triton 3.7.1, 2026-11-22), of tiles of
+        # 64 x 32, 64 x 64 and 128 x 64 (x 32 of float32): bfloat16 x of rank 16 0.89, 0.90, 0.83, 32 0.85, 0.72, -, 64 0.62, 0.52,
+        # 0.53; float32 x of rank 16 0.93, 0.75, 0.78, 32 0.92, 0.82, -, 64 0.86, 0.70, 0.53, 128 0.53, 0.37, -.
+        wider = case.wide != "float32" and (case.rank == 16 or case.rank == 128 and not case.dropout)
+        return LoraConfig(64, 64 if wider else 32, case.rank)
     if case.rank == 128:
         return LoraConfig(64, 32, 128, num_warps=4 if case.narrow != "float32" else 8)
     return LoraConfig(64, 64, case.rank, num_warps=8 if case.rank == 64 else 4)
@@ -201,8 +192,17 @@ def _expand(case: Case, device: Device) -> LoraConfig:
         return LoraConfig(16, 64, 16, num_stages=2)
     if case.ragged:
         return LoraConfig(case.rows, 64, 16, num_warps=8 if case.rows == 64 else 4, num_stages=1)
-    # Eight warps: the tile of float32 sums, the base and the mask words take 180 registers a thread of four.
-    return LoraConfig(case.rows, 128, min(case.rank, 32), num_warps=8 if case.rows == 64 else 4, num_stages=2)
+    if case.rows == 16 or device.shared_memory < 160 * 1024:
+        # Eight warps: the tile of float32 sums, the base and the mask words take 180 registers a thread of four. The wide tiles below
+        # spill on sm_89.
+        return LoraConfig(case.rows, 128, min(case.rank, 32), num_warps=8 if case.rows == 64 else 4, num_stages=2)
+    # 128 bytes of a row, so that four programs or more are there at once: while one waits for its base, another multiplies. By the
+    # model of _shrink, beside tiles of 64 x 128 and eight warps: bfloat16 of rank 16 0.88 and 0.69 under dropout, 0.97 and 0.95
+    # without, 64 0.70 and 0.54, 0.92 and 0.77; float32 of rank 16 and 64 0.98 and 0.83, 0.95 and 0.51 under dropout.
+    if case.wide == "float32":
+        return LoraConfig(64, 32, min(case.rank, 32), num_stages=1)
+    ranks = {16: 16, 32: 16, 64: 64, 128: 64} if case.dropout else {16: 16, 32: 32, 64: 32, 128: 64}
+    return LoraConfig(64, 64, ranks[case.rank], num_stages=1)
 
 
 def _weight_grad(case: Case, device: Device) -> LoraConfig:
@@ -211,12 +211,14 @@ def _weight_grad(case: Case, device: Device) -> LoraConfig:
     if case.ragged:
         rows, warps = (32, 8) if case.rows == 64 else (16, 4)
         return LoraConfig(rows, 64, min(case.rank, 32), num_warps=warps, num_stages=2)
-    if case.rows == 64 and _roomy(device) and (case.dropout or case.wide != "float32"):
-        # The busiest unit's share of the memory's time on sm_90, counted as in _shrink: bfloat16 x of rank 64 1.09 with eight warps and
-        # 0.99 with four, of rank 128 1.0 with 128 columns.
-        if case.rank == 128:
+    if case.rows == 64 and _roomy(device):
+        # By the model of _shrink, dropout, of 32 and of 64 rows: bfloat16 of rank 16 0.82 and 0.87, 32 0.75 and 0.83, 64 0.70 and 0.72;
+        # float32 of rank 16 0.93 and 0.67 with 576 programs, 64 0.88 and 0.75, 128 0.62 in 199 registers and 0.59. Without dropout
+        # bfloat16 of rank 128 0.68 and 0.63, float32 of rank 16 0.94 and 0.93. 32 columns, which make no wgmma, gain up to 0.03.
+        if case.rank == 128 and device.capability >= (10, 0):  # where triton 3.6 spills with 32 rows
             return LoraConfig(64, 128, 128, num_warps=8)
-        return LoraConfig(64, 64, case.rank)
+        short = not case.dropout or case.rank < 128 if case.wide == "float32" else case.rank == 128
+        return LoraConfig(32 if short else 64, 64, case.rank)
     return LoraConfig(case.rows, 64, case.rank, num_warps=8 if case.rows == 64 and case.rank >= 64 else 4)
 
 
@@ -227,9 +229,8 @@ def _dy_grads(case: Case, device: Device) -> LoraConfig:
         return LoraConfig(16, 64, case.rank, num_stages=2)
     if case.ragged:
         return LoraConfig(64, 64, min(case.rank, 32), num_warps=8, num_stages=2)
-    # The wider the strip, the fewer partial sums of ds; 256 columns of rank 64 take 128 KiB, and registers where sums
-    # are not in a warp group's.
-    narrow = case.rank == 64 and device.capability < (9, 0) or device.shared_memory < 131072
+    # The wider the strip, the fewer partial sums of ds.
+    narrow = device.shared_memory < 131072
     return LoraConfig(64, 128 if narrow else 256, case.rank, num_warps=8, num_stages=2)
 
 

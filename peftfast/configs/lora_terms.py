@@ -6,8 +6,8 @@ As in configs/lora.py a compiled variant depends on few values; here the blocks 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .device import Device, bucket, measured, require_powers_of_two
-from .lora import ROW_BUCKETS, LoraConfig, _blocks, _roomy, _splits
+from .device import Device, blocks, bucket, measured, parts, require_powers_of_two
+from .lora import ROW_BUCKETS, LoraConfig, _roomy
 
 OPS = ("lora_terms_shrink", "lora_terms_expand", "lora_terms_weight_grad", "lora_dora_expand")
 RANK_BUCKETS = (16, 32, 64)
@@ -64,8 +64,8 @@ def lora_terms_shrink(
     M: int, K: int, ranks: list[int], x: str, compute: str, dropout: bool, device: Device
 ) -> LoraConfig:
     config = tile(_case("lora_terms_shrink", M, ranks, x, compute, dropout), device)
-    programs = _blocks(M, config.block_m) * sum(_blocks(rank, config.block_r) for rank in ranks)
-    return replace(config, splits=_splits(programs, _blocks(K, config.block_c), device))
+    programs = blocks(M, config.block_m) * sum(blocks(rank, config.block_r) for rank in ranks)
+    return replace(config, splits=parts(programs, blocks(K, config.block_c), device))
 
 
 def lora_terms_expand(
@@ -78,8 +78,8 @@ def lora_terms_weight_grad(
     M: int, K: int, ranks: list[int], x: str, compute: str, dropout: bool, device: Device
 ) -> LoraConfig:
     config = tile(_case("lora_terms_weight_grad", M, ranks, x, compute, dropout), device)
-    programs = _blocks(K, config.block_c) * sum(_blocks(rank, config.block_r) for rank in ranks)
-    return replace(config, splits=_splits(programs, _blocks(M, config.block_m), device))
+    programs = blocks(K, config.block_c) * sum(blocks(rank, config.block_r) for rank in ranks)
+    return replace(config, splits=parts(programs, blocks(M, config.block_m), device))
 
 
 def lora_terms_dy_grads(
@@ -98,7 +98,7 @@ def lora_dora_expand(M: int, N: int, R: int, base: str, compute: str, device: De
 
 def lora_gain_grads(M: int, N: int, device: Device) -> TileConfig:
     config = TileConfig(32, 128)
-    return replace(config, splits=_splits(_blocks(N, config.block_c), _blocks(M, config.block_m), device))
+    return replace(config, splits=parts(blocks(N, config.block_c), blocks(M, config.block_m), device))
 
 
 def lora_dropout_add(device: Device) -> TileConfig:
@@ -122,11 +122,16 @@ def _heuristic(case: Case, device: Device) -> LoraConfig:
     if case.compute == "float32":
         return LoraConfig(16, 32, 16, num_stages=2)
     if case.op in ("lora_terms_expand", "lora_dora_expand"):
-        return LoraConfig(16, 64, 16, num_stages=1) if case.rows == 16 else LoraConfig(64, 64, min(case.rank, 32), 8, 1)
+        # Four warps, for four programs at once. By the model of configs/lora.py's _shrink three terms reach, with eight warps and with
+        # four, of the memory's speed: rank 16 0.49 and 0.58, under dropout 0.21 and 0.32, 64 0.23 and 0.26, 0.11 and 0.15.
+        if case.rows == 16:
+            return LoraConfig(16, 64, 16, num_stages=1)
+        return LoraConfig(64, 64, min(case.rank, 32), num_warps=4 if _roomy(device) else 8, num_stages=1)
     if case.rows == 64 and _roomy(device):
         # Every term reads x anew, from the second cache: what binds is the processor's part. The busiest unit works, counted on sm_90
         # (tests/support/throughput.py, triton 3.7.1, 2026-11-22), of the time in which the memory would bring bfloat16 x once: S of
-        # rank 16 0.82 with tiles of 32 rows and 0.35 with 64, under dropout 1.08 and 0.79.
-        return LoraConfig(64, 64, case.rank)
+        # rank 16 0.82 with tiles of 32 rows and 0.35 with 64, under dropout 1.08 and 0.79. By the model, with 32 columns and with 64,
+        # S of rank 16 under dropout 0.93 and 0.99, 64 0.70 and 0.46.
+        return LoraConfig(64, 32 if case.op == "lora_terms_shrink" and case.rank > 16 else 64, case.rank)
     shrink = case.op == "lora_terms_shrink" and case.rows == 16
     return LoraConfig(min(case.rows, 32), 64, min(case.rank, 32) if shrink else case.rank, num_stages=2)

@@ -10,6 +10,7 @@ what a GPU would run.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -43,7 +44,8 @@ class Finding:
         streams: kernel argument -> "load" or "store" -> bytes an access -> how many such instructions.
         bulk: "load" or "store" -> how many instructions hand a tile to the copy engine.
         waits: how many wgmma each of its waits leaves in flight, in the order of the code.
-        warps: of a program. constants: the launch's constexpr integers.
+        warps: of a program. constants: the launch's constexpr integers. stages: of its loops. programs: how many are launched.
+        parameters: where each argument begins among the compiled kernel's parameters, in bytes.
         code: its machine instructions, where the request asked for them by "code".
     """
 
@@ -60,6 +62,9 @@ class Finding:
     waits: list[int] = field(default_factory=list)
     warps: int = 0
     constants: dict[str, int] = field(default_factory=dict)
+    stages: int = 0
+    programs: int = 0
+    parameters: dict[str, int] = field(default_factory=dict)
     code: Code | None = None
 
     def faults(self, wide: tuple[str, ...] = (), matrix: bool = False) -> list[str]:
@@ -108,15 +113,15 @@ def run_gate(requests: list[dict[str, Any]]) -> list[Finding]:
 
 
 @contextmanager
-def caught_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Launches are recorded, as (kernel, arguments, keyword arguments), instead of made."""
+def caught_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any], int]]]:
+    """Launches are recorded, as (kernel, arguments, keyword arguments, programs), instead of made."""
     from triton.runtime.jit import JITFunction
 
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any], int]] = []
     run = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self, args, kwargs))
+        launches.append((self, args, kwargs, math.prod(grid)))
 
     JITFunction.run = record
     try:
@@ -129,6 +134,7 @@ def compile_launch(
     kernel: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    programs: int,
     arch: int,
     label: str,
     front: bool = False,
@@ -169,6 +175,8 @@ def compile_launch(
     )
     finding.warps = compiled.metadata.num_warps
     finding.constants = {name: value for name, value in kwargs.items() if name.isupper() and isinstance(value, int)}
+    finding.stages, finding.programs = compiled.metadata.num_stages, programs
+    finding.parameters = _parameter_offsets(ptx, arguments)
     if code:
         (finding.code,) = read_cubin(compiled.asm["cubin"]).values()
     return finding
@@ -177,6 +185,18 @@ def compile_launch(
 def _parameters(kind: str) -> int:
     """Of the compiled kernel's parameters, how many an argument becomes: a matrix's descriptor brings two sizes and two strides."""
     return 5 if kind.startswith("tensordesc") else 1
+
+
+def _parameter_offsets(ptx: str, arguments: list[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    end = 0
+    for bits, number in re.findall(r"\.param \.[a-z](\d+)[^,()]*_param_(\d+)", ptx):
+        size = int(bits) // 8
+        begin = -(-end // size) * size
+        end = begin + size
+        if int(number) < len(arguments):
+            found.setdefault(arguments[int(number)], begin)
+    return found
 
 
 def _first_representation(source: Any, target: Any, backend: Any, options: Any) -> None:

@@ -6,13 +6,12 @@ guide's table of arithmetic throughput; what that table leaves out is said where
 knows neither latencies nor how well warps hide them.
 """
 
-import itertools
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ _MEMORY = frozenset("LDS STS LDSM STSM LDG STG LDGSTS SHFL ATOMS ATOMG ATOM RED 
 _NOTHING = frozenset(["NOP"])  # the padding behind a kernel's end
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_SECOND_WORD = re.compile(r"^\s+/\* 0x(\w{16}) \*/")
 _LABEL = re.compile(r"^(\.L\w+):")
 _SECTION = re.compile(r"\.section\s+\.text\.([^\s,]+),")
 
@@ -57,6 +57,34 @@ class Counts:
 
 
 @dataclass
+class Instruction:
+    """One instruction, with what its bits tell the scheduler (as others found them out, from Volta on).
+
+    Attributes:
+        stall: cycles until the warp's next instruction may be issued.
+        done, read: the scoreboard, of six, that is released when the result is there, and when the operands were read; 7 for none.
+        waits: those that must be released before, a bit each.
+        target: the number of the instruction to which it may go instead of the next; a branch or a call.
+        follows: whether the next one may follow.
+    """
+
+    at: int
+    predicate: str
+    name: str
+    operands: str
+    stall: int = 1
+    done: int = 7
+    read: int = 7
+    waits: int = 0
+    target: int | None = None
+    follows: bool = True
+
+    @property
+    def opcode(self) -> str:
+        return self.name.split(".")[0]
+
+
+@dataclass
 class Block:
     """Instructions that run one after the other, by opcode, and the numbers of the blocks that may come next; none after an exit."""
 
@@ -66,17 +94,55 @@ class Block:
 
 @dataclass
 class Code:
-    """A kernel's instructions: all, those of each innermost loop in the order of the code, and its blocks from its beginning on."""
+    """A kernel's instructions in order."""
 
-    whole: Counts
-    loops: list[Counts]
-    blocks: list[Block] = field(default_factory=list)
+    instructions: list[Instruction]
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Code":
         """The code whose ``dataclasses.asdict`` this is."""
-        loops, blocks = ([kind(**one) for one in values[name]] for kind, name in ((Counts, "loops"), (Block, "blocks")))
-        return cls(Counts(**values["whole"]), loops, blocks)
+        return cls([Instruction(**one) for one in values["instructions"]])
+
+    @cached_property
+    def whole(self) -> Counts:
+        return _count(one.name for one in self.instructions)
+
+    @cached_property
+    def loop_ranges(self) -> list[tuple[int, int]]:
+        """The numbers of the first and the last instruction of each innermost loop, in order."""
+        # A branch to itself is the padding that ends every kernel.
+        ranges = {
+            (one.target, number)
+            for number, one in enumerate(self.instructions)
+            if one.opcode == "BRA" and one.target is not None and one.target < number
+        }
+        inside = lambda one, other: one[0] <= other[0] and other[1] < one[1]  # noqa: E731
+        return [one for one in sorted(ranges) if not any(inside(one, other) for other in ranges)]
+
+    @cached_property
+    def loops(self) -> list[Counts]:
+        """What each innermost loop holds."""
+        return [_count(one.name for one in self.instructions[low : high + 1]) for low, high in self.loop_ranges]
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """From the kernel's beginning on."""
+        starts = {0} | {one.target for one in self.instructions if one.target is not None}
+        for number, one in enumerate(self.instructions[:-1]):
+            if not one.follows or one.target is not None or one.name == "EXIT":
+                starts.add(number + 1)
+        number_of = {start: i for i, start in enumerate(sorted(starts))}
+        blocks: list[Block] = []
+        for number, one in enumerate(self.instructions):
+            if number in number_of:
+                blocks.append(Block({}, []))
+            names, after = blocks[-1].names, blocks[-1].after
+            names[one.name] = names.get(one.name, 0) + 1
+            if one.target is not None:
+                after.append(number_of[one.target])
+            if one.follows and number + 1 in number_of:
+                after.append(number_of[number + 1])
+        return blocks
 
     def without_loops(self) -> Counts:
         rest = Counter(self.whole.names)
@@ -117,7 +183,9 @@ def read_cubin(cubin: bytes) -> dict[str, Code]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [_tool("nvdisasm"), "-c", "-hex", file.name], capture_output=True, text=True, check=True
+        ).stdout
     parts = _SECTION.split(text)
     return {name: read_listing(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
@@ -131,67 +199,33 @@ def _tool(name: str) -> str:
 
 
 def read_listing(text: str) -> Code:
-    """One kernel of nvdisasm's listing."""
-    instructions: list[tuple[int, str, str]] = []
-    # Of each instruction whether the next one may follow it, and where else it may go.
-    leaves: list[tuple[bool, str | None]] = []
+    """One kernel of nvdisasm's listing; what the scheduler is told only where it was made with -hex."""
+    instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    waiting: list[str] = []
     for line in text.splitlines():
         if match := _LABEL.match(line):
-            waiting.append(match[1])
+            labels[match[1]] = len(instructions)
         elif match := _INSTRUCTION.search(line):
-            labels.update(dict.fromkeys(waiting, int(match[1], 16)))
-            waiting = []
-            instructions.append((int(match[1], 16), match[3], match[4]))
-            leaves.append(_leaving(bool(match[2]), match[3], match[4]))
-    ranges = []
-    for at, name, operands in instructions:
-        target = re.search(r"\((\.L\w+)\)", operands)
-        # A branch to itself is the padding that ends every kernel.
-        if name.startswith("BRA") and target and labels.get(target[1], at) < at:
-            ranges.append((labels[target[1]], at))
-    inner = [
-        one for one in sorted(set(ranges)) if not any(one[0] <= other[0] and other[1] < one[1] for other in ranges)
-    ]
-    whole = _count(name for _, name, _ in instructions)
-    loops = [_count(name for at, name, _ in instructions if low <= at <= high) for low, high in inner]
-    return Code(whole, loops, _blocks([(at, name) for at, name, _ in instructions], leaves, labels))
+            instructions.append(Instruction(int(match[1], 16), (match[2] or "").strip(), match[3], match[4].strip()))
+        elif (match := _SECOND_WORD.match(line)) and instructions:
+            bits, one = int(match[1], 16) >> 41, instructions[-1]
+            one.stall, one.done, one.read, one.waits = bits & 15, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63
+    for one in instructions:
+        one.follows, label = _leaving(one)
+        one.target = labels.get(label) if label else None
+    return Code(instructions)
 
 
-def _leaving(predicated: bool, name: str, operands: str) -> tuple[bool, str | None]:
+def _leaving(one: Instruction) -> tuple[bool, str | None]:
     """Whether the next instruction may follow, and the label to which a branch or a call may go."""
-    first = name.split(".")[0]
-    target = re.search(r"\((\.L\w+)\)", operands)
+    target = re.search(r"\((\.L\w+)\)", one.operands)
     # A condition may stand before the branch or among its operands.
-    conditional = predicated or "," in operands or name.startswith("BRA.")
-    if first == "BRA":
+    conditional = bool(one.predicate) or "," in one.operands or one.name.startswith("BRA.")
+    if one.opcode == "BRA":
         return conditional, target[1] if target else None
-    if first == "CALL":
+    if one.opcode == "CALL":
         return True, target[1] if target else None
-    return predicated or first not in ("EXIT", "RET"), None
-
-
-def _blocks(
-    instructions: list[tuple[int, str]], leaves: list[tuple[bool, str | None]], labels: dict[str, int]
-) -> list[Block]:
-    starts = {labels[target] for _, target in leaves if target in labels} | {instructions[0][0]}
-    for (follows, target), (at, _) in zip(leaves[:-1], instructions[1:], strict=True):
-        if not follows or target:
-            starts.add(at)
-    starts |= {after for (_, name), (after, _) in itertools.pairwise(instructions) if name == "EXIT"}
-    number = {at: i for i, at in enumerate(sorted(starts))}
-    blocks: list[Block] = []
-    for i, ((at, name), (follows, target)) in enumerate(zip(instructions, leaves, strict=True)):
-        if at in number:
-            blocks.append(Block({}, []))
-        names, after = blocks[-1].names, blocks[-1].after
-        names[name] = names.get(name, 0) + 1
-        if target in labels:
-            after.append(number[labels[target]])
-        if follows and i + 1 < len(instructions) and instructions[i + 1][0] in number:
-            after.append(number[instructions[i + 1][0]])
-    return blocks
+    return bool(one.predicate) or one.opcode not in ("EXIT", "RET"), None
 
 
 def folded_by_ptxas(assembly: str, inputs: list[int], outputs: int, arch: int = 90) -> list[int]:
@@ -235,14 +269,14 @@ def _count(names) -> Counts:
     counts = Counter(name for name in names if name not in _NOTHING)
     units: Counter[str] = Counter()
     for name, times in counts.items():
-        unit, weight = _unit(name)
+        unit, weight = unit_of(name)
         units["issue"] += times
         if unit:
             units[unit] += times * weight
     return Counts(dict(units), dict(counts.most_common()))
 
 
-def _unit(name: str) -> tuple[str | None, int]:
+def unit_of(name: str) -> tuple[str | None, int]:
     """The unit that executes an instruction and how many times it is counted there; None where that bounds nothing of ours (branches,
     barriers, the uniform datapath, tensor cores)."""
     first = name.split(".")[0]

@@ -1,19 +1,28 @@
 """Do the kernels that only move bytes leave the memory time to? For each: the cycles that its instructions take of a
 multiprocessor beside those that its bytes take of the memory, from the binary alone.
 
-``python -m tests.support.throughput [--arch 80 | 90 | 100] [--only TEXT] [--opcodes]`` prints the table. 0.5 means that the busiest
-unit works half of the time that the memory does; towards 1 nothing is left for what no count shows (latencies, barriers, a last
-wave), and past it the kernel is bound by that unit.
+``python -m tests.support.throughput [--arch 80 | 90 | 100] [--only TEXT] [--opcodes]`` prints the table. A share of 0.5 means that the
+busiest unit works half of the time that the memory does; towards 1 nothing is left for what no count shows, and past it the kernel is
+bound by that unit. The speed is what :mod:`.multiprocessor` makes of latencies, barriers, the programs that fit at once and a last
+wave besides: the part of the memory's speed that the launch reaches.
 """
 
 import argparse
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import nvcc_gate
 from .compile_gate import Finding, run_gate
+from .multiprocessor import MULTIPROCESSORS, Way, cycles, resident, steps_of
 from .sass import DRAM_BYTES, Code, Counts
+
+# Arguments that all programs read, so that they lie in the L2 cache: factors, tables, settings.
+CACHED = frozenset(
+    "w_ptr b_ptr s_ptr ds_ptr bias_ptr seed_ptr seeds_ptr code_ptr codes_ptr nested_absmax_ptr nested_code_ptr nested_offset_ptr "
+    "coefficients_ptr thresholds_ptr threshold_ptr rounding_ptr eps_ptr decay_ptr table_ptr hyper_ptr corrections_ptr".split()
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,10 @@ class Pass:
         limit: what the busiest unit may take of the memory's time on sm_90, under triton 3.6 and 3.7.1; past 1 where the definition
             itself asks for so much, or where nothing better is known.
         loop: the innermost loop of the most instructions is what counts, else the whole kernel, its loops once.
+        launch: of a loop, bytes that all programs move in it, from which it follows how often it runs. None: no speed is asked.
+        speed: of the memory's, what a launch reaches at least on sm_90, under triton 3.6 and 3.7.1.
+        trips: of a whole kernel, how often its loop runs, from the launch's constants.
+        cached: further arguments of the kernel that lie in the L2 cache.
         straight: of a whole kernel, the loops are left out, which a whole tile does not enter.
         cold: of a whole kernel, blocks with so many of an opcode are left out, and what leads to them alone: the code of a ragged tile,
             which no other enters, and of a root's argument that is no normal number.
@@ -38,6 +51,10 @@ class Pass:
     limit: float
     options: dict[str, Any] = field(default_factory=dict)
     loop: bool = False
+    launch: float | None = None
+    speed: float = 0.0
+    trips: Callable[[dict[str, int]], int] = lambda _: 1
+    cached: tuple[str, ...] = ()
     straight: bool = False
     cold: dict[str, int] = field(default_factory=dict)
 
@@ -52,12 +69,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class Load:
-    """Of a pass: cycles of the memory and of each unit, for as many bytes; ``names`` are the instructions by opcode."""
+    """Of a pass: cycles of the memory and of each unit, for as many bytes; ``names`` are the instructions by opcode, ``speed`` the part
+    of the memory's speed that a launch reaches, None where none is asked."""
 
     label: str
     memory: float
     units: dict[str, float]
     names: dict[str, int]
+    speed: float | None = None
 
     @property
     def busiest(self) -> str:
@@ -76,7 +95,8 @@ def loads(passes: list[Pass], arch: int) -> list[Load]:
     found: dict[str, Load] = {}
     for one, finding in zip(triton, _main_kernels(triton, findings), strict=True):
         assert finding.code is not None
-        found[one.label] = _load(one, finding.code, finding.warps, arch, one.bytes(finding.constants))
+        load = _load(one, finding.code, finding.warps, arch, one.bytes(finding.constants))
+        found[one.label] = replace(load, speed=speed_of(one, finding))
     for one in passes:
         if one.cuda:
             found[one.label] = _load(one, _cuda_kernel(one.source, one.name, arch), 1, arch, one.bytes({}))
@@ -111,6 +131,29 @@ def _load(one: Pass, code: Code, warps: int, arch: int, moved: float) -> Load:
     return Load(one.label, moved / DRAM_BYTES[arch], counts.cycles(warps, arch), counts.names)
 
 
+def speed_of(one: Pass, finding: Finding) -> float | None:
+    """The part of the memory's speed that a launch reaches, None for a loop of which no launch is told."""
+    arch, moved = finding.arch, one.bytes(finding.constants)
+    launch = one.launch if one.loop else finding.programs * moved
+    if launch is None or finding.code is None:
+        return None
+    trips = 0 if one.straight else one.trips(finding.constants)
+    if one.loop:
+        trips = max(1, math.ceil(launch / (finding.programs * moved)))
+    # A loop's copies are asked for as many trips ahead as it has stages less one.
+    cached = {place for name, place in finding.parameters.items() if name in CACHED or name in one.cached}
+    way = Way(trips, finding.stages - 1 if trips else 0, one.cold, cached)
+    steps = steps_of(finding.code, way, arch)
+    asked = finding.warps * sum(step.size for step in steps if not step.cached)
+    at_once = resident(finding.registers, finding.shared, finding.warps, arch)
+    share = -(-finding.programs // MULTIPROCESSORS[arch])
+    some = share if one.loop else min(share, 6 * at_once)  # the rest goes on in the same way
+    # What a loop's programs write besides (partial sums) is moved too; elsewhere lanes ask for the same bytes, or for parts of sectors.
+    scale = 1.0 if one.loop else moved / asked
+    taken = cycles(steps, finding.warps, some, at_once, arch, scale) * share / some
+    return launch / MULTIPROCESSORS[arch] / DRAM_BYTES[arch] / taken
+
+
 def main() -> None:
     from .throughput_passes import PASSES
 
@@ -122,7 +165,8 @@ def main() -> None:
     passes = [one for one in PASSES if arguments.only in one.label]
     for one, load in zip(passes, loads(passes, arguments.arch), strict=True):
         units = "  ".join(f"{unit} {cycles / load.memory:.2f}" for unit, cycles in load.units.items())
-        print(f"{load.share:5.2f} of {one.limit:5.2f}  {load.busiest:7} {load.label:130} {units}")
+        speed = "" if load.speed is None else f"{load.speed:.2f}"
+        print(f"{load.share:5.2f} of {one.limit:5.2f}  {load.busiest:7} {speed:>5} {load.label:130} {units}")
         if arguments.opcodes:
             print("       " + ", ".join(f"{name} {times}" for name, times in load.names.items()))
 

@@ -1,12 +1,14 @@
 """The passes that support/throughput.py counts: a training step's sizes, and what a program of each moves."""
 
 from collections.abc import Callable
+from typing import Any
 
 from .throughput import Pass
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PACKED = 0.5 + 1 / 64  # bytes of an element in blocks of 64 with nested maxima
 CODES = {"float32": 0, "bfloat16": 1}  # csrc's DType
+ROWS = ("x_ptr", "x_plus_ptr", "x_minus_ptr")  # of a product of a few
 Bytes = Callable[[dict[str, int]], float]
 
 
@@ -26,59 +28,81 @@ def _fixed(size: float) -> Bytes:
     return lambda _: size
 
 
+def _cut(name: str, tile: Bytes, limits: tuple[float, float], options: dict[str, Any], launch: float) -> Pass:
+    """A pass whose programs share a sum."""
+    return Pass(f"_{name}_kernel", name, tile, limits[0], options, loop=True, launch=launch, speed=limits[1])
+
+
 def _lora() -> list[Pass]:
     passes = []
-    # x's dtype, dropout, rank: the limits of S, of what is added, of dA, of dS and dB.
+    # x's dtype, dropout, rank: the limits of S, of what is added, of dA, of dS and dB, each the busiest unit's share and the speed.
     for wide, dropout, rank, *limits in (
-        ("bfloat16", True, 16, 0.82, 1.0, 0.93, None),
-        ("bfloat16", True, 64, 0.88, 1.03, 1.02, None),
-        ("bfloat16", False, 16, 0.4, 0.6, 0.27, 0.32),
-        ("bfloat16", False, 64, 0.52, 0.72, 0.35, 0.42),
-        ("float32", True, 16, 0.75, 0.67, 0.95, None),
-        ("float32", True, 64, 0.8, 0.72, 0.61, None),
+        ("bfloat16", True, 16, (0.82, 0.88), (1.0, 0.81), (0.93, 0.85), None),
+        ("bfloat16", True, 64, (1.27, 0.61), (1.13, 0.65), (1.02, 0.71), None),
+        ("bfloat16", False, 16, (0.4, 0.9), (0.52, 0.94), (0.27, 0.89), (0.32, 0.73)),
+        ("bfloat16", False, 64, (0.93, 0.81), (0.6, 0.89), (0.35, 0.81), None),
+        ("float32", True, 16, (0.75, 0.91), (0.72, 0.95), (0.97, 0.9), None),
+        ("float32", True, 64, (0.85, 0.85), (0.66, 0.92), (0.63, 0.87), None),
     ):
         size = SIZES[wide]
         kind = {"M": 8192, "R": rank, "wide": wide, "narrow": "float32", "compute": "bfloat16", "dropout": dropout}
         shrink, expand, weight_grad, dy_grads = limits
-        tile = _of(size, "BLOCK_M", "BLOCK_C")
+        tile, whole = _of(size, "BLOCK_M", "BLOCK_C"), 8192 * 4096 * size
         passes += [
-            Pass("_lora_shrink_kernel", "lora_shrink", tile, shrink, kind, loop=True),
-            Pass("_lora_expand_kernel", "lora_expand", _of(2 * size, "BLOCK_M", "BLOCK_C"), expand, kind),
-            Pass("_lora_weight_grad_kernel", "lora_weight_grad", tile, weight_grad, kind, loop=True),
+            _cut("lora_shrink", tile, shrink, kind, whole),
+            Pass(
+                "_lora_expand_kernel",
+                "lora_expand",
+                _of(2 * size, "BLOCK_M", "BLOCK_C"),
+                expand[0],
+                kind,
+                speed=expand[1],
+                trips=lambda constants, rank=rank: -(-rank // constants["BLOCK_R"]),
+            ),
+            _cut("lora_weight_grad", tile, weight_grad, kind, whole),
         ]
         if dy_grads:
-            passes.append(Pass("_lora_dy_grads_kernel", "lora_dy_grads", tile, dy_grads, kind, loop=True))
+            passes.append(_cut("lora_dy_grads", tile, dy_grads, kind, whole))
     for activation, *limits in (("silu", 0.62, 0.5), ("gelu_tanh", 0.72, 0.6)):
         kind = {"activation": activation, "dtype": "bfloat16"}
         forward, backward = (_of(2 * count, "BLOCK") for count in (3, 5))
         passes += [
-            Pass("_gated_activation_kernel", "gated_activation", forward, limits[0], kind),
-            Pass("_gated_activation_backward_kernel", "gated_activation_backward", backward, limits[1], kind),
+            Pass("_gated_activation_kernel", "gated_activation", forward, limits[0], kind, speed=0.94),
+            Pass(
+                "_gated_activation_backward_kernel", "gated_activation_backward", backward, limits[1], kind, speed=0.95
+            ),
         ]
     return passes
 
 
 def _nf4() -> list[Pass]:
     passes = []
-    for dtype, whole, columns, delta, cuda in (
-        ("bfloat16", 0.5, 0.6, 0.7, 0.46),
-        ("float32", 0.4, 0.5, 0.5, 0.36),
+    for dtype, whole, columns, delta, beside, cuda in (
+        ("bfloat16", 0.5, 0.6, 0.7, 0.72, 0.46),
+        ("float32", 0.4, 0.5, 0.5, 0.9, 0.36),
     ):
         size = PACKED + SIZES[dtype]
         kind = {"dtype": dtype, "block_size": 64, "nested": True}
         of_blocks = _of(64 * size, "BLOCKS")
         passes += [
-            Pass("_nf4_dequantize_kernel", "nf4_dequantize", of_blocks, whole, kind),
+            Pass("_nf4_dequantize_kernel", "nf4_dequantize", of_blocks, whole, kind, speed=0.92),
             Pass(
                 "_nf4_columns_kernel",
                 "nf4_dequantize_columns",
                 _of(size, "ROWS", "COLUMNS"),
                 columns,
                 {"dtype": dtype, "nested": True},
+                speed=0.74,
             ),
             # Without the loops over the delta's entries, one in a hundred of the elements.
             Pass(
-                "_nf4_dequantize_kernel", "sparse_delta_dequantize", of_blocks, delta, {"dtype": dtype}, straight=True
+                "_nf4_dequantize_kernel",
+                "sparse_delta_dequantize",
+                of_blocks,
+                delta,
+                {"dtype": dtype},
+                speed=beside,
+                straight=True,
             ),
         ]
         for apart in ("false", "true"):
@@ -91,16 +115,21 @@ def _few_rows() -> list[Pass]:
     """Products of a few rows, whose x stays in a cache. One lookup in shared memory an element is the memory's time by itself."""
     few = {"M": 16, "x": "bfloat16", "compute": "bfloat16", "out": "bfloat16", "nested": True}
     weights, packed = (_of(size, "BLOCK_N", "BLOCK_K") for size in (2, PACKED))
-    passes = [Pass("_nf4_linear_kernel", "nf4_linear", packed, 3.5, few, loop=True)]
+    whole, whole_packed = (4096 * 4096 * size for size in (2, PACKED))
+
+    def part(name: str, tile: Bytes, limit: float, speed: float, options: dict[str, Any], launch: float) -> Pass:
+        return Pass(f"_{name}_kernel", name, tile, limit, options, loop=True, launch=launch, speed=speed, cached=ROWS)
+
+    passes = [part("nf4_linear", packed, 3.5, 0.2, few, whole_packed)]
     for transposed in (False, True):
         kind = {"M": 64, "R": 16, "transposed": transposed, "dropout": False, "nested": True, "candidate": 0}
-        passes.append(Pass("_nf4_product_kernel", "nf4_product", packed, 2.8, kind, loop=True))
-    for rademacher, limit in ((False, 3.7), (True, 1.55)):
+        passes.append(part("nf4_product", packed, 2.8, 0.11, kind, whole_packed))
+    for rademacher, limit, speed in ((False, 3.7, 0.18), (True, 1.55, 0.43)):
         kind = {"M": 16, "dtype": "bfloat16", "rademacher": rademacher}
-        passes.append(Pass("_zo_linear_kernel", "zo_linear", weights, limit, kind, loop=True))
-    for distribution, limit in (("gaussian", 17.5), ("rademacher", 7.4), ("scales", 5.3)):
+        passes.append(part("zo_linear", weights, limit, speed, kind, whole))
+    for distribution, limit, speed in (("gaussian", 17.5, 0.03), ("rademacher", 7.4, 0.06), ("scales", 5.3, 0.07)):
         kind = {"M": 16, "dtype": "bfloat16", "distribution": distribution, "nested": True}
-        passes.append(Pass("_zo_nf4_linear_kernel", "zo_nf4_linear", packed, limit, kind, loop=True))
+        passes.append(part("zo_nf4_linear", packed, limit, speed, kind, whole_packed))
     # 16 rows of 128 columns, their bytes and nested maxima.
     product = _fixed(16 * (128 / 2 + 128 / 64))
     passes.append(Pass("multiply_part<(DType)1, (DType)1, 1>", "nf4_linear.cu", product, 1.6, loop=True))
@@ -110,18 +139,17 @@ def _few_rows() -> list[Pass]:
 def _zeroth_order() -> list[Pass]:
     """A normal is some fifty instructions by its definition."""
     passes = []
-    for dtype, rademacher, triton, cuda in (
-        ("bfloat16", False, 1.75, 2.05),
-        ("bfloat16", True, 0.42, 0.56),
-        ("float32", False, 0.85, 1.0),
+    for dtype, rademacher, triton, speed, cuda in (
+        ("bfloat16", False, 1.75, 0.49, 2.05),
+        ("bfloat16", True, 0.42, 0.92, 0.56),
+        ("float32", False, 0.85, 0.9, 1.0),
     ):
         size = SIZES[dtype]
         kind = {"dtype": dtype, "rademacher": rademacher}
         # A ragged block's loads of elements of so many bytes: beside those a few of 4 bytes read settings and tables.
         cold = {"STG.E.U16": 1, "LDG.E.U16": 1} if size == 2 else {"STG.E": 1, "LDG.E": 8}
-        passes.append(
-            Pass("_perturb_kernel", "perturb", _of(2 * size, "BLOCK"), triton, kind, cold=cold | {"CALL.REL.NOINC": 1})
-        )
+        cold["CALL.REL.NOINC"] = 1
+        passes.append(Pass("_perturb_kernel", "perturb", _of(2 * size, "BLOCK"), triton, kind, speed=speed, cold=cold))
         elements = 32 if rademacher else 16  # a lane's
         name = f"apply<(DType){CODES[dtype]}, false, {str(rademacher).lower()}, true>"
         passes.append(Pass(name, "zeroth_order.cu", _fixed(2 * size * elements * 32), cuda))
@@ -130,14 +158,18 @@ def _zeroth_order() -> list[Pass]:
 
 def _others() -> list[Pass]:
     passes = []
-    for small, states, triton, stochastic, cuda in ((False, 16, 0.24, 0.33, 0.57), (True, 4, 0.55, 0.71, 0.97)):
+    for small, states, triton, stochastic, speed, cuda in (
+        (False, 16, 0.24, 0.33, 0.95, 0.57),
+        (True, 4, 0.55, 0.71, 0.76, 0.97),
+    ):
         # Value read and written, gradient, states, age, index, base, and the sector that the weight lies in.
         size = 8 + 4 + states + 4 + 4 + 2 + 32
         for rounded, limit in ((False, triton), (True, stochastic)):
             kind = {"dtype": "bfloat16", "stochastic": rounded, "small": small}
             # A ragged block's values are stored one by one.
             cold = {"STG.E": 4, "CALL.REL.NOINC": 1}
-            passes.append(Pass("_sparse_adamw_kernel", "sparse_adamw_step", _of(size, "BLOCK"), limit, kind, cold=cold))
+            tile = _of(size, "BLOCK")
+            passes.append(Pass("_sparse_adamw_kernel", "sparse_adamw_step", tile, limit, kind, speed=speed, cold=cold))
         name = f"adamw<(DType)1, int, short, {str(small).lower()}>"
         passes.append(Pass(name, "sparse_adamw.cu", _fixed(32 * (8 if small else 4) * size), cuda))
     product = {"M": 64, "R": 16, "transposed": True, "dropout": False, "nested": True, "candidate": 0}

@@ -1,0 +1,322 @@
+"""A multiprocessor that runs machine code as far as time goes: which warp issues when, and for what it waits.
+
+What :mod:`.sass` counts is a bound: the busiest unit, if every warp always had something to do. Here the warps of as many programs
+as fit run the kernel's own instructions. Each waits for the scoreboards that its instruction names, for barriers, for groups of
+asynchronous copies and for a free unit, and bytes wait for the memory. No value is computed, so a warp's way through the code is given.
+
+What the model leaves out: conflicts of shared memory's banks, the L1 cache, other multiprocessors (each has its share of the memory at
+any time), and that a busy memory answers later. Latencies are those that others measured on an H100, in cycles.
+"""
+
+import heapq
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from .sass import DRAM_BYTES, RATES, Code, Instruction, unit_of
+
+# Cycles until a result is there. A memory's is that of an access that finds nobody before it.
+DRAM, L2, SHARED, OTHER = 700, 270, 30, 25
+_READ = 20  # until an access has read its operands
+_TENSOR = 40  # a matrix instruction's, beyond the time in which it takes the unit
+_START = 200  # from a program's end to the beginning of the one that takes its place
+_BARRIER = 20
+L2_BYTES = 38.0  # for each cycle of a multiprocessor: 10 TB/s of 132
+# Of a multiprocessor. Shared memory holds 1024 bytes more of each program.
+_REGISTERS, _WARPS, _PROGRAMS = 65536, 64, 32
+_SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+PARAMETERS = {80: 0x160, 90: 0x210, 100: 0x380}  # where they begin in the constant bank
+
+_LONGEST = 1 << 20
+
+_REGISTER = re.compile(r"\bU?R\d+\b")
+_CONSTANT = re.compile(r"c\[0x0\]\[0x(\w+)\]")
+
+
+def resident(registers: int, shared: int, warps: int, arch: int) -> int:
+    """How many programs a multiprocessor holds at once."""
+    of_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    return min(of_registers, _SHARED[arch] // (shared + 1024), _WARPS // warps, _PROGRAMS)
+
+
+@dataclass
+class Step:
+    """One instruction of a warp's way.
+
+    Attributes:
+        unit, weight: the unit that executes it and how many times it is counted there.
+        size: bytes that a warp's access to global memory moves; cached: they lie in the L2 cache.
+        keeps: groups of copies that a wait leaves open; None: no such wait.
+        columns: of a matrix instruction.
+    """
+
+    kind: str
+    unit: str | None
+    weight: int
+    stall: int
+    done: int
+    read: int
+    waits: int
+    size: int = 0
+    cached: bool = False
+    keeps: int | None = None
+    columns: int = 0
+
+
+@dataclass(frozen=True)
+class Way:
+    """Which way a warp takes through the code.
+
+    Attributes:
+        trips: how often it goes through the loop of the most instructions; 0: past all innermost loops.
+        ahead: how many trips before the last its copies run out, which the loop asks for ahead.
+        cold: blocks with so many of an opcode are not entered.
+        cached: offsets among the parameters of the pointers to what lies in the L2 cache.
+    """
+
+    trips: int = 1
+    ahead: int = 0
+    cold: dict[str, int] = field(default_factory=dict)
+    cached: Collection[int] = ()
+
+
+def steps_of(code: Code, way: Way, arch: int) -> list[Step]:
+    """What a warp executes from the beginning to an exit; of a program that takes one tile after the other, for the first."""
+    instructions = code.instructions
+    loop = max(code.loop_ranges, key=lambda one: one[1] - one[0], default=None)
+    avoided = _cold_instructions(code, way.cold)
+    if not way.trips:
+        avoided |= {number for low, high in code.loop_ranges for number in range(low, high + 1)}
+    exits = [number for number, one in enumerate(instructions) if one.opcode == "EXIT"]
+    ending = _leading_to(code, exits, avoided)
+    entering = _leading_to(code, [loop[0]], avoided) if loop and way.trips else set()
+    origins = _Origins(PARAMETERS[arch])
+    found: list[Step] = []
+    number, trips = 0, 0
+    while len(found) < _LONGEST:
+        one = instructions[number]
+        if loop and number == loop[0] and way.trips:
+            trips += 1
+        sources = origins.follow(one)
+        if not one.predicate.startswith("@!PT"):
+            step = _step(one, bool(sources & set(way.cached)))
+            if step.kind == "LDGSTS" and trips > way.trips - way.ahead:
+                step.size = 0
+            found.append(step)
+        again = one.target is not None and one.target <= number and not one.follows
+        if (one.opcode == "EXIT" and not one.predicate) or again:
+            return found
+        number = _next(number, one, loop if trips < way.trips else None, entering if not trips else set(), ending)
+    raise RuntimeError(f"the way has not come to an exit after {len(found)} instructions")
+
+
+def _next(number: int, one: Instruction, loop: tuple[int, int] | None, entering: set[int], ending: set[int]) -> int:
+    if one.opcode != "BRA" or one.target is None:
+        return number + 1
+    if not one.follows or (loop and (one.target, number) == loop):
+        return one.target
+    for wanted in (entering, ending):
+        ahead = [choice for choice in (number + 1, one.target) if choice > number and choice in wanted]
+        if ahead:
+            return ahead[0]
+    raise RuntimeError(f"no way leads on from {one.name} {one.operands} at {one.at:#x}")
+
+
+def _cold_instructions(code: Code, cold: dict[str, int]) -> set[int]:
+    if not cold:
+        return set()
+    found, number = set(), 0
+    for block in code.blocks:
+        size = sum(block.names.values())
+        if any(block.names.get(name, 0) >= times for name, times in cold.items()):
+            found.update(range(number, number + size))
+        number += size
+    return found
+
+
+def _leading_to(code: Code, goals: list[int], avoided: set[int]) -> set[int]:
+    """The instructions from which a goal can be reached."""
+    before: dict[int, list[int]] = {}
+    for number, one in enumerate(code.instructions):
+        if one.target is not None and one.opcode == "BRA":
+            before.setdefault(one.target, []).append(number)
+        if one.follows:
+            before.setdefault(number + 1, []).append(number)
+    found: set[int] = set()
+    open_ = [goal for goal in goals if goal not in avoided]
+    while open_:
+        number = open_.pop()
+        if number not in found:
+            found.add(number)
+            open_.extend(other for other in before.get(number, []) if other not in avoided)
+    return found
+
+
+class _Origins:
+    """Which parameters each register was computed from, along one way; what was loaded comes from none."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.of: dict[str, frozenset[int]] = {}
+
+    def follow(self, one: Instruction) -> frozenset[int]:
+        """The parameters that the operands come from: of a load or a store the address's."""
+        names = _REGISTER.findall(one.operands)
+        writes = one.opcode not in ("STG", "STS", "LDGSTS", "ST", "RED", "BRA", "EXIT")
+        if one.opcode == "STG":
+            names = _REGISTER.findall(one.operands.rpartition("],")[0] or one.operands)
+        sources = frozenset().union(*(self.of.get(name, frozenset()) for name in (names[1:] if writes else names)))
+        sources |= {
+            int(place, 16) - self.first for place in _CONSTANT.findall(one.operands) if int(place, 16) >= self.first
+        }
+        if writes and names:
+            kind, place = re.fullmatch(r"(U?R)(\d+)", names[0]).groups()  # type: ignore[union-attr]
+            loaded = one.opcode in ("LDG", "LDS", "LD")
+            for i in range(2 if ".64" in one.name or "WIDE" in one.name else 1):
+                self.of[f"{kind}{int(place) + i}"] = frozenset() if loaded else sources
+        return sources
+
+
+def _step(one: Instruction, cached: bool) -> Step:
+    unit, weight = unit_of(one.name)
+    step = Step(one.opcode, unit, weight, max(1, one.stall), one.done, one.read, one.waits)
+    if one.opcode in ("LDG", "STG", "LDGSTS"):
+        bits = [int(bits) for bits in re.findall(r"\.[US]?(8|16|32|64|128)\b", one.name)]
+        step.size, step.cached = 32 * (bits[-1] if bits else 32) // 8, cached and one.opcode != "STG"
+    elif one.opcode == "DEPBAR" and (match := re.search(r"SB\d, 0x(\w+)", one.operands)) and ".LE" in one.name:
+        step.keeps = int(match[1], 16)
+    elif one.name.startswith("WARPGROUP.DEPBAR"):
+        step.kind = "matrix wait"
+    elif one.opcode == "HGMMA":
+        step.columns = int(re.search(r"64x(\d+)x", one.name)[1])  # type: ignore[index]
+    elif one.opcode == "HMMA":
+        step.columns = 16  # as long as so many columns of a warp group's instruction
+    return step
+
+
+class _Warp:
+    __slots__ = ("copies", "group", "matrix", "place", "program", "scoreboards", "since")
+
+    def __init__(self, program: dict[str, Any], place: int) -> None:
+        self.program, self.place = program, place
+        self.since = 0  # steps done
+        self.scoreboards = [0.0] * 6
+        self.copies: list[float] = []  # when each open group of copies is there
+        self.group = self.matrix = 0.0
+
+
+def cycles(steps: list[Step], warps: int, programs: int, at_once: int, arch: int, scale: float = 1.0) -> float:
+    """How long a multiprocessor takes for so many programs, so many of them at once, whose warps all go the same way. Of the bytes that
+    the memory is asked for it moves the part ``scale``: less than 1 where lanes ask for the same ones."""
+    run = _Run(steps, warps, programs, arch, scale)
+    for _ in range(min(at_once, programs)):
+        run.begin(0.0)
+    return run.finish()
+
+
+class _Run:
+    def __init__(self, steps: list[Step], warps: int, programs: int, arch: int, scale: float) -> None:
+        self.steps, self.warps, self.left = steps, warps, programs
+        self.bytes = DRAM_BYTES[arch] / scale
+        # Cycles for which an instruction takes a unit of one of the four parts; shared by them is the memory's.
+        self.taken = {unit: 4 / rate for unit, rate in RATES[arch].items() if unit not in ("issue", "memory")}
+        self.free = [dict.fromkeys([*self.taken, "issue", "tensor"], 0.0) for _ in range(4)]
+        self.memory = self.dram = self.l2 = 0.0
+        self.queue: list[tuple[float, int, _Warp]] = []
+        self.count = 0
+        self.place = 0
+
+    def begin(self, time: float) -> None:
+        if not self.left:
+            return
+        self.left -= 1
+        program: dict[str, Any] = {"alive": self.warps, "waiting": []}
+        for _ in range(self.warps):
+            self.push(time, _Warp(program, self.place % 4))
+            self.place += 1
+
+    def push(self, time: float, warp: _Warp) -> None:
+        self.count += 1
+        heapq.heappush(self.queue, (time, self.count, warp))
+
+    def finish(self) -> float:
+        end, queue = 0.0, self.queue
+        while queue:
+            time, order, warp = heapq.heappop(queue)
+            step = self.steps[warp.since]
+            ready = self._ready(time, warp, step)
+            if ready > time:
+                heapq.heappush(queue, (ready, order, warp))
+                continue
+            end = max(end, time)
+            self._issue(time, warp, step)
+        return max(end, self.dram)
+
+    def _ready(self, time: float, warp: _Warp, step: Step) -> float:
+        ready, free = time, self.free[warp.place]
+        for i in range(6):
+            if step.waits >> i & 1:
+                ready = max(ready, warp.scoreboards[i])
+        if step.keeps is not None and len(warp.copies) > step.keeps:
+            ready = max(ready, *warp.copies[: len(warp.copies) - step.keeps])
+        if step.kind == "matrix wait":
+            ready = max(ready, warp.matrix)
+        ready = max(ready, free["issue"])
+        if step.columns:
+            ready = max(ready, free["tensor"])
+        elif step.unit in self.taken:
+            ready = max(ready, free[step.unit])
+        return ready
+
+    def _issue(self, time: float, warp: _Warp, step: Step) -> None:
+        free = self.free[warp.place]
+        free["issue"] = time + 1
+        result, read = time + OTHER, time + _READ
+        if step.unit in self.taken:
+            free[step.unit] = time + self.taken[step.unit] * step.weight
+        elif step.unit == "memory":
+            self.memory = max(self.memory, time) + step.weight
+            result, read = self.memory + SHARED, self.memory + _READ
+            if step.size:
+                result = self._moved(step)
+        elif step.columns:
+            free["tensor"] = time + max(8, step.columns / 2)
+            result = read = warp.matrix = free["tensor"] + _TENSOR
+        if step.kind == "LDGSTS":
+            warp.group = max(warp.group, result)
+        elif step.kind == "LDGDEPBAR":
+            warp.copies.append(warp.group)
+            warp.group = 0.0
+        elif step.keeps is not None:
+            del warp.copies[: max(0, len(warp.copies) - step.keeps)]
+        if step.done < 6:
+            warp.scoreboards[step.done] = max(warp.scoreboards[step.done], result)
+        if step.read < 6:
+            warp.scoreboards[step.read] = max(warp.scoreboards[step.read], read)
+        self._go_on(time, warp, step)
+
+    def _moved(self, step: Step) -> float:
+        """When an access that begins when shared memory's path has taken it is answered."""
+        if step.cached:
+            self.l2 = max(self.l2, self.memory) + step.size / L2_BYTES
+            return max(self.l2, self.memory + L2)
+        self.dram = max(self.dram, self.memory) + step.size / self.bytes
+        return max(self.dram, self.memory + DRAM)
+
+    def _go_on(self, time: float, warp: _Warp, step: Step) -> None:
+        warp.since += 1
+        program = warp.program
+        if warp.since == len(self.steps):
+            program["alive"] -= 1
+            if not program["alive"]:
+                self.begin(time + _START)
+        elif step.kind == "BAR":
+            program["waiting"].append(warp)
+            if len(program["waiting"]) == self.warps:
+                for other in program["waiting"]:
+                    self.push(time + _BARRIER, other)
+                program["waiting"] = []
+        else:
+            self.push(time + step.stall, warp)
