@@ -8,6 +8,7 @@ import triton.language as tl
 from .launch import launch
 from .nf4 import has_words, indices_of
 from .numerics import multiply_add, narrow, widen
+from .partials import divide, partials_of, reduce_two
 from .philox import normal_tile, sign_tile
 
 _NESTED_BITS = tl.constexpr(8)  # 256 maxima share one of the second level
@@ -28,7 +29,7 @@ def _signs(seed, start, first, columns, tensor_id, WHOLE_COUNTERS: tl.constexpr,
 
 
 # tensor_id: of the second tensor, 1, the compiler would make a constant, which has no type to convert from.
-@triton.jit(do_not_specialize=["M", "tensor_id"])
+@triton.jit(do_not_specialize=["M", "tensor_id", "steps"])
 def _zo_linear_kernel(
     x_plus_ptr,
     x_minus_ptr,
@@ -44,18 +45,21 @@ def _zo_linear_kernel(
     N,
     K,
     tensor_id,
+    steps,
     RADEMACHER: tl.constexpr,
     WHOLE_COUNTERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_N columns of both products: each tile of W is loaded once, moved both ways in registers, and met by both inputs.
+    """BLOCK_N columns of both products: each tile of W is loaded once, moved both ways in registers, and met by both inputs. A program
+    adds ``steps`` blocks of K, the first the bias too.
 
     K is a multiple of 4, so that a counter's normals lie in one row of W.
     """
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(2)
     columns = tl.arange(0, BLOCK_K)
     mask_m, mask_n = offs_m < M, offs_n < N
     rows_n = offs_n[:, None].to(tl.int64)
@@ -63,7 +67,7 @@ def _zo_linear_kernel(
     id_ = tensor_id.to(tl.int64)
     plus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     minus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, K, BLOCK_K):
+    for first in range(part * steps * BLOCK_K, min(K, (part + 1) * steps * BLOCK_K), BLOCK_K):
         offs_k = first + columns
         mask_k = offs_k < K
         at = rows_n * K + offs_k[None, :]
@@ -85,9 +89,10 @@ def _zo_linear_kernel(
         plus = multiply_add(x_plus, tl.trans(narrow(w_plus, weight_ptr.dtype.element_ty)), plus)
         minus = multiply_add(x_minus, tl.trans(narrow(w_minus, weight_ptr.dtype.element_ty)), minus)
     if bias_plus_ptr is not None:
-        plus += widen(tl.load(bias_plus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
-        minus += widen(tl.load(bias_minus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
-    at_y = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+        mask_first = mask_n & (part == 0)
+        plus += widen(tl.load(bias_plus_ptr + offs_n, mask=mask_first, other=0.0))[None, :]
+        minus += widen(tl.load(bias_minus_ptr + offs_n, mask=mask_first, other=0.0))[None, :]
+    at_y = (part.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
     mask_y = mask_m[:, None] & mask_n[None, :]
     tl.store(out_plus_ptr + at_y, narrow(plus, out_plus_ptr.dtype.element_ty), mask=mask_y)
     tl.store(out_minus_ptr + at_y, narrow(minus, out_minus_ptr.dtype.element_ty), mask=mask_y)
@@ -112,10 +117,11 @@ def zo_linear(
     out_plus = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
     out_minus = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
     if M and N:
-        grid = (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))
+        steps, splits = divide(triton.cdiv(K, config.block_k), config.splits)
+        sums_plus, sums_minus = partials_of(splits, out_plus), partials_of(splits, out_minus)
         launch(
             _zo_linear_kernel,
-            grid,
+            (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m), splits),
             x_plus.contiguous(),
             x_minus.contiguous(),
             weight,
@@ -124,12 +130,13 @@ def zo_linear(
             seed,
             eps,
             threshold,
-            out_plus,
-            out_minus,
+            sums_plus,
+            sums_minus,
             M,
             N,
             K,
             tensor_id,
+            steps,
             RADEMACHER=rademacher,
             WHOLE_COUNTERS=K % 128 == 0,
             BLOCK_M=config.block_m,
@@ -139,10 +146,11 @@ def zo_linear(
             num_stages=config.num_stages,
             enable_fp_fusion=False,
         )
+        reduce_two(sums_plus, out_plus, 1.0, sums_minus, out_minus, 1.0)
     return out_plus, out_minus
 
 
-@triton.jit(do_not_specialize=["M", "tensor_id"])
+@triton.jit(do_not_specialize=["M", "tensor_id", "steps"])
 def _zo_nf4_linear_kernel(
     x_plus_ptr,
     x_minus_ptr,
@@ -164,6 +172,7 @@ def _zo_nf4_linear_kernel(
     K,
     row_bytes,
     tensor_id,
+    steps,
     BLOCK_BITS: tl.constexpr,
     WORDS: tl.constexpr,
     RADEMACHER: tl.constexpr,
@@ -178,10 +187,11 @@ def _zo_nf4_linear_kernel(
     BLOCK_K divides K and the block size, 2 ** BLOCK_BITS, so that a step has one maximum a row. WORDS: four bytes can be loaded as a
     word. OF_SCALES: z moves the block maxima, in float32, and the tile is decoded with both; otherwise it moves the decoded weight.
     """
-    DTYPE: tl.constexpr = out_plus_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = x_plus_ptr.dtype.element_ty
     UNITS: tl.constexpr = BLOCK_K // 8 if WORDS else BLOCK_K // 2
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(2)
     columns = tl.arange(0, BLOCK_K)
     mask_m, mask_n = offs_m < M, offs_n < N
     row = tl.where(mask_n, offs_n, 0).to(tl.int64)
@@ -197,7 +207,7 @@ def _zo_nf4_linear_kernel(
         offset = tl.load(nested_offset_ptr)
     plus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     minus = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, K, BLOCK_K):
+    for first in range(part * steps * BLOCK_K, min(K, (part + 1) * steps * BLOCK_K), BLOCK_K):
         units = tl.load(units_row + (first // 8 if WORDS else first // 2))
         block = (row * K + first) >> BLOCK_BITS
         absmax = tl.load(absmax_ptr + block)
@@ -233,12 +243,13 @@ def _zo_nf4_linear_kernel(
         plus = multiply_add(x_plus, tl.trans(narrow(w_plus, DTYPE)), plus)
         minus = multiply_add(x_minus, tl.trans(narrow(w_minus, DTYPE)), minus)
     if bias_plus_ptr is not None:
-        plus += widen(tl.load(bias_plus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
-        minus += widen(tl.load(bias_minus_ptr + offs_n, mask=mask_n, other=0.0))[None, :]
-    at_y = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+        mask_first = mask_n & (part == 0)
+        plus += widen(tl.load(bias_plus_ptr + offs_n, mask=mask_first, other=0.0))[None, :]
+        minus += widen(tl.load(bias_minus_ptr + offs_n, mask=mask_first, other=0.0))[None, :]
+    at_y = (part.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
     mask_y = mask_m[:, None] & mask_n[None, :]
-    tl.store(out_plus_ptr + at_y, narrow(plus, DTYPE), mask=mask_y)
-    tl.store(out_minus_ptr + at_y, narrow(minus, DTYPE), mask=mask_y)
+    tl.store(out_plus_ptr + at_y, narrow(plus, out_plus_ptr.dtype.element_ty), mask=mask_y)
+    tl.store(out_minus_ptr + at_y, narrow(minus, out_minus_ptr.dtype.element_ty), mask=mask_y)
 
 
 def zo_nf4_linear(
@@ -272,10 +283,12 @@ def zo_nf4_linear(
     out_plus = torch.empty((M, N), dtype=x_plus.dtype, device=x_plus.device)
     out_minus = torch.empty((M, N), dtype=x_plus.dtype, device=x_plus.device)
     if M and N:
-        grid = (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m))
+        block_k = min(config.block_k, block_size)
+        steps, splits = divide(triton.cdiv(K, block_k), config.splits)
+        sums_plus, sums_minus = partials_of(splits, out_plus), partials_of(splits, out_minus)
         launch(
             _zo_nf4_linear_kernel,
-            grid,
+            (triton.cdiv(N, config.block_n), triton.cdiv(M, config.block_m), splits),
             x_plus.contiguous(),
             x_minus.contiguous(),
             packed,
@@ -289,13 +302,14 @@ def zo_nf4_linear(
             seed,
             eps,
             threshold,
-            out_plus,
-            out_minus,
+            sums_plus,
+            sums_minus,
             M,
             N,
             K,
             K // 2,
             tensor_id,
+            steps,
             BLOCK_BITS=block_size.bit_length() - 1,
             WORDS=has_words(packed, K),
             RADEMACHER=rademacher,
@@ -303,9 +317,10 @@ def zo_nf4_linear(
             OF_SCALES=of_scales,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            BLOCK_K=min(config.block_k, block_size),
+            BLOCK_K=block_k,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=False,
         )
+        reduce_two(sums_plus, out_plus, 1.0, sums_minus, out_minus, 1.0)
     return out_plus, out_minus

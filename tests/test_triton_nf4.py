@@ -198,3 +198,20 @@ def test_a_few_rows_by_words_and_by_bytes(columns: int) -> None:
     weight = definition.nf4_dequantize(packed, absmax, code, block, (37, columns), torch.bfloat16, *nesting)
     exact = x.bfloat16().double() @ weight.double().T
     torch.testing.assert_close(results[0].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("splits", [2, 5, 9])
+def test_a_few_rows_in_parts(splits: int) -> None:
+    """Sums that several programs share, and the bias once; the last part is the shorter one."""
+    packed, absmax, code, nesting = _quantized((37, 224), 32, True)
+    generator = torch.Generator().manual_seed(2)
+    x, bias = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((3, 224), (37,)))
+    results = []
+    for config in (configs.LinearConfig(16, 32), configs.LinearConfig(16, 32, splits=splits)):
+        y = torch.full((3, 37), float("nan"), device=DEVICE)
+        given = (x, packed, absmax, code, 32, (37, 224), *nesting, bias, torch.bfloat16, y)
+        results.append(nf4_linear.nf4_linear(*given, config))
+    weight = definition.nf4_dequantize(packed, absmax, code, 32, (37, 224), torch.bfloat16, *nesting)
+    exact = x.bfloat16().double() @ weight.double().T + bias.double()
+    for result in results:
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-5)

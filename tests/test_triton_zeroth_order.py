@@ -65,24 +65,27 @@ def test_thresholds_of_empty_tensors_are_passed_over() -> None:
         (ZoLinearConfig(16, 32, 64), 256),
         (ZoLinearConfig(16, 32, 128), 384),
         (ZoLinearConfig(16, 16, 256), 384),
+        (ZoLinearConfig(16, 64, 16, splits=2), 76),
+        (ZoLinearConfig(32, 32, 64, splits=3), 256),
     ],
 )
 @pytest.mark.parametrize("rademacher", [False, True])
 def test_linear_does_not_depend_on_the_tile(config: ZoLinearConfig, K: int, rademacher: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, y, weight = (torch.randn(*shape, generator=generator).half().to(DEVICE) for shape in ((19, K), (19, K), (35, K)))
-    eps = torch.tensor([0.25], device=DEVICE)
-    got = zeroth_order_linear.zo_linear(x, y, weight, None, None, seed_of(8), eps, None, 2, rademacher, config)
-    right = definition.zo_linear(
-        x.double(), y.double(), weight.double(), None, None, seed_of(8), eps, None, 2, rademacher
-    )
-    composed = definition.zo_linear(x, y, weight, None, None, seed_of(8), eps, None, 2, rademacher)
+    shapes = ((19, K), (19, K), (35, K), (35,), (35,))
+    tensors = [torch.randn(*shape, generator=generator).half().to(DEVICE) for shape in shapes]
+    terms = (seed_of(8), torch.tensor([0.25], device=DEVICE), None, 2, rademacher)
+    got = zeroth_order_linear.zo_linear(*tensors, *terms, config)
+    right = definition.zo_linear(*(one.double() for one in tensors), *terms)
+    composed = definition.zo_linear(*tensors, *terms)
     for name, *results in zip(("plus", "minus"), got, composed, right, strict=True):
         assert_within_budget(name, *results)
 
 
 @pytest.mark.parametrize("of_scales", [False, True])
-@pytest.mark.parametrize("config", [ZoLinearConfig(16, 16, 32), ZoLinearConfig(32, 64, 64)])
+@pytest.mark.parametrize(
+    "config", [ZoLinearConfig(16, 16, 32), ZoLinearConfig(32, 64, 64), ZoLinearConfig(16, 32, 32, splits=3)]
+)
 def test_nf4_linear_does_not_depend_on_the_tile(config: ZoLinearConfig, of_scales: bool) -> None:
     case = NF4LinearCase(19, 35, 128, torch.float16, nested=not of_scales, of_scales=of_scales)
     arguments = nf4_arguments(case)

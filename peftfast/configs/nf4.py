@@ -1,9 +1,9 @@
 """Launch configurations of kernels/nf4.py and kernels/nf4_quantize.py, and which way a product with a 4-bit weight takes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .device import Device, bucket, measured, require_powers_of_two
+from .device import Device, blocks, bucket, measured, parts, require_powers_of_two
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -139,12 +139,13 @@ MOST_COLUMNS = 128  # of a step of the Triton kernel
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """Tile of the Triton product of a few rows: weight rows and columns, and the pipeline."""
+    """Tile of the Triton product of a few rows: weight rows and columns, the pipeline, and the parts into which K is cut."""
 
     block_n: int = 32
     block_k: int = MOST_COLUMNS
     num_warps: int = 2
     num_stages: int = 3
+    splits: int = 1
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "block_n", "block_k", "num_warps")
@@ -152,11 +153,13 @@ class LinearConfig:
             raise ValueError(f"block_k: expected at most {MOST_COLUMNS}, got {self.block_k}")
 
 
-def nf4_linear(M: int, dtype: str, device: Device) -> LinearConfig:
-    """Narrow tiles, so that a weight of 4096 rows makes about as many programs as a GPU has multiprocessors, and two warps, whose
-    threads then read 16 bytes of a 64-element block's rows at once. Not measured."""
+def nf4_linear(M: int, N: int, K: int, dtype: str, device: Device) -> LinearConfig:
+    """Two warps, whose threads read 16 bytes of a 64-element block's rows at once, on narrow tiles, and many such programs. Not
+    measured."""
     rows = bucket(M, (16, 32, 64))
-    return measured(device, "nf4_linear", f"{dtype} rows{rows}", LinearConfig) or LinearConfig()
+    config = measured(device, "nf4_linear", f"{dtype} rows{rows}", LinearConfig) or LinearConfig()
+    programs = blocks(N, config.block_n) * blocks(M, rows)
+    return replace(config, splits=parts(programs, blocks(K, config.block_k), device, 8))
 
 
 TILE_ROWS, SPLIT_COLUMNS = 64, 128  # of csrc/cuda/nf4_linear.cu

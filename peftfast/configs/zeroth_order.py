@@ -1,9 +1,9 @@
 """Launch configurations of kernels/zeroth_order.py."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .device import Device, bucket, measured, require_powers_of_two
+from .device import Device, blocks, bucket, measured, parts, require_powers_of_two
 
 DTYPES = ("float32", "bfloat16", "float16")
 # A direction costs a GPU about as many instructions as a row of both products takes cycles for one weight: past some 200 rows a sign,
@@ -35,13 +35,15 @@ class PerturbConfig:
 
 @dataclass(frozen=True)
 class ZoLinearConfig:
-    """A tile of both products: block_m rows of each sign, block_n columns of y, block_k of W at a time."""
+    """A tile of both products: block_m rows of each sign, block_n columns of y, block_k of W at a time; ``splits``: parts into which
+    K is cut."""
 
     block_m: int
     block_n: int = 32
     block_k: int = 64
     num_warps: int = 4
     num_stages: int = 2
+    splits: int = 1
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "block_m", "block_n", "block_k", "num_warps")
@@ -65,10 +67,12 @@ def zo_linear(M: int, N: int, K: int, dtype: str, rademacher: bool, device: Devi
     rows = bucket(M, (16, 32, 64, 128))
     key = f"{dtype} {'rademacher' if rademacher else 'gaussian'} M{rows}"
     default = ZoLinearConfig(rows, num_warps=8 if rows >= 32 else 4)
-    return measured(device, "zo_linear", key, ZoLinearConfig) or default
+    return _cut(measured(device, "zo_linear", key, ZoLinearConfig) or default, M, N, K, device)
 
 
-def zo_nf4_linear(M: int, block_size: int, dtype: str, distribution: str, device: Device) -> ZoLinearConfig | None:
+def zo_nf4_linear(
+    M: int, N: int, K: int, block_size: int, dtype: str, distribution: str, device: Device
+) -> ZoLinearConfig | None:
     """The tile for M rows a sign of a 4-bit weight; ``distribution`` is gaussian, rademacher, or scales where z moves those. None:
     more rows, which spill registers where a thread loads 16 bytes (280 bytes a thread at 128 rows). A step has one maximum a row, so
     it is at most a block."""
@@ -78,7 +82,13 @@ def zo_nf4_linear(M: int, block_size: int, dtype: str, distribution: str, device
     # A tile has 16 packed bytes for each thread, which loads them at once and draws z of their 32 elements by 8 counters.
     warps, columns = (4 if rows >= 64 else 2), min(64, block_size)
     default = ZoLinearConfig(rows, block_n=warps * 32 * 32 // columns, block_k=columns, num_warps=warps)
-    return measured(device, "zo_nf4_linear", f"{dtype} {distribution} M{rows}", ZoLinearConfig) or default
+    config = measured(device, "zo_nf4_linear", f"{dtype} {distribution} M{rows}", ZoLinearConfig) or default
+    return _cut(config, M, N, K, device)
+
+
+def _cut(config: ZoLinearConfig, M: int, N: int, K: int, device: Device) -> ZoLinearConfig:
+    programs = blocks(N, config.block_n) * blocks(M, config.block_m)
+    return replace(config, splits=parts(programs, blocks(K, config.block_k), device, max(1, 16 // config.num_warps)))
 
 
 def launch_matrix(device: Device) -> Iterator[tuple[str, str, bool, int, PerturbConfig | ZoLinearConfig]]:

@@ -173,7 +173,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor]:
     """The base product in one launch; with an adapter the two passes of the lora family follow."""
     y, s = _results(x, shape[0], None, compute, dtype)
-    config = configs.nf4_linear(x.shape[0], dtype_name(compute), device_of(x))
+    config = configs.nf4_linear(x.shape[0], shape[0], shape[1], dtype_name(compute), device_of(x))
     with on_device(x):
         kernels("nf4_linear").nf4_linear(
             x,

@@ -301,7 +301,7 @@ def _triton_nf4(
     if triton_serves(K, block_size, x_plus.dtype)[0]:
         distribution = "scales" if of_scales else "rademacher" if rademacher else "gaussian"
         config = configs.zo_nf4_linear(
-            x_plus.shape[0], block_size, dtype_name(x_plus.dtype), distribution, device_of(packed)
+            x_plus.shape[0], N, K, block_size, dtype_name(x_plus.dtype), distribution, device_of(packed)
         )
     if config is not None:
         with on_device(packed):

@@ -154,7 +154,7 @@ def nf4_nest(snapped: bool, arch: int, count: int = 2**18) -> None:
 
 
 def nf4_linear(M: int, x: str, compute: str, out: str, nested: bool, arch: int, N: int = 4096, K: int = 4096) -> None:
-    config = nf4_configs.nf4_linear(M, compute, DEVICES[arch])
+    config = nf4_configs.nf4_linear(M, N, K, compute, DEVICES[arch])
     weight, nesting = _nf4(N, K, 64, nested)
     bias = _empty(N, dtype=compute)
     rows, y = _empty(M, K, dtype=x), _empty(M, N, dtype=out)
@@ -348,7 +348,7 @@ def zo_nf4_linear(
     tensor_id: int = 5,
 ) -> None:
     """With bias and threshold: what costs most registers."""
-    config = zo_configs.zo_nf4_linear(M, block_size, dtype, distribution, DEVICES[arch])
+    config = zo_configs.zo_nf4_linear(M, N, K, block_size, dtype, distribution, DEVICES[arch])
     weight, nesting = _nf4(N, K, block_size, nested)
     x, bias, one = _empty(M, K, dtype=dtype), _empty(N, dtype=dtype), _empty(1, dtype=torch.float32)
     terms = (
