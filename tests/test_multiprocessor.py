@@ -73,8 +73,8 @@ def test_the_memory_that_is_taken() -> None:
     steps = [load(512), step(waits=1), EXIT]
     for scale in (1.0, 0.5):
         bytes_ = 64 * 40 * 512 * scale
-        assert cycles(steps, 8, 320, 8, 90, scale) == pytest.approx(bytes_ / DRAM_BYTES[90], rel=0.1)
-    assert cycles(steps, 8, 320, 1, 90) == pytest.approx(320 * (DRAM + _START), rel=0.1)
+        assert cycles(steps, 8, 320, 8, 90, scale) == pytest.approx(bytes_ / DRAM_BYTES[90], rel=0.001)
+    assert cycles(steps, 8, 320, 1, 90) == pytest.approx(320 * (DRAM + _START), rel=0.01)
 
 
 def test_how_many_programs_fit() -> None:

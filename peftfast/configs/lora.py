@@ -161,7 +161,7 @@ def launch_matrix(device: Device) -> Iterator[tuple[Case, LoraConfig]]:
 
 
 def _roomy(device: Device) -> bool:
-    """Sums of a warp group's products stay in its registers, and a tile of 128 rows fits several times."""
+    """Sums of a warp group's products stay in its registers, and shared memory holds the tiles of many programs."""
     return device.capability >= (9, 0) and device.shared_memory >= 160 * 1024
 
 
@@ -177,9 +177,10 @@ def _shrink(case: Case, device: Device) -> LoraConfig:
         return LoraConfig(16, 64, min(case.rank, 64))
     if _roomy(device):
         # Many programs of few registers at once. The part of the memory's speed that a model of a multiprocessor reaches with the
-        # machine code for sm_90 (tests/support/throughput.py, dropout, float32 w, 8192 x 4096, triton 3.7.1, 2026-11-22), of tiles of
-        # 64 x 32, 64 x 64 and 128 x 64 (x 32 of float32): bfloat16 x of rank 16 0.89, 0.90, 0.83, 32 0.85, 0.72, -, 64 0.62, 0.52,
-        # 0.53; float32 x of rank 16 0.93, 0.75, 0.78, 32 0.92, 0.82, -, 64 0.86, 0.70, 0.53, 128 0.53, 0.37, -.
+        # machine code for sm_90 (tests/support/throughput.py, dropout, float32 w, 8192 x 4096, 512 programs of four warps, triton
+        # 3.7.1, 2026-11-22), of tiles of 64 x 32, 64 x 64 and 128 x 64 (x 32 of float32): bfloat16 x of rank 16 0.89, 0.90, 0.66
+        # (0.82 of eight warps), 32 0.85, 0.72, 0.59, 64 0.62, 0.52, 0.53; float32 x of rank 16 0.93, 0.67, 0.81, 32 0.92, 0.82, 0.80,
+        # 64 0.86, 0.70, 0.65, 128 0.53, 0.37 and spilled.
         wider = case.wide != "float32" and (case.rank == 16 or case.rank == 128 and not case.dropout)
         return LoraConfig(64, 64 if wider else 32, case.rank)
     if case.rank == 128:
@@ -212,9 +213,10 @@ def _weight_grad(case: Case, device: Device) -> LoraConfig:
         rows, warps = (32, 8) if case.rows == 64 else (16, 4)
         return LoraConfig(rows, 64, min(case.rank, 32), num_warps=warps, num_stages=2)
     if case.rows == 64 and _roomy(device):
-        # By the model of _shrink, dropout, of 32 and of 64 rows: bfloat16 of rank 16 0.82 and 0.87, 32 0.75 and 0.83, 64 0.70 and 0.72;
-        # float32 of rank 16 0.93 and 0.67 with 576 programs, 64 0.88 and 0.75, 128 0.62 in 199 registers and 0.59. Without dropout
-        # bfloat16 of rank 128 0.68 and 0.63, float32 of rank 16 0.94 and 0.93. 32 columns, which make no wgmma, gain up to 0.03.
+        # By the model of _shrink, of 32 and of 64 rows, under dropout: bfloat16 of rank 16 0.82 and 0.87, 32 0.75 and 0.83, 64 0.70 and
+        # 0.72, 128 0.41 and 0.46 (in 194 registers); float32 0.93 and 0.91, 0.92 and 0.76, 0.88 and 0.78, 0.62 (in 199) and 0.59.
+        # Without dropout they differ by 0.01 at most but for bfloat16 of rank 128, 0.68 and 0.63. Tiles of 32 columns gain 0.04 at most
+        # and lose up to 0.2.
         if case.rank == 128 and device.capability >= (10, 0):  # where triton 3.6 spills with 32 rows
             return LoraConfig(64, 128, 128, num_warps=8)
         short = not case.dropout or case.rank < 128 if case.wide == "float32" else case.rank == 128

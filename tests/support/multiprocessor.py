@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from .sass import DRAM_BYTES, RATES, Code, Instruction, unit_of
+from .sass import DRAM_BYTES, RATES, Code, Instruction, spread, unit_of
 
 # Cycles until a result is there. A memory's is that of an access that finds nobody before it.
 DRAM, L2, SHARED, OTHER = 700, 270, 30, 25
@@ -85,7 +85,7 @@ class Way:
 def steps_of(code: Code, way: Way, arch: int) -> list[Step]:
     """What a warp executes from the beginning to an exit; of a program that takes one tile after the other, for the first."""
     instructions = code.instructions
-    loop = max(code.loop_ranges, key=lambda one: one[1] - one[0], default=None)
+    loop = code.longest_loop
     avoided = _cold_instructions(code, way.cold)
     if not way.trips:
         avoided |= {number for low, high in code.loop_ranges for number in range(low, high + 1)}
@@ -138,20 +138,13 @@ def _cold_instructions(code: Code, cold: dict[str, int]) -> set[int]:
 
 def _leading_to(code: Code, goals: list[int], avoided: set[int]) -> set[int]:
     """The instructions from which a goal can be reached."""
-    before: dict[int, list[int]] = {}
+    before: list[list[int]] = [[] for _ in range(len(code.instructions) + 1)]
     for number, one in enumerate(code.instructions):
         if one.target is not None and one.opcode == "BRA":
-            before.setdefault(one.target, []).append(number)
+            before[one.target].append(number)
         if one.follows:
-            before.setdefault(number + 1, []).append(number)
-    found: set[int] = set()
-    open_ = [goal for goal in goals if goal not in avoided]
-    while open_:
-        number = open_.pop()
-        if number not in found:
-            found.add(number)
-            open_.extend(other for other in before.get(number, []) if other not in avoided)
-    return found
+            before[number + 1].append(number)
+    return spread(goals, before, [number not in avoided for number in range(len(before))])
 
 
 class _Origins:

@@ -120,6 +120,11 @@ class Code:
         return [one for one in sorted(ranges) if not any(inside(one, other) for other in ranges)]
 
     @cached_property
+    def longest_loop(self) -> tuple[int, int] | None:
+        """Of the innermost loops' ranges. Not the first: where the compiler's waits for barriers are loops too."""
+        return max(self.loop_ranges, key=lambda one: one[1] - one[0], default=None)
+
+    @cached_property
     def loops(self) -> list[Counts]:
         """What each innermost loop holds."""
         return [_count(one.name for one in self.instructions[low : high + 1]) for low, high in self.loop_ranges]
@@ -159,12 +164,13 @@ class Code:
             for other in block.after:
                 before[other].append(number)
         exits = [number for number, block in enumerate(self.blocks) if block.names.get("EXIT") or not block.after]
-        reached = _spread([0], [block.after for block in self.blocks], warm)
-        reached &= _spread(exits, before, warm)
+        reached = spread([0], [block.after for block in self.blocks], warm)
+        reached &= spread(exits, before, warm)
         return _count(name for number in sorted(reached) for name in _repeated(self.blocks[number].names))
 
 
-def _spread(start: list[int], after: list[list[int]], allowed: list[bool]) -> set[int]:
+def spread(start: list[int], after: list[list[int]], allowed: list[bool]) -> set[int]:
+    """What can be reached from ``start``, over what is allowed."""
     found, open_ = set(), list(start)
     while open_:
         one = open_.pop()

@@ -119,8 +119,8 @@ def _cuda_kernel(source: str, name: str, arch: int) -> Code:
 
 def _range(code: Code, one: Pass) -> Counts:
     if one.loop:
-        # Not the first: where the compiler's waits for barriers are loops too.
-        return max(code.loops, key=lambda loop: loop.units["issue"])
+        assert code.longest_loop is not None
+        return code.loops[code.loop_ranges.index(code.longest_loop)]
     if one.straight:
         return code.without_loops()
     return code.avoiding(one.cold) if one.cold else code.whole
