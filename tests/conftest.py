@@ -14,7 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 
 from peftfast.ops import replay  # noqa: E402
+from tests.support.interpreter import quicken  # noqa: E402
 from tests.support.poison import poisoned_empty  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quicken()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One core a worker: two workers with two threads each cost more in contention than they gain. The same for what they start.

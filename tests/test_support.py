@@ -4,6 +4,8 @@ import types
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from peftfast.ops import lora as ops
 from tests.support.budget import assert_within_budget
@@ -110,3 +112,29 @@ def test_saved_tensors_are_seen() -> None:
     with saved_tensors() as saved:
         (x * x).exp()
     assert {x.untyped_storage().data_ptr()} < storages(saved).keys() and len(storages(saved)) == 2
+
+
+@triton.jit
+def _plus_one(x):
+    return x + tl.full((), 1, tl.int32)
+
+
+@triton.jit
+def _count_kernel(target_ptr, fails: tl.constexpr):
+    offs = tl.arange(0, 4)
+    value = _plus_one(_plus_one(offs))
+    tl.static_assert(not fails)
+    tl.store(target_ptr + offs, value.to(tl.int64))
+
+
+@pytest.mark.interpreter
+def test_the_quickened_interpreter_leaves_the_language_as_it_was() -> None:
+    """Between launches, also after one that failed."""
+    before = {name: getattr(tl, name) for name in ("load", "store", "arange", "range", "static_assert")}
+    target = torch.zeros(4, dtype=torch.int64)
+    for _ in range(2):
+        _count_kernel[(1,)](target, fails=False)
+        assert target.tolist() == [2, 3, 4, 5]
+        with pytest.raises(triton.runtime.errors.InterpreterError):
+            _count_kernel[(1,)](target, fails=True)
+        assert {name: getattr(tl, name) for name in before} == before

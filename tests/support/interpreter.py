@@ -4,7 +4,13 @@ triton decides that when it is first imported, by TRITON_INTERPRET; tests/confte
 Work that needs the compiler whatever the session does (tests/support/compile_gate.py) is a process of its own.
 """
 
+import dataclasses
+import inspect
+from typing import Any
+
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -22,3 +28,93 @@ def require_runnable_kernels() -> None:
 def seed_of(value: int) -> torch.Tensor:
     """A dropout seed as operators take it: one int64 on the device."""
     return torch.tensor([value], dtype=torch.int64, device=DEVICE)
+
+
+def quicken() -> None:
+    """Take out of triton's interpreter what it does again at every call: more than half of its time. What is computed stays as it is.
+
+    - For each call of one kernel's function by another it searches the language's modules for builtins to replace, all of which the
+      launch has replaced already.
+    - For each array it builds its table of dtypes, and for each tensor its type with the sizes and their product.
+    - Whether an integer overflows it computes by ten operations of its own, and does nothing with the answer.
+    """
+    _patch_once()
+    _remember_types()
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug  # device_assert, which the answer goes to, is nothing without
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _patch_once() -> None:
+    patch_lang = interpreter._patch_lang
+    running: list[set[int]] = []  # the languages that the launch that runs has replaced
+    of_function: dict[Any, set[int]] = {}
+    builtins: dict[Any, list[str]] = {}
+
+    def patch_lang_once(fn: Any) -> Any:
+        if fn not in of_function:
+            languages = (tl, tl.core)
+            of_function[fn] = {id(one) for one in languages if any(value is one for value in fn.__globals__.values())}
+        if running:
+            return None if of_function[fn] <= running[0] else patch_lang(fn)
+        scope = patch_lang(fn)
+        restore = scope.restore
+
+        def restored() -> None:
+            running.clear()
+            restore()
+
+        scope.restore = restored
+        running.append(of_function[fn])
+        return scope
+
+    def patch_known_builtins(package: Any, builder: Any, scope: Any) -> None:
+        if package not in builtins:
+            members = inspect.getmembers(package)
+            builtins[package] = [name for name, member in members if tl.core.is_builtin(member)]
+        for name in builtins[package]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_lang = patch_lang_once
+    interpreter._patch_builtin = patch_known_builtins
+
+
+def _remember_types() -> None:
+    np_dtype_of, make_type, make_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
+    dtypes: dict[Any, Any] = {}
+    blocks: dict[Any, dict[str, Any]] = {}
+    sizes: dict[int, dict[str, Any]] = {}  # by the id of a shape in blocks; that of a scalar is None's
+
+    def known_np_dtype(dtype: Any) -> Any:
+        one = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        if isinstance(one, tl.pointer_type):  # cannot be hashed
+            return np_dtype_of(one)
+        if one not in dtypes:
+            dtypes[one] = np_dtype_of(one)
+        return dtypes[one]
+
+    def make_known_type(self: Any, element_ty: Any, shape: Any) -> None:
+        lengths = tuple(n.value if isinstance(n, tl.constexpr) else n for n in shape)
+        if isinstance(element_ty, tl.pointer_type):
+            return make_type(self, element_ty, shape)
+        key = (element_ty, lengths)
+        if key not in blocks:
+            make_type(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+            sizes[id(self.shape)] = {}
+        vars(self).update(blocks[key])
+
+    def make_known_tensor(self: Any, handle: Any, type: Any) -> None:
+        key = id(type.shape if type.is_block() else None)
+        if not sizes.get(key):
+            make_tensor(self, handle, type)
+            if key in sizes:
+                sizes[key] = {"numel": self.numel, "shape": self.shape}
+            return
+        vars(self).update(sizes[key], handle=handle, type=type, dtype=type.scalar)
+
+    sizes[id(None)] = {}
+    interpreter._get_np_dtype = known_np_dtype
+    tl.block_type.__init__, tl.tensor.__init__ = make_known_type, make_known_tensor
