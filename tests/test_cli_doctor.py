@@ -1,11 +1,13 @@
 """The doctor finds a planted fault, speaks where torch is broken, and tells nothing of the environment that is not its own."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,18 @@ import pytest
 import torch
 
 from peftfast import ops
-from peftfast.cli import doctor
-from peftfast.cli.checks import cases
+from peftfast.cli import checks, doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 120
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cases_once() -> Iterator[None]:
+    """The definitions' results of all operators, which each report computes: half a second. Who runs a case copies its arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "cases", functools.cache(checks.cases))
+        yield
 
 
 def run(*arguments: str, path: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -83,7 +92,7 @@ def test_the_table_names_every_operator_and_backend(
 
 
 def test_every_operator_has_a_case() -> None:
-    assert set(cases("cpu")) == set(ops.OPERATORS)
+    assert set(checks.cases("cpu")) == set(ops.OPERATORS)
 
 
 @pytest.mark.parametrize("name", sorted(ops.OPERATORS))
@@ -100,7 +109,7 @@ def test_every_implementation_passes(
 @pytest.mark.parametrize("name", sorted(ops.OPERATORS))
 def test_a_wrong_implementation(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     sound = definition_of(name)
-    written = cases("cpu")[name][0].written
+    written = checks.cases("cpu")[name][0].written
 
     def wrong(*arguments: Any) -> Any:
         results = sound.run(*arguments)

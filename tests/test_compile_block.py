@@ -89,16 +89,26 @@ def check(name: str, backend: str, lengths: tuple[int, ...]) -> None:
     assert len(graphs) <= 2, len(graphs)
 
 
+def only_when(full: bool) -> None:
+    if not full:
+        pytest.skip("only with --full: twenty seconds of tracing")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_block_in_one_graph(name: str) -> None:
+def test_block_in_one_graph(name: str, full: bool) -> None:
+    """Each kind of layer and each dtype once, with --full each with each."""
+    if name in ("lora bf16", "4-bit"):
+        only_when(full)
     check(name, "aot_eager", LENGTHS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "4-bit"])
-def test_block_of_triton_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where the kernels are Triton's: no compiler looks for it."""
+def test_block_of_triton_in_one_graph(name: str, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the kernels are Triton's: no compiler looks for it. A 4-bit layer is LoRA's and NF4's at once."""
+    if name == "lora":
+        only_when(full)
     monkeypatch.setitem(native._verdicts, "cpu", (False, "planted"))
     forget_backends()
     try:
@@ -110,8 +120,7 @@ def test_block_of_triton_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "4-bit"])
 def test_block_by_inductor(name: str, full: bool) -> None:
-    if not full:
-        pytest.skip("only with --full: up to a minute of compiling")
+    only_when(full)
     check(name, "inductor", LENGTHS[:2])
 
 

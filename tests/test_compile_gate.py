@@ -58,21 +58,21 @@ def _case_request(case: lora.Case, arch: int, **options: Any) -> dict[str, Any]:
 
 
 def _chosen(case: lora.Case, arch: int) -> bool:
-    """sm_90 in full for rows of a training step; elsewhere the ends of the rank buckets, where registers and memory
-    run out. float16 compiles as bfloat16 does."""
+    """On sm_90 QLoRA's and PEFT's dtypes, every rank under dropout and the ends of the rank buckets without, and of the other dtypes
+    the largest rank; elsewhere that alone, where registers and memory run out. float16 compiles as bfloat16 does."""
     if FULL:
         return True
     if "float16" in (case.wide, case.narrow, case.compute):
         return False
-    ends = case.rank in (16, lora.LARGEST_ONE_PASS_RANK if case.op == "lora_dy_grads" else 128)
+    largest = case.rank == (lora.LARGEST_ONE_PASS_RANK if case.op == "lora_dy_grads" else 128)
     kind = (case.wide, case.narrow, case.compute)
-    if case.rows == 16:
-        return arch == 90 and ends and kind in (PEFT, QLORA) and case.dropout == (kind == QLORA)
-    if arch == 90:
-        return kind in (QLORA, PEFT) or ends
-    if arch == 89:
-        return ends and kind in (QLORA, PEFT) and case.dropout == (kind == QLORA)
-    return ends and kind != HALF
+    if arch == 90 and case.rows == 64 and kind in (QLORA, PEFT):
+        return case.dropout or largest or case.rank == 16
+    if arch == 90 and case.rows == 64:
+        return largest and case.dropout
+    if case.rows == 16 and arch != 90:
+        return False
+    return largest and kind in (QLORA, PEFT) and case.dropout == (kind == QLORA)
 
 
 def _lora_requests() -> list[dict[str, Any]]:
@@ -87,7 +87,8 @@ def _lora_requests() -> list[dict[str, Any]]:
     # PEFT's default rank: 16 does not divide it, and all is to be as wide all the same.
     for arch, op, (wide, narrow, compute) in itertools.product((80, 90, 100), lora.OPS, (QLORA, PEFT)):
         if op != "lora_dy_grads" or wide == compute:
-            for dropout in (False,) if op == "lora_dy_grads" else (False, True):
+            both = (False,) if op == "lora_dy_grads" else (False, True)
+            for dropout in both if FULL or arch == 90 else both[-1:]:
                 case = lora.Case(op, wide, narrow, compute, 16, 64, dropout)
                 requests.append(_case_request(case, arch) | {"R": 8})
     # w as the backward hands it over, and the other options of expand.
@@ -103,8 +104,10 @@ def _ragged_requests() -> list[dict[str, Any]]:
     requests = []
     for arch, capability in CAPABILITY.items():
         for case, _ in lora.launch_matrix(Device("", capability, 132)):
-            some = case.rank in (16, 64) and case.rows == 64 and (case.wide, case.narrow, case.compute) in (QLORA, PEFT)
-            if case.ragged and (FULL or (some and arch != 89 and case.dropout == (case.wide == "float32"))):
+            some = case.rows == 64 and (case.wide, case.narrow, case.compute) in (QLORA, PEFT)
+            some &= case.dropout == (case.wide == "float32")
+            some &= case.rank in {80: (64,), 89: (), 90: (16, 64), 100: (64,)}[arch]
+            if case.ragged and (FULL or some):
                 width = "N" if case.op in ("lora_expand", "lora_dy_grads") else "K"
                 requests.append(_case_request(case, arch) | {"R": case.rank - 3, width: 4099})
     return requests

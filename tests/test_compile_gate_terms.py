@@ -68,8 +68,9 @@ def _requests(arch: int) -> list[dict[str, Any]]:
         ("lora_terms_shrink", "lora_terms_expand", "lora_terms_weight_grad"), (False, True)
     ):
         common = {"launcher": op, "arch": arch, "M": 8192, "wide": "bfloat16", "compute": "bfloat16", "rows": False}
-        requests += [common | {"ranks": ranks, "dropout": dropout} for ranks in ([8] * 3, [64] * 3)]
-    for wide in ("float32", "bfloat16"):
+        if FULL or arch == 90 or dropout:
+            requests += [common | {"ranks": ranks, "dropout": dropout} for ranks in ([8] * 3, [64] * 3)]
+    for wide in ("float32", "bfloat16") if FULL or arch == 90 else ("bfloat16",):
         requests.append({"launcher": "lora_gain_grads", "arch": arch, "M": 8192, "wide": wide})
         requests += [
             {"launcher": "lora_dropout_add", "arch": arch, "M": 8192, "wide": wide, "base": base}

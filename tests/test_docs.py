@@ -54,8 +54,10 @@ def test_options_that_are_named_exist() -> None:
 @pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_script(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_script(script: Path, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """In this process, which has the libraries imported already, and in a folder of its own."""
+    if script.stem == "compiled" and not full:
+        pytest.skip("only with --full: half a minute of compiling; tests/test_compile_block.py has such a block")
     if script.stem == "sft_trl":
         pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Every CUDA source compiles for sm_80, sm_90a and sm_100 without spilling a register."""
+"""Every CUDA source compiles for sm_80, sm_90a and sm_100 without spilling a register, into the instructions that it should."""
 
 import re
 import subprocess
@@ -10,6 +10,8 @@ import torch
 from .support import nvcc_gate
 from .support.cuda_emulator.build import CSRC, run_compiler
 from .support.sass import Code, read_cubin
+from .support.throughput import faults as throughput_faults
+from .support.throughput_passes import PASSES
 
 needs_nvcc = pytest.mark.skipif(nvcc_gate.nvcc_path() is None, reason="nvcc is not on PATH")
 
@@ -34,14 +36,58 @@ def test_there_are_sources() -> None:
     assert nvcc_gate.SOURCES
 
 
+def check_the_few_row_product(kernels: dict[str, str]) -> None:
+    """16 bytes a load that pass L1 by and leave L2 first; products on tensor cores; x and A in 16 bytes too."""
+    kernels = {name: text for name, text in kernels.items() if "multiply_part" in name}
+    assert len(kernels) == 16  # two dtypes, x of that dtype or float32, four numbers of rows
+    for name, text in kernels.items():
+        streamed = re.findall(r"ld\.global\.nc\.L1::no_allocate\.L2::cache_hint\.v4\.u32", text)
+        assert len(streamed) >= 4, name  # two weight rows, before the loop and in it
+        assert "createpolicy.fractional.L2::evict_first" in text and "mma.sync.aligned.m16n8k16" in text
+        wide = {"ld.global.nc.v4.u32", "ld.global.nc.v4.f32", "ld.global.nc.v4.b32"}
+        assert any(one in text for one in wide), name
+        assert not re.search(r"ld\.global\.nc\.(v2\.)?[ubs](16|64)\b", text), name
+
+
+def check_the_dequantiser(kernels: dict[str, str]) -> None:
+    tiles = {name: text for name, text in kernels.items() if "dequantize_tiles" in name}
+    assert len(tiles) == 12  # three dtypes, nested or not, rows apart or not
+    for name, text in tiles.items():
+        assert re.search(r"ld\.global\.nc\.v4\.[ubf]32", text) and re.search(r"st\.global\.v4\.[ubf]32", text), name
+
+
+def check_the_quantiser(kernels: dict[str, str]) -> None:
+    blocks = {name: text for name, text in kernels.items() if "quantize_blocks" in name and "Lb1E" in name}
+    assert len(blocks) == 3
+    for name, text in blocks.items():
+        assert re.search(r"ld\.global\.nc\.v4\.[ubf]32", text), name
+
+
+WIDE = {
+    "nf4_linear.cu": check_the_few_row_product,
+    "nf4.cu": check_the_dequantiser,
+    "nf4_quantize.cu": check_the_quantiser,
+}
+
+
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("source", nvcc_gate.SOURCES, ids=lambda path: path.name)
-def test_no_kernel_spills(source: Path, tmp_path: Path) -> None:
-    reports = nvcc_gate.compile_report(source, tmp_path / "out.o")
-    assert {report.arch for report in reports} == {f"sm_{arch}" for arch in nvcc_gate.ARCHITECTURES}
+def test_a_source(source: Path, full: bool, tmp_path: Path) -> None:
+    """No kernel spills, and those that only move bytes leave the memory time to, and read and write wide. sm_90a without --full: what
+    is asked of a source is one test, since its compilation takes up to half a minute for each architecture."""
+    reports = nvcc_gate.compiled(source.name).reports
+    assert reports and {report.arch for report in reports} == {"sm_90a"}
+    if full:
+        rest = [arch for arch in nvcc_gate.ARCHITECTURES if arch != "90a"]
+        others = nvcc_gate.compile_report(source, tmp_path / "out.o", rest)
+        assert {report.arch for report in others} == {f"sm_{arch}" for arch in rest}
+        reports = reports + others
     faults = [fault for report in reports for fault in report.faults()]
+    faults += throughput_faults([one for one in PASSES if one.source == source.name])
     assert not faults, "\n".join(faults)
+    if source.name in WIDE:
+        WIDE[source.name](nvcc_gate.kernels_of(nvcc_gate.compiled(source.name).ptx))
 
 
 @needs_nvcc
@@ -59,42 +105,6 @@ def test_a_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
     source.write_text("__global__ void broken( {")
     with pytest.raises(RuntimeError, match="broken.cu does not compile"):
         nvcc_gate.compile_report(source, tmp_path / "out.o")
-
-
-@pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """PTX for sm_90 of each kernel of the nf4 family, by source and mangled name."""
-    folder, texts = tmp_path_factory.mktemp("ptx"), {}
-    for source in nvcc_gate.SOURCES:
-        if source.stem.startswith("nf4"):
-            texts[source.stem] = nvcc_gate.kernels_of(nvcc_gate.compile_ptx(source, folder / f"{source.stem}.ptx"))
-    return texts
-
-
-@needs_nvcc
-def test_the_few_row_product_streams_its_weight(ptx: dict[str, dict[str, str]]) -> None:
-    """16 bytes a load that pass L1 by and leave L2 first; products on tensor cores; x and A in 16 bytes too."""
-    kernels = {name: text for name, text in ptx["nf4_linear"].items() if "multiply_part" in name}
-    assert len(kernels) == 16  # two dtypes, x of that dtype or float32, four numbers of rows
-    for name, text in kernels.items():
-        streamed = re.findall(r"ld\.global\.nc\.L1::no_allocate\.L2::cache_hint\.v4\.u32", text)
-        assert len(streamed) >= 4, name  # two weight rows, before the loop and in it
-        assert "createpolicy.fractional.L2::evict_first" in text and "mma.sync.aligned.m16n8k16" in text
-        wide = {"ld.global.nc.v4.u32", "ld.global.nc.v4.f32", "ld.global.nc.v4.b32"}
-        assert any(one in text for one in wide), name
-        assert not re.search(r"ld\.global\.nc\.(v2\.)?[ubs](16|64)\b", text), name
-
-
-@needs_nvcc
-def test_the_dequantiser_and_the_quantiser_read_and_write_wide(ptx: dict[str, dict[str, str]]) -> None:
-    tiles = {name: text for name, text in ptx["nf4"].items() if "dequantize_tiles" in name}
-    assert len(tiles) == 12  # three dtypes, nested or not, rows apart or not
-    for name, text in tiles.items():
-        assert re.search(r"ld\.global\.nc\.v4\.[ubf]32", text) and re.search(r"st\.global\.v4\.[ubf]32", text), name
-    blocks = {name: text for name, text in ptx["nf4_quantize"].items() if "quantize_blocks" in name and "Lb1E" in name}
-    assert len(blocks) == 3
-    for name, text in blocks.items():
-        assert re.search(r"ld\.global\.nc\.v4\.[ubf]32", text), name
 
 
 def code_of(text: str, folder: Path, arch: str = "90a") -> dict[str, Code]:

@@ -91,7 +91,7 @@ def run_gate(requests: list[dict[str, Any]]) -> list[Finding]:
 
     A request has "launcher" (a function of LAUNCHERS or PLANTED below), "arch" and the launcher's own arguments. With "front" it is
     only taken to Triton's first representation, a tenth of the time: whether the compiler takes the kernel with these arguments at all.
-    With "code" the binary is disassembled too.
+    With "code", the name of a kernel, its binary is disassembled too, which takes as long as a compilation.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
@@ -138,10 +138,10 @@ def compile_launch(
     arch: int,
     label: str,
     front: bool = False,
-    code: bool = False,
+    code: str = "",
 ) -> Finding:
-    """Compile one caught launch for sm_<arch> and read the binary; with ``front`` only into the first representation, with ``code``
-    down to the machine instructions."""
+    """Compile one caught launch for sm_<arch> and read the binary; with ``front`` only into the first representation, the kernel that
+    is called ``code`` down to the machine instructions."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -177,7 +177,7 @@ def compile_launch(
     finding.constants = {name: value for name, value in kwargs.items() if name.isupper() and isinstance(value, int)}
     finding.stages, finding.programs = compiled.metadata.num_stages, programs
     finding.parameters = _parameter_offsets(ptx, arguments)
-    if code:
+    if code == name:
         (finding.code,) = read_cubin(compiled.asm["cubin"]).values()
     return finding
 
@@ -297,7 +297,7 @@ def main() -> None:
     findings = []
     for request in json.load(sys.stdin):
         launcher, arch = request.pop("launcher"), request.pop("arch")
-        front, code = request.pop("front", False), request.pop("code", False)
+        front, code = request.pop("front", False), request.pop("code", "")
         label = f"{launcher} " + " ".join(f"{name}={value}" for name, value in request.items())
         with caught_launches() as caught:
             _launcher(launcher)(**request, arch=arch)

@@ -30,6 +30,7 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 PARAMETERS = {80: 0x160, 90: 0x210, 100: 0x380}  # where they begin in the constant bank
 
 _LONGEST = 1 << 20
+_OF_A_PART = ("alu", "imad", "float", "special")
 
 _REGISTER = re.compile(r"\bU?R\d+\b")
 _CONSTANT = re.compile(r"c\[0x0\]\[0x(\w+)\]")
@@ -63,6 +64,11 @@ class Step:
     cached: bool = False
     keeps: int | None = None
     columns: int = 0
+
+    def __post_init__(self) -> None:
+        # What each cycle asks: the scoreboards' numbers, and what it takes of one of a multiprocessor's four parts.
+        self.boards = [i for i in range(6) if self.waits >> i & 1]
+        self.part = "tensor" if self.columns else self.unit if self.unit in _OF_A_PART else None
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,10 @@ class _Origins:
 
 def _step(one: Instruction, cached: bool) -> Step:
     unit, weight = unit_of(one.name)
-    step = Step(one.opcode, unit, weight, max(1, one.stall), one.done, one.read, one.waits)
+    columns = 16 if one.opcode == "HMMA" else 0  # as long as so many columns of a warp group's instruction
+    if one.opcode == "HGMMA":
+        columns = int(re.search(r"64x(\d+)x", one.name)[1])  # type: ignore[index]
+    step = Step(one.opcode, unit, weight, max(1, one.stall), one.done, one.read, one.waits, columns=columns)
     if one.opcode in ("LDG", "STG", "LDGSTS"):
         bits = [int(bits) for bits in re.findall(r"\.[US]?(8|16|32|64|128)\b", one.name)]
         step.size, step.cached = 32 * (bits[-1] if bits else 32) // 8, cached and one.opcode != "STG"
@@ -182,10 +191,6 @@ def _step(one: Instruction, cached: bool) -> Step:
         step.keeps = int(match[1], 16)
     elif one.name.startswith("WARPGROUP.DEPBAR"):
         step.kind = "matrix wait"
-    elif one.opcode == "HGMMA":
-        step.columns = int(re.search(r"64x(\d+)x", one.name)[1])  # type: ignore[index]
-    elif one.opcode == "HMMA":
-        step.columns = 16  # as long as so many columns of a warp group's instruction
     return step
 
 
@@ -214,7 +219,7 @@ class _Run:
         self.steps, self.warps, self.left = steps, warps, programs
         self.bytes = DRAM_BYTES[arch] / scale
         # Cycles for which an instruction takes a unit of one of the four parts; shared by them is the memory's.
-        self.taken = {unit: 4 / rate for unit, rate in RATES[arch].items() if unit not in ("issue", "memory")}
+        self.taken = {unit: 4 / RATES[arch][unit] for unit in _OF_A_PART}
         self.free = [dict.fromkeys([*self.taken, "issue", "tensor"], 0.0) for _ in range(4)]
         self.memory = self.dram = self.l2 = 0.0
         self.queue: list[tuple[float, int, _Warp]] = []
@@ -237,30 +242,29 @@ class _Run:
     def finish(self) -> float:
         end, queue = 0.0, self.queue
         while queue:
-            time, order, warp = heapq.heappop(queue)
+            time, order, warp = queue[0]
             step = self.steps[warp.since]
-            ready = self._ready(time, warp, step)
+            ready = self._ready(warp, step)
             if ready > time:
-                heapq.heappush(queue, (ready, order, warp))
-                continue
-            end = max(end, time)
-            self._issue(time, warp, step)
+                heapq.heapreplace(queue, (ready, order, warp))
+            else:
+                heapq.heappop(queue)
+                self._issue(time, warp, step)
+                end = max(end, time)
         return max(end, self.dram)
 
-    def _ready(self, time: float, warp: _Warp, step: Step) -> float:
-        ready, free = time, self.free[warp.place]
-        for i in range(6):
-            if step.waits >> i & 1:
-                ready = max(ready, warp.scoreboards[i])
+    def _ready(self, warp: _Warp, step: Step) -> float:
+        free = self.free[warp.place]
+        ready = free["issue"]
+        if step.part and free[step.part] > ready:
+            ready = free[step.part]
+        for i in step.boards:
+            if warp.scoreboards[i] > ready:
+                ready = warp.scoreboards[i]
         if step.keeps is not None and len(warp.copies) > step.keeps:
             ready = max(ready, *warp.copies[: len(warp.copies) - step.keeps])
         if step.kind == "matrix wait":
             ready = max(ready, warp.matrix)
-        ready = max(ready, free["issue"])
-        if step.columns:
-            ready = max(ready, free["tensor"])
-        elif step.unit in self.taken:
-            ready = max(ready, free[step.unit])
         return ready
 
     def _issue(self, time: float, warp: _Warp, step: Step) -> None:

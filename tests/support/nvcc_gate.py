@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,19 +45,46 @@ _PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
-def compile_report(source: Path, object_file: Path) -> list[KernelReport]:
-    """Compile with the flags of setup.py; a RuntimeError carries nvcc's message."""
+FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}")  # setup.py's
+
+
+def _run(source: Path, *arguments: str | Path) -> str:
+    """What nvcc and ptxas say of a source that compiles; a RuntimeError carries nvcc's message where it does not."""
     nvcc = nvcc_path()
     assert nvcc is not None
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    flags = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    done = subprocess.run(
-        [nvcc, *flags, *gencode, "-c", str(source), "-o", str(object_file)], capture_output=True, text=True
-    )
+    command = [nvcc, *FLAGS, "-Xptxas", "-v", *map(str, arguments), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
     output = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"{source.name} does not compile:\n{output[-4000:]}")
-    return parse(output)
+    return output
+
+
+def compile_report(source: Path, object_file: Path, architectures: Iterable[str] = ARCHITECTURES) -> list[KernelReport]:
+    """Each kernel on each architecture."""
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    return parse(_run(source, *gencode, "-c", "-o", object_file))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A source of csrc/cuda for one architecture: what ptxas reports, its PTX and its machine code."""
+
+    reports: list[KernelReport]
+    ptx: str
+    cubin: bytes
+
+
+@cache
+def compiled(name: str, arch: str = "90a") -> Compiled:
+    """Device and host code, once in a process: what a test asks of a source comes from one compilation of up to half a minute."""
+    source = ROOT / "csrc" / "cuda" / name
+    with tempfile.TemporaryDirectory() as folder:
+        kept = ("--keep", "--keep-dir", folder)
+        gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        output = _run(source, gencode, *kept, "-c", "-o", Path(folder) / "out.o")
+        ptx, cubin = (Path(folder) / f"{source.stem}.{kind}" for kind in ("ptx", "cubin"))
+        return Compiled(parse(output), ptx.read_text(), cubin.read_bytes())
 
 
 def parse(output: str) -> list[KernelReport]:
@@ -71,35 +99,15 @@ def parse(output: str) -> list[KernelReport]:
     return reports
 
 
-def compile_ptx(source: Path, target: Path, arch: str = "90a") -> str:
-    """The PTX of a source; a RuntimeError carries nvcc's message."""
-    nvcc = nvcc_path()
-    assert nvcc is not None
-    flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch=compute_{arch}", "-ptx", f"-I{ROOT / 'csrc'}"]
-    done = subprocess.run([nvcc, *flags, str(source), "-o", str(target)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{source.name} does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
-    return target.read_text()
-
-
 def kernels_of(ptx: str) -> dict[str, str]:
     """Mangled name -> text of each kernel."""
     pieces = re.split(r"\.entry (\w+)\(", ptx)[1:]
     return dict(zip(pieces[0::2], pieces[1::2], strict=True))
 
 
-@cache
 def machine_code(name: str, arch: str = "90a") -> dict[str, Code]:
     """The machine instructions of a source of csrc/cuda, by the kernels' demangled signatures without our namespaces."""
-    nvcc, source = nvcc_path(), ROOT / "csrc" / "cuda" / name
-    assert nvcc is not None
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "out.cubin"
-        flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-cubin", f"-I{ROOT / 'csrc'}"]
-        done = subprocess.run([nvcc, *flags, str(source), "-o", str(target)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{name} does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
-        kernels = read_cubin(target.read_bytes())
+    kernels = read_cubin(compiled(name, arch).cubin)
     names = subprocess.run(
         ["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True
     ).stdout.splitlines()

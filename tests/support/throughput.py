@@ -62,6 +62,16 @@ class Pass:
     def cuda(self) -> bool:
         return self.source.endswith(".cu")
 
+    def faults(self, load: "Load") -> list[str]:
+        """How the load is past the limits."""
+        found = []
+        if load.share > self.limit:
+            share = f"{load.busiest} works {load.share:.2f} of the memory's time"
+            found.append(f"{self.label}: {share}, at most {self.limit}: {load.units}")
+        if load.speed is not None and load.speed < self.speed:
+            found.append(f"{self.label}: {load.speed:.2f} of the memory's speed, at least {self.speed}")
+        return found
+
     @property
     def label(self) -> str:
         return " ".join([self.source, self.name, *(f"{name}={value}" for name, value in self.options.items())])
@@ -91,16 +101,21 @@ class Load:
 def loads(passes: list[Pass], arch: int) -> list[Load]:
     """What the passes' binaries ask, in order; those of csrc/cuda need nvcc."""
     triton = [one for one in passes if not one.cuda]
-    findings = run_gate([{"launcher": one.source, "arch": arch, "code": True} | one.options for one in triton])
+    requests = [{"launcher": one.source, "arch": arch, "code": one.name} | one.options for one in triton]
+    findings = run_gate(requests) if requests else []
     found: dict[str, Load] = {}
     for one, finding in zip(triton, _main_kernels(triton, findings), strict=True):
-        assert finding.code is not None
-        load = _load(one, finding.code, finding.warps, arch, one.bytes(finding.constants))
-        found[one.label] = replace(load, speed=speed_of(one, finding))
+        found[one.label] = load_of(one, finding)
     for one in passes:
         if one.cuda:
             found[one.label] = _load(one, _cuda_kernel(one.source, one.name, arch), 1, arch, one.bytes({}))
     return [found[one.label] for one in passes]
+
+
+def load_of(one: Pass, finding: Finding) -> Load:
+    assert finding.code is not None
+    load = _load(one, finding.code, finding.warps, finding.arch, one.bytes(finding.constants))
+    return replace(load, speed=speed_of(one, finding))
 
 
 def _main_kernels(passes: list[Pass], findings: list[Finding]) -> list[Finding]:
@@ -152,6 +167,11 @@ def speed_of(one: Pass, finding: Finding) -> float | None:
     scale = 1.0 if one.loop else moved / asked
     taken = cycles(steps, finding.warps, some, at_once, arch, scale) * share / some
     return launch / MULTIPROCESSORS[arch] / DRAM_BYTES[arch] / taken
+
+
+def faults(passes: list[Pass]) -> list[str]:
+    """Which passes are past their limits on sm_90, and by what."""
+    return [fault for one, load in zip(passes, loads(passes, 90), strict=True) for fault in one.faults(load)]
 
 
 def main() -> None:
