@@ -38,11 +38,11 @@ def full(request: pytest.FixtureRequest) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """On a GPU the interpreter's tests would repeat what runs compiled; without one the GPU's tests cannot run. The slow ones come
     first: one that began last would be waited for by all workers."""
-    left_out = "interpreter" if torch.cuda.is_available() else "gpu"
-    deselected = [item for item in items if item.get_closest_marker(left_out)]
+    left_out = ["interpreter" if torch.cuda.is_available() else "gpu", *([] if config.getoption("full") else ["full"])]
+    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if not item.get_closest_marker(left_out)]
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

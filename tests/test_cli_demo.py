@@ -506,10 +506,8 @@ def test_the_whole_demo_quick(tmp_path):
     assert len(saved) == 74
 
 
-@pytest.mark.parametrize("method", ["spiel", "s2ft"])
-def test_sparse_methods_train_as_many_parameters_as_lora(method: str, full: bool, tmp_path: Path, capsys) -> None:
-    if method == "s2ft" and not full:
-        pytest.skip("only with --full: ten seconds")
+@pytest.mark.parametrize("method", ["spiel", pytest.param("s2ft", marks=pytest.mark.full)])
+def test_sparse_methods_train_as_many_parameters_as_lora(method: str, tmp_path: Path, capsys) -> None:
     assert (
         main(["demo", "--method", method, "--quick", "--steps", "2", "--max-length", "16", "--out", str(tmp_path)]) == 0
     )

@@ -76,11 +76,9 @@ def test_resumed_is_as_never_stopped(llama, texts, tmp_path, monkeypatch, capsys
     assert "is over" in error_line(capsys)
 
 
-@pytest.mark.parametrize("method", ["lora", "spiel", "mezo"])
-def test_killed_while_training_and_resumed(llama, texts, tmp_path, capsys, full, method):  # noqa: F811
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(one, marks=pytest.mark.full) for one in ("spiel", "mezo"))])
+def test_killed_while_training_and_resumed(llama, texts, tmp_path, capsys, method):  # noqa: F811
     """SIGKILL between two saves, in a process of its own."""
-    if method != "lora" and not full:
-        pytest.skip("only with --full: seven seconds a method")
     out = tmp_path / "out"
     argv = command(llama, texts, out, "--max-steps", "100000", "--save-steps", "1", "--r", "2", "--method", method)
     process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,26 +90,22 @@ def check(name: str, backend: str, lengths: tuple[int, ...]) -> None:
     assert len(graphs) <= 2, len(graphs)
 
 
-def only_when(full: bool) -> None:
-    if not full:
-        pytest.skip("only with --full: twenty seconds of tracing")
+def full(name: str) -> Any:
+    """Twenty seconds of tracing."""
+    return pytest.param(name, marks=pytest.mark.full)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_block_in_one_graph(name: str, full: bool) -> None:
+@pytest.mark.parametrize("name", ["lora", full("lora bf16"), full("4-bit"), "4-bit in bf16"])
+def test_block_in_one_graph(name: str) -> None:
     """Each kind of layer and each dtype once, with --full each with each."""
-    if name in ("lora bf16", "4-bit"):
-        only_when(full)
     check(name, "aot_eager", LENGTHS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "4-bit"])
-def test_block_of_triton_in_one_graph(name: str, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [full("lora"), "4-bit"])
+def test_block_of_triton_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the kernels are Triton's: no compiler looks for it. A 4-bit layer is LoRA's and NF4's at once."""
-    if name == "lora":
-        only_when(full)
     monkeypatch.setitem(native._verdicts, "cpu", (False, "planted"))
     forget_backends()
     try:
@@ -118,9 +115,9 @@ def test_block_of_triton_in_one_graph(name: str, full: bool, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["lora", "4-bit"])
-def test_block_by_inductor(name: str, full: bool) -> None:
-    only_when(full)
+def test_block_by_inductor(name: str) -> None:
     check(name, "inductor", LENGTHS[:2])
 
 

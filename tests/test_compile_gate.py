@@ -87,8 +87,8 @@ def _lora_requests() -> list[dict[str, Any]]:
     # PEFT's default rank: 16 does not divide it, and all is to be as wide all the same.
     for arch, op, (wide, narrow, compute) in itertools.product((80, 90, 100), lora.OPS, (QLORA, PEFT)):
         if op != "lora_dy_grads" or wide == compute:
-            both = (False,) if op == "lora_dy_grads" else (False, True)
-            for dropout in both if FULL or arch == 90 else both[-1:]:
+            either = (False, True) if FULL or arch == 90 else (True,)
+            for dropout in (False,) if op == "lora_dy_grads" else either:
                 case = lora.Case(op, wide, narrow, compute, 16, 64, dropout)
                 requests.append(_case_request(case, arch) | {"R": 8})
     # w as the backward hands it over, and the other options of expand.

@@ -16,6 +16,9 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 SCRIPTS = sorted(path for path in (DOCS / "scripts").glob("*.py") if path.name != "small_model.py")
 
+# Half a minute of compiling; tests/test_compile_block.py has such a block.
+COMPILED = pytest.param(DOCS / "scripts" / "compiled.py", marks=pytest.mark.full)
+
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links(page: Path) -> None:
@@ -53,11 +56,11 @@ def test_options_that_are_named_exist() -> None:
 
 @pytest.mark.slow
 @pytest.mark.compiled
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_script(script: Path, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.mark.parametrize(
+    "script", [one if one.stem != "compiled" else COMPILED for one in SCRIPTS], ids=lambda one: one.stem
+)
+def test_script(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """In this process, which has the libraries imported already, and in a folder of its own."""
-    if script.stem == "compiled" and not full:
-        pytest.skip("only with --full: half a minute of compiling; tests/test_compile_block.py has such a block")
     if script.stem == "sft_trl":
         pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)

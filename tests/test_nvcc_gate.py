@@ -109,12 +109,9 @@ def test_a_source_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
 
 def code_of(text: str, folder: Path, arch: str = "90a") -> dict[str, Code]:
     """Machine instructions of a source's kernels, compiled as csrc/cuda is."""
-    nvcc, source, target = nvcc_gate.nvcc_path(), folder / "source.cu", folder / "out.cubin"
-    assert nvcc is not None
+    source, target = folder / "source.cu", folder / "out.cubin"
     source.write_text(text)
-    flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-cubin", f"-I{CSRC}"]
-    done = subprocess.run([nvcc, *flags, str(source), "-o", str(target)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    nvcc_gate.run_nvcc(source, f"-arch=sm_{arch}", "-cubin", "-o", target)
     return read_cubin(target.read_bytes())
 
 

@@ -37,28 +37,23 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
-def _mulhilo(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b. The product is split at 16 bits of b: a whole one would overflow int64's sign."""
-    low_part = a * (b & 0xFFFF)
-    high_part = a * (b >> 16) + (low_part >> 16)
+def _mulhilo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b. The product is split at 16 bits: a whole one would overflow int64's sign."""
+    low_part = (a & 0xFFFF) * b
+    high_part = (a >> 16) * b + (low_part >> 16)
     return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Ten rounds of Philox4x32 on int64 tensors of 32-bit words; the arguments broadcast."""
-    # Both products of a round at once: they are of the even words, and each becomes an odd word of the other's.
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    even, odd, keys = torch.stack((c0, c2)), torch.stack((c1, c3)), torch.stack(torch.broadcast_tensors(*key))
-    dims = max(even.dim(), keys.dim())
-    even, odd, keys = (one.view(2, *(1,) * (dims - one.dim()), *one.shape[1:]) for one in (even, odd, keys))
-    multipliers, weyl = (
-        torch.tensor(pair, device=c0.device).view(2, *(1,) * (dims - 1)) for pair in (_MULTIPLIERS, _WEYL)
-    )
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(ROUNDS):
-        high, low = _mulhilo(even, multipliers)
-        even, odd = high.flip(0) ^ odd ^ keys, low.flip(0)
-        keys = (keys + weyl) & _MASK
-    return even[0], odd[0], even[1], odd[1]
+        high0, low0 = _mulhilo(c0, _MULTIPLIERS[0])
+        high1, low1 = _mulhilo(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
 
 
 def _words_at(seed: Tensor, q: Tensor, tensor_id: int, stream: int) -> Tensor:

@@ -85,7 +85,6 @@ def _remember_types() -> None:
     np_dtype_of, make_type, make_tensor = interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__
     dtypes: dict[Any, Any] = {}
     blocks: dict[Any, dict[str, Any]] = {}
-    sizes: dict[int, dict[str, Any]] = {}  # by the id of a shape in blocks; that of a scalar is None's
 
     def known_np_dtype(dtype: Any) -> Any:
         one = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
@@ -96,25 +95,22 @@ def _remember_types() -> None:
         return dtypes[one]
 
     def make_known_type(self: Any, element_ty: Any, shape: Any) -> None:
-        lengths = tuple(n.value if isinstance(n, tl.constexpr) else n for n in shape)
         if isinstance(element_ty, tl.pointer_type):
             return make_type(self, element_ty, shape)
-        key = (element_ty, lengths)
+        key = (element_ty, tuple(n.value if isinstance(n, tl.constexpr) else n for n in shape))
         if key not in blocks:
             make_type(self, element_ty, shape)
-            blocks[key] = dict(vars(self))
-            sizes[id(self.shape)] = {}
+            blocks[key] = vars(self) | {"sizes_of_tensor": {}}
         vars(self).update(blocks[key])
 
     def make_known_tensor(self: Any, handle: Any, type: Any) -> None:
-        key = id(type.shape if type.is_block() else None)
-        if not sizes.get(key):
-            make_tensor(self, handle, type)
-            if key in sizes:
-                sizes[key] = {"numel": self.numel, "shape": self.shape}
+        sizes = getattr(type, "sizes_of_tensor", None)
+        if sizes:
+            vars(self).update(sizes, handle=handle, type=type, dtype=type.scalar)
             return
-        vars(self).update(sizes[key], handle=handle, type=type, dtype=type.scalar)
+        make_tensor(self, handle, type)
+        if sizes is not None:
+            sizes.update(numel=self.numel, shape=self.shape)
 
-    sizes[id(None)] = {}
     interpreter._get_np_dtype = known_np_dtype
     tl.block_type.__init__, tl.tensor.__init__ = make_known_type, make_known_tensor

@@ -64,9 +64,11 @@ class Step:
     cached: bool = False
     keeps: int | None = None
     columns: int = 0
+    # What each cycle asks: the scoreboards' numbers, and what it takes of one of a multiprocessor's four parts.
+    boards: list[int] = field(init=False)
+    part: str | None = field(init=False)
 
     def __post_init__(self) -> None:
-        # What each cycle asks: the scoreboards' numbers, and what it takes of one of a multiprocessor's four parts.
         self.boards = [i for i in range(6) if self.waits >> i & 1]
         self.part = "tensor" if self.columns else self.unit if self.unit in _OF_A_PART else None
 

@@ -48,7 +48,7 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}")  # setup.py's
 
 
-def _run(source: Path, *arguments: str | Path) -> str:
+def run_nvcc(source: Path, *arguments: str | Path) -> str:
     """What nvcc and ptxas say of a source that compiles; a RuntimeError carries nvcc's message where it does not."""
     nvcc = nvcc_path()
     assert nvcc is not None
@@ -63,7 +63,7 @@ def _run(source: Path, *arguments: str | Path) -> str:
 def compile_report(source: Path, object_file: Path, architectures: Iterable[str] = ARCHITECTURES) -> list[KernelReport]:
     """Each kernel on each architecture."""
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    return parse(_run(source, *gencode, "-c", "-o", object_file))
+    return parse(run_nvcc(source, *gencode, "-c", "-o", object_file))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def compiled(name: str, arch: str = "90a") -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         kept = ("--keep", "--keep-dir", folder)
         gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        output = _run(source, gencode, *kept, "-c", "-o", Path(folder) / "out.o")
+        output = run_nvcc(source, gencode, *kept, "-c", "-o", Path(folder) / "out.o")
         ptx, cubin = (Path(folder) / f"{source.stem}.{kind}" for kind in ("ptx", "cubin"))
         return Compiled(parse(output), ptx.read_text(), cubin.read_bytes())
 
@@ -105,6 +105,7 @@ def kernels_of(ptx: str) -> dict[str, str]:
     return dict(zip(pieces[0::2], pieces[1::2], strict=True))
 
 
+@cache
 def machine_code(name: str, arch: str = "90a") -> dict[str, Code]:
     """The machine instructions of a source of csrc/cuda, by the kernels' demangled signatures without our namespaces."""
     kernels = read_cubin(compiled(name, arch).cubin)

@@ -68,8 +68,8 @@ class Pass:
         if load.share > self.limit:
             share = f"{load.busiest} works {load.share:.2f} of the memory's time"
             found.append(f"{self.label}: {share}, at most {self.limit}: {load.units}")
-        if load.speed is not None and load.speed < self.speed:
-            found.append(f"{self.label}: {load.speed:.2f} of the memory's speed, at least {self.speed}")
+        if (load.speed or 0.0) < self.speed:
+            found.append(f"{self.label}: {load.speed or 0.0:.2f} of the memory's speed, at least {self.speed}")
         return found
 
     @property
@@ -113,6 +113,7 @@ def loads(passes: list[Pass], arch: int) -> list[Load]:
 
 
 def load_of(one: Pass, finding: Finding) -> Load:
+    """Of a pass in Triton, whose kernel was found with its machine code."""
     assert finding.code is not None
     load = _load(one, finding.code, finding.warps, finding.arch, one.bytes(finding.constants))
     return replace(load, speed=speed_of(one, finding))
