@@ -75,9 +75,11 @@ def test_a_few_rows_are_cut_until_the_gpu_is_full(device: Device) -> None:
     ):
         splits = nf4.nf4_linear_splits(M, N, K, R, device)
         assert 1 <= splits <= K // nf4.SPLIT_COLUMNS and splits <= (16 if M <= 16 else 4)
+        tiles = -(-(N + R) // nf4.TILE_ROWS)
+        assert splits == 1 or splits * tiles <= 4 * device.multiprocessors
         few = nf4.nf4_linear(M, N, K, "bfloat16", device)
         assert 1 <= few.splits <= max(1, K // few.block_k // 2)
-    assert nf4.nf4_linear_splits(1, 4096, 4096, 16, H200) == 5  # 65 tiles, 264 blocks wanted
+    assert nf4.nf4_linear_splits(1, 4096, 4096, 16, H200) == 8  # 65 tiles, 528 blocks at once
     with pytest.raises(ValueError, match="block_k: expected at most 128"):
         nf4.LinearConfig(block_k=256)
 

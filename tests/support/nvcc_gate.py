@@ -19,7 +19,7 @@ ARCHITECTURES = ("80", "90a", "100")
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One kernel on one architecture, as ptxas -v reports it."""
+    """One kernel on one architecture, as ptxas -v reports it; ``shared`` is what it declares itself, in bytes a block."""
 
     name: str
     arch: str
@@ -27,6 +27,7 @@ class KernelReport:
     stack: int
     spill_stores: int
     spill_loads: int
+    shared: int = 0
 
     def faults(self) -> list[str]:
         """What is wrong with it."""
@@ -43,6 +44,7 @@ def nvcc_path() -> str | None:
 _FUNCTION = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
 _PROPERTIES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
 
 
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}")  # setup.py's
@@ -95,7 +97,9 @@ def parse(output: str) -> list[KernelReport]:
         properties, registers = _PROPERTIES.search(text), _REGISTERS.search(text)
         if properties is None or registers is None:
             raise RuntimeError(f"ptxas said nothing of {name} on {arch}: {text[:500]}")
-        reports.append(KernelReport(name, arch, int(registers[1]), *map(int, properties.groups())))
+        shared = _SHARED.search(text)
+        numbers = (*properties.groups(), shared[1] if shared else 0)
+        reports.append(KernelReport(name, arch, int(registers[1]), *map(int, numbers)))
     return reports
 
 
@@ -106,11 +110,13 @@ def kernels_of(ptx: str) -> dict[str, str]:
 
 
 @cache
-def machine_code(name: str, arch: str = "90a") -> dict[str, Code]:
-    """The machine instructions of a source of csrc/cuda, by the kernels' demangled signatures without our namespaces."""
+def machine_code(name: str, arch: str = "90a") -> dict[str, tuple[Code, KernelReport]]:
+    """The machine instructions of a source of csrc/cuda and what ptxas reports, by the kernels' demangled signatures without our
+    namespaces."""
+    reports = {report.name: report for report in compiled(name, arch).reports}
     kernels = read_cubin(compiled(name, arch).cubin)
     names = subprocess.run(
         ["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True
     ).stdout.splitlines()
     short = [re.sub(r"peftfast::cuda::|\(anonymous namespace\)::|peftfast::", "", one) for one in names]
-    return dict(zip(short, kernels.values(), strict=True))
+    return {shown: (code, reports[full]) for shown, (full, code) in zip(short, kernels.items(), strict=True)}

@@ -10,7 +10,7 @@ wave besides: the part of the memory's speed that the launch reaches.
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import nvcc_gate
@@ -26,13 +26,23 @@ CACHED = frozenset(
 
 
 @dataclass(frozen=True)
+class Grid:
+    """What csrc/cuda launches, which no launcher of ours tells: the warps of a block, how many blocks, and at which byte of the
+    parameters the pointers lie that CACHED names."""
+
+    warps: int
+    blocks: int
+    parameters: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Pass:
     """One kernel at one setting.
 
     Attributes:
         name: of the kernel, and for one of csrc/cuda a part of its demangled signature.
         source: a launcher of support/launches.py, or a file of csrc/cuda.
-        bytes: what a program (a warp, for csrc/cuda) reads and writes in the counted range, from the launch's constants.
+        bytes: what a program reads and writes in the counted range, from the launch's constants.
         limit: what the busiest unit may take of the memory's time on sm_90, under triton 3.6 and 3.7.1; past 1 where the definition
             itself asks for so much, or where nothing better is known.
         loop: the innermost loop of the most instructions is what counts, else the whole kernel, its loops once.
@@ -40,6 +50,7 @@ class Pass:
         speed: of the memory's, what a launch reaches at least on sm_90, under triton 3.6 and 3.7.1.
         trips: of a whole kernel, how often its loop runs, from the launch's constants.
         cached: further arguments of the kernel that lie in the L2 cache.
+        grid: of a kernel of csrc/cuda.
         straight: of a whole kernel, the loops are left out, which a whole tile does not enter.
         cold: of a whole kernel, blocks with so many of an opcode are left out, and what leads to them alone: the code of a ragged tile,
             which no other enters, and of a root's argument that is no normal number.
@@ -57,10 +68,11 @@ class Pass:
     cached: tuple[str, ...] = ()
     straight: bool = False
     cold: dict[str, int] = field(default_factory=dict)
+    grid: Grid | None = None
 
     @property
     def cuda(self) -> bool:
-        return self.source.endswith(".cu")
+        return self.grid is not None
 
     def faults(self, load: "Load") -> list[str]:
         """How the load is past the limits."""
@@ -102,21 +114,16 @@ def loads(passes: list[Pass], arch: int) -> list[Load]:
     """What the passes' binaries ask, in order; those of csrc/cuda need nvcc."""
     triton = [one for one in passes if not one.cuda]
     requests = [{"launcher": one.source, "arch": arch, "code": one.name} | one.options for one in triton]
-    findings = run_gate(requests) if requests else []
-    found: dict[str, Load] = {}
-    for one, finding in zip(triton, _main_kernels(triton, findings), strict=True):
-        found[one.label] = load_of(one, finding)
-    for one in passes:
-        if one.cuda:
-            found[one.label] = _load(one, _cuda_kernel(one.source, one.name, arch), 1, arch, one.bytes({}))
-    return [found[one.label] for one in passes]
+    findings = iter(_main_kernels(triton, run_gate(requests)) if requests else [])
+    return [load_of(one, cuda_finding(one, arch) if one.cuda else next(findings)) for one in passes]
 
 
 def load_of(one: Pass, finding: Finding) -> Load:
-    """Of a pass in Triton, whose kernel was found with its machine code."""
+    """Of a pass whose kernel was found with its machine code."""
     assert finding.code is not None
-    load = _load(one, finding.code, finding.warps, finding.arch, one.bytes(finding.constants))
-    return replace(load, speed=speed_of(one, finding))
+    counts = _range(finding.code, one)
+    memory = one.bytes(finding.constants) / DRAM_BYTES[finding.arch]
+    return Load(one.label, memory, counts.cycles(finding.warps, finding.arch), counts.names, speed_of(one, finding))
 
 
 def _main_kernels(passes: list[Pass], findings: list[Finding]) -> list[Finding]:
@@ -127,10 +134,14 @@ def _main_kernels(passes: list[Pass], findings: list[Finding]) -> list[Finding]:
     return chosen
 
 
-def _cuda_kernel(source: str, name: str, arch: int) -> Code:
-    kernels = nvcc_gate.machine_code(source, "90a" if arch == 90 else str(arch))
-    (found,) = [code for signature, code in kernels.items() if name in signature]
-    return found
+def cuda_finding(one: Pass, arch: int) -> Finding:
+    """Of a pass of csrc/cuda, which needs nvcc."""
+    assert one.grid is not None
+    kernels = nvcc_gate.machine_code(one.source, "90a" if arch == 90 else str(arch))
+    ((code, report),) = [found for signature, found in kernels.items() if one.name in signature]
+    finding = Finding(one.label, one.name, arch, report.registers, report.stack, report.shared, [], 0, code=code)
+    finding.warps, finding.programs, finding.parameters = one.grid.warps, one.grid.blocks, one.grid.parameters
+    return finding
 
 
 def _range(code: Code, one: Pass) -> Counts:
@@ -140,11 +151,6 @@ def _range(code: Code, one: Pass) -> Counts:
     if one.straight:
         return code.without_loops()
     return code.avoiding(one.cold) if one.cold else code.whole
-
-
-def _load(one: Pass, code: Code, warps: int, arch: int, moved: float) -> Load:
-    counts = _range(code, one)
-    return Load(one.label, moved / DRAM_BYTES[arch], counts.cycles(warps, arch), counts.names)
 
 
 def speed_of(one: Pass, finding: Finding) -> float | None:
@@ -158,7 +164,7 @@ def speed_of(one: Pass, finding: Finding) -> float | None:
         trips = max(1, math.ceil(launch / (finding.programs * moved)))
     # A loop's copies are asked for as many trips ahead as it has stages less one.
     cached = {place for name, place in finding.parameters.items() if name in CACHED or name in one.cached}
-    way = Way(trips, finding.stages - 1 if trips else 0, one.cold, cached)
+    way = Way(trips, max(0, finding.stages - 1) if trips else 0, one.cold, cached)
     steps = steps_of(finding.code, way, arch)
     asked = finding.warps * sum(step.size for step in steps if not step.cached)
     at_once = resident(finding.registers, finding.shared, finding.warps, arch)

@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from .throughput import Pass
+from peftfast.configs import nf4
+from peftfast.configs.device import Device
+
+from .throughput import Grid, Pass
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PACKED = 0.5 + 1 / 64  # bytes of an element in blocks of 64 with nested maxima
 CODES = {"float32": 0, "bfloat16": 1}  # csrc's DType
 ROWS = ("x_ptr", "x_plus_ptr", "x_minus_ptr")  # of a product of a few
+# Of csrc's Adam.
+ADAM = {"table_ptr": 0, "layer_ptr": 8, "first_ptr": 16, "codes_ptr": 32, "hyper_ptr": 40, "corrections_ptr": 48}
 Bytes = Callable[[dict[str, int]], float]
 
 
@@ -26,6 +31,12 @@ def _of(size: float, *names: str) -> Bytes:
 
 def _fixed(size: float) -> Bytes:
     return lambda _: size
+
+
+def _tables(weight: int) -> dict[str, int]:
+    """The pointers to csrc's Nf4Weight's tables, which lies at so many bytes of the parameters."""
+    names = ("code_ptr", "nested_absmax_ptr", "nested_code_ptr", "nested_offset_ptr")
+    return {name: weight + 16 + 8 * i for i, name in enumerate(names)}
 
 
 def _cut(name: str, tile: Bytes, limits: tuple[float, float], options: dict[str, Any], launch: float) -> Pass:
@@ -78,8 +89,8 @@ def _lora() -> list[Pass]:
 def _nf4() -> list[Pass]:
     passes = []
     for dtype, whole, columns, delta, beside, cuda in (
-        ("bfloat16", 0.5, 0.6, 0.7, 0.72, 0.46),
-        ("float32", 0.4, 0.5, 0.5, 0.9, 0.36),
+        ("bfloat16", 0.5, 0.6, 0.7, 0.72, (0.46, 0.84)),
+        ("float32", 0.4, 0.5, 0.5, 0.9, (0.36, 0.93)),
     ):
         size = PACKED + SIZES[dtype]
         kind = {"dtype": dtype, "block_size": 64, "nested": True}
@@ -107,7 +118,9 @@ def _nf4() -> list[Pass]:
         ]
         for apart in ("false", "true"):
             name = f"dequantize_tiles<(DType){CODES[dtype]}, true, {apart}>"
-            passes.append(Pass(name, "nf4.cu", _fixed(1024 * size), cuda, straight=True))
+            grid = Grid(8, 4096 * 4096 // (8 * 1024), _tables(0))
+            moved = _fixed(8 * 1024 * size)
+            passes.append(Pass(name, "nf4.cu", moved, cuda[0], speed=cuda[1], straight=True, grid=grid))
     return passes
 
 
@@ -130,37 +143,43 @@ def _few_rows() -> list[Pass]:
     for distribution, limit, speed in (("gaussian", 17.5, 0.03), ("rademacher", 7.4, 0.06), ("scales", 5.3, 0.07)):
         kind = {"M": 16, "dtype": "bfloat16", "distribution": distribution, "nested": True}
         passes.append(part("zo_nf4_linear", packed, limit, speed, kind, whole_packed))
-    # 16 rows of 128 columns, their bytes and nested maxima.
-    product = _fixed(16 * (128 / 2 + 128 / 64))
-    passes.append(Pass("multiply_part<(DType)1, (DType)1, 1>", "nf4_linear.cu", product, 1.6, loop=True))
+    name = "multiply_part<(DType)1, (DType)1, 1>"
+    product = _fixed(nf4.TILE_ROWS * nf4.SPLIT_COLUMNS * PACKED)
+    blocks = 4096 // nf4.TILE_ROWS * nf4.nf4_linear_splits(8, 4096, 4096, 0, Device("", (9, 0), 132))
+    grid = Grid(4, blocks, {"x_ptr": 32} | _tables(48))
+    passes.append(
+        Pass(name, "nf4_linear.cu", product, 1.6, launch=whole_packed, speed=0.32, cached=ROWS, grid=grid, loop=True)
+    )
     return passes
 
 
 def _zeroth_order() -> list[Pass]:
     """A normal is some fifty instructions by its definition."""
     passes = []
-    for dtype, rademacher, triton, speed, cuda in (
-        ("bfloat16", False, 1.75, 0.49, 2.05),
-        ("bfloat16", True, 0.42, 0.92, 0.56),
-        ("float32", False, 0.85, 0.9, 1.0),
+    for dtype, rademacher, triton, speed, cuda, cuda_speed in (
+        ("bfloat16", False, 1.75, 0.49, 1.8, 0.49),
+        ("bfloat16", True, 0.42, 0.92, 0.42, 0.88),
+        ("float32", False, 0.85, 0.9, 0.9, 0.82),
     ):
         size = SIZES[dtype]
         kind = {"dtype": dtype, "rademacher": rademacher}
         # A ragged block's loads of elements of so many bytes: beside those a few of 4 bytes read settings and tables.
-        cold = {"STG.E.U16": 1, "LDG.E.U16": 1} if size == 2 else {"STG.E": 1, "LDG.E": 8}
+        cold = {"STG.E.U16": 1, "LDG.E.U16": 1} if size == 2 else {"STG.E": 1, "LDG.E": 4}
         cold["CALL.REL.NOINC"] = 1
         passes.append(Pass("_perturb_kernel", "perturb", _of(2 * size, "BLOCK"), triton, kind, speed=speed, cold=cold))
         elements = 32 if rademacher else 16  # a lane's
         name = f"apply<(DType){CODES[dtype]}, false, {str(rademacher).lower()}, true>"
-        passes.append(Pass(name, "zeroth_order.cu", _fixed(2 * size * elements * 32), cuda))
+        grid = Grid(8, 4096 * 4096 // (elements * 256), {"seeds_ptr": 0, "coefficients_ptr": 8, "decay_ptr": 24})
+        moved = _fixed(2 * size * elements * 256)
+        passes.append(Pass(name, "zeroth_order.cu", moved, cuda, speed=cuda_speed, cold=cold, grid=grid))
     return passes
 
 
 def _others() -> list[Pass]:
     passes = []
     for small, states, triton, stochastic, speed, cuda in (
-        (False, 16, 0.24, 0.33, 0.95, 0.57),
-        (True, 4, 0.55, 0.71, 0.76, 0.97),
+        (False, 16, 0.24, 0.33, 0.95, (0.57, 0.88)),
+        (True, 4, 0.55, 0.71, 0.76, (0.97, 0.66)),
     ):
         # Value read and written, gradient, states, age, index, base, and the sector that the weight lies in.
         size = 8 + 4 + states + 4 + 4 + 2 + 32
@@ -171,12 +190,17 @@ def _others() -> list[Pass]:
             tile = _of(size, "BLOCK")
             passes.append(Pass("_sparse_adamw_kernel", "sparse_adamw_step", tile, limit, kind, speed=speed, cold=cold))
         name = f"adamw<(DType)1, int, short, {str(small).lower()}>"
-        passes.append(Pass(name, "sparse_adamw.cu", _fixed(32 * (8 if small else 4) * size), cuda))
+        grid = Grid(4 if small else 8, 2**24 // 1024, ADAM)
+        passes.append(Pass(name, "sparse_adamw.cu", _fixed(1024 * size), cuda[0], speed=cuda[1], grid=grid))
     product = {"M": 64, "R": 16, "transposed": True, "dropout": False, "nested": True, "candidate": 0}
     passes.append(Pass("_reduce_partials_kernel", "nf4_product", _of(4, "BLOCK"), 0.55, product, loop=True))
-    passes.append(Pass("mask_pairs(", "philox.cu", _fixed(32 * 16), 1.8))
+    grid = Grid(8, 8192 * 4096 // (256 * 16), {"seed_ptr": 0})
+    passes.append(Pass("mask_pairs(", "philox.cu", _fixed(256 * 16), 1.8, speed=0.47, grid=grid))
     # The rare paths once each too.
-    passes.append(Pass("quantize_blocks<(DType)1, true>", "nf4_quantize.cu", _fixed(256 * (2 + 0.5 + 4 / 64)), 4.5))
+    name, moved = "quantize_blocks<(DType)1, true>", _fixed(8 * 256 * (2 + 0.5 + 4 / 64))
+    grid = Grid(8, 4096 * 4096 // (8 * 256), {"bounds_ptr": 32, "order_ptr": 40})
+    cached = ("bounds_ptr", "order_ptr")
+    passes.append(Pass(name, "nf4_quantize.cu", moved, 4.5, speed=0.26, cached=cached, grid=grid))
     return passes
 
 
