@@ -1,5 +1,6 @@
 """peftfast/configs: a choice for every size and device, and tables that are used or refused with their file's name."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftfast.configs import device as devices
-from peftfast.configs import lora, lora_terms, nf4, philox
+from peftfast.configs import lora, lora_product, lora_terms, nf4, nf4_product, philox, sparse_delta, zeroth_order
 from peftfast.configs.device import Device, measured
 
 H200 = Device("NVIDIA H200", (9, 0), 132)
@@ -82,6 +83,30 @@ def test_a_few_rows_are_cut_until_the_gpu_is_full(device: Device) -> None:
     assert nf4.nf4_linear_splits(1, 4096, 4096, 16, H200) == 8  # 65 tiles, 528 blocks at once
     with pytest.raises(ValueError, match="block_k: expected at most 128"):
         nf4.LinearConfig(block_k=256)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "least"),
+    [
+        (lora.LoraConfig(64, 64, 16), "num_stages", 1),
+        (lora.LoraConfig(64, 64, 16), "block_r", 16),
+        (lora_terms.TileConfig(64, 64), "splits", 1),
+        (lora_product.ProductConfig(), "programs", 1),
+        (nf4.LinearConfig(), "splits", 1),
+        (nf4.LinearConfig(), "num_stages", 1),
+        (nf4_product.ProductConfig(), "splits", 0),
+        (zeroth_order.ZoLinearConfig(16), "splits", 1),
+        (zeroth_order.ZoLinearConfig(16), "block_n", 16),
+        (sparse_delta.TileConfig(), "num_stages", 1),
+    ],
+)
+def test_a_table_s_numbers_are_checked(config: object, field: str, least: int) -> None:
+    """A field of a table that no kernel can run is an error when the table is read, not at a launch."""
+    wrong = least // 2 if least else -1
+    with pytest.raises(ValueError, match=f"^{field}: expected an integer of at least {least}, got {wrong}$"):
+        dataclasses.replace(config, **{field: wrong})  # type: ignore[type-var]
+    with pytest.raises(ValueError, match=f"^{field}: expected"):
+        dataclasses.replace(config, **{field: "3"})  # type: ignore[type-var]
 
 
 def test_adapter_routes(monkeypatch: pytest.MonkeyPatch) -> None:

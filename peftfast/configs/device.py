@@ -102,6 +102,14 @@ def require_powers_of_two(config: object, *names: str) -> None:
             raise ValueError(f"{name}: expected a power of two, got {value!r}")
 
 
+def require_at_least(config: object, **least: int) -> None:
+    """Raise ValueError where one of the named fields is not an integer of at least so much."""
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < smallest:
+            raise ValueError(f"{name}: expected an integer of at least {smallest}, got {value!r}")
+
+
 def bucket(value: int, buckets: tuple[int, ...]) -> int:
     """The smallest of ascending ``buckets`` that holds ``value``, or the largest."""
     return next((limit for limit in buckets if value <= limit), buckets[-1])

@@ -7,7 +7,7 @@ kernels once; into how many parts a sum is cut follows from the sizes and is an 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .device import Device, blocks, bucket, measured, parts, require_powers_of_two
+from .device import Device, blocks, bucket, measured, parts, require_at_least, require_powers_of_two
 
 OPS = ("lora_shrink", "lora_expand", "lora_weight_grad", "lora_dy_grads")
 RANK_BUCKETS = (16, 32, 64, 128)
@@ -66,9 +66,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "block_m", "block_c", "block_r", "num_warps")
-        for name, least in (("block_m", 16), ("block_c", 16), ("block_r", 16), ("num_stages", 1), ("splits", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {getattr(self, name)!r}")
+        require_at_least(self, block_m=16, block_c=16, block_r=16, num_stages=1, splits=1)
 
 
 @dataclass(frozen=True)

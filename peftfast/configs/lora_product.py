@@ -23,7 +23,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .device import Device, bucket, measured, require_powers_of_two
+from .device import Device, bucket, measured, require_at_least, require_powers_of_two
 from .variable import Choice
 
 VARIABLE = "PEFTFAST_LORA_PRODUCT"
@@ -60,18 +60,7 @@ class ProductConfig:
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "block_m", "block_n", "block_k", "block_r", "num_warps", "parts")
-        least = {
-            "block_m": 32,
-            "block_n": 16,
-            "block_k": 16,
-            "block_r": 16,
-            "num_stages": 1,
-            "group_m": 1,
-            "programs": 1,
-        }
-        for name, smallest in least.items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < smallest:
-                raise ValueError(f"{name}: expected an integer of at least {smallest}, got {getattr(self, name)!r}")
+        require_at_least(self, block_m=32, block_n=16, block_k=16, block_r=16, num_stages=1, group_m=1, programs=1)
         if self.parts > 2:
             raise ValueError(f"parts: expected 1 or 2, got {self.parts}")
 

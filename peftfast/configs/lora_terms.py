@@ -6,7 +6,7 @@ As in configs/lora.py a compiled variant depends on few values; here the blocks 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .device import Device, blocks, bucket, measured, parts, require_powers_of_two
+from .device import Device, blocks, bucket, measured, parts, require_at_least, require_powers_of_two
 from .lora import ROW_BUCKETS, LoraConfig, _roomy
 
 OPS = ("lora_terms_shrink", "lora_terms_expand", "lora_terms_weight_grad", "lora_dora_expand")
@@ -48,6 +48,7 @@ class TileConfig:
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "block_m", "block_c", "num_warps")
+        require_at_least(self, splits=1)
 
 
 def tile(case: Case, device: Device) -> LoraConfig:

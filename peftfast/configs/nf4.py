@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .device import Device, blocks, bucket, measured, parts, require_powers_of_two
+from .device import Device, blocks, bucket, measured, parts, require_at_least, require_powers_of_two
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -149,6 +149,7 @@ class LinearConfig:
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "block_n", "block_k", "num_warps")
+        require_at_least(self, block_n=16, block_k=16, num_stages=1, splits=1)
         if self.block_k > MOST_COLUMNS:
             raise ValueError(f"block_k: expected at most {MOST_COLUMNS}, got {self.block_k}")
 
@@ -166,10 +167,10 @@ TILE_ROWS, SPLIT_COLUMNS = 64, 128  # of csrc/cuda/nf4_linear.cu
 
 
 def nf4_linear_splits(M: int, N: int, K: int, R: int, device: Device) -> int:
-    """Into how many parts the CUDA kernel cuts K: as many as its blocks, of which a multiprocessor holds four, begin all at once. A block
-    more would run alone behind them. Each part beyond the first is M (N + R) float32 more to write and to read, so few rows are cut
-    further than many. Not measured; predicted for an H200, 8 rows, 4096 x 4096 and 4096 x 14336: 0.34 and 0.46 of the memory's speed,
-    where blocks for two a multiprocessor came to 0.25 and 0.31."""
+    """Into how many parts the CUDA kernel cuts K: as many as let all its blocks begin at once, four on a multiprocessor, since what is
+    left would run by itself behind them. Each part beyond the first is M (N + R) float32 more to write and to read, so few rows are
+    cut further than many. Not measured; predicted for an H200, 8 rows, 4096 x 4096 and 4096 x 14336: 0.34 and 0.46 of the memory's
+    speed, where at least two blocks a multiprocessor came to 0.25 and 0.31."""
     tiles = -(-(N + R) // TILE_ROWS)
     wanted = 4 * device.multiprocessors // tiles
     return max(1, min(wanted, K // SPLIT_COLUMNS, 16 if M <= 16 else 4))

@@ -42,7 +42,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .device import Device, bucket, measured, require_powers_of_two
+from .device import Device, bucket, measured, require_at_least, require_powers_of_two
 from .lora_product import RANK_BUCKETS
 from .variable import Choice
 
@@ -86,18 +86,8 @@ class ProductConfig:
         if self.route not in ROUTES:
             raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {self.route!r}")
         require_powers_of_two(self, "block_m", "block_n", "block_k", "block_r", "num_warps")
-        least = {
-            "block_m": 32,
-            "block_n": 16,
-            "block_k": 16,
-            "block_r": 16,
-            "num_stages": 1,
-            "group_m": 1,
-            "programs": 1,
-        }
-        for name, smallest in {**least, "parts": 1, "splits": 0}.items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < smallest:
-                raise ValueError(f"{name}: expected an integer of at least {smallest}, got {getattr(self, name)!r}")
+        require_at_least(self, block_m=32, block_n=16, block_k=16, block_r=16, num_stages=1, group_m=1, programs=1)
+        require_at_least(self, parts=1, splits=0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .device import Device, bucket, measured, require_powers_of_two
+from .device import Device, bucket, measured, require_at_least, require_powers_of_two
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROW_BUCKETS = (64, 512, 8192)
@@ -52,6 +52,7 @@ class TileConfig:
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "block_n", "block_k", "block_m", "picks", "num_warps")
+        require_at_least(self, num_stages=1)
 
 
 @dataclass(frozen=True)

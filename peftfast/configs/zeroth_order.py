@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .device import Device, blocks, bucket, measured, parts, require_powers_of_two
+from .device import Device, blocks, bucket, measured, parts, require_at_least, require_powers_of_two
 
 DTYPES = ("float32", "bfloat16", "float16")
 # A direction costs a GPU about as many instructions as a row of both products takes cycles for one weight: past some 200 rows a sign,
@@ -47,8 +47,7 @@ class ZoLinearConfig:
 
     def __post_init__(self) -> None:
         require_powers_of_two(self, "block_m", "block_n", "block_k", "num_warps")
-        if min(self.block_m, self.block_n, self.block_k) < 16:
-            raise ValueError("block_m, block_n, block_k: expected at least 16 each")
+        require_at_least(self, block_m=16, block_n=16, block_k=16, num_stages=1, splits=1)
 
 
 def perturb(dtype: str, rademacher: bool, device: Device) -> PerturbConfig:
