@@ -55,7 +55,8 @@ def _nf4_linear_kernel(
     else:
         units_row = packed_ptr + row[:, None] * row_bytes
     units_row += tl.arange(0, UNITS)[None, :]
-    x_row = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + tl.arange(0, BLOCK_K)[None, :] * stride_xk
+    x_row = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    x_row += tl.arange(0, BLOCK_K).to(tl.int64)[None, :] * stride_xk
     code = tl.load(code_ptr + tl.arange(0, 16))
     if nested_absmax_ptr is not None:
         offset = tl.load(nested_offset_ptr)
@@ -69,7 +70,7 @@ def _nf4_linear_kernel(
             absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
         index = indices_of(units, False)
         values = tl.gather(code, index.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
-        x = convert(tl.load(x_row + k * stride_xk, mask=mask_m[:, None], other=0.0), COMPUTE)
+        x = convert(tl.load(x_row + k.to(tl.int64) * stride_xk, mask=mask_m[:, None], other=0.0), COMPUTE)
         accumulator = multiply_add(narrow(values * absmax[:, None], COMPUTE), tl.trans(x), accumulator)
     if bias_ptr is not None:
         accumulator += widen(tl.load(bias_ptr + offs_n, mask=mask_n & (part == 0), other=0.0))[:, None]

@@ -43,7 +43,7 @@ def _gather_kernel(
     tl.store(out_ptr + offs_s, narrow(result, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "count"])
 def _tile_kernel(
     dy_ptr,
     x_ptr,
@@ -55,6 +55,7 @@ def _tile_kernel(
     M,
     N,
     K,
+    count,
     stride_dym,
     stride_xm,
     BLOCK_N: tl.constexpr,
@@ -62,11 +63,13 @@ def _tile_kernel(
     BLOCK_M: tl.constexpr,
     PICKS: tl.constexpr,
 ):
-    """One tile of dyᵀ x that holds support: its sums on tensor cores, then the support picked from them. dW is never stored."""
-    tile = tl.load(tiles_ptr + tl.program_id(0))
-    start = tl.load(starts_ptr + tl.program_id(0))
-    end = tl.load(starts_ptr + tl.program_id(0) + 1)
+    """One tile of dyᵀ x that holds support: its sums on tensor cores, then the support picked from them. dW is never stored. Whatever
+    the tables hold, what is read and written lies in the tensors."""
     tiles_k = tl.cdiv(K, BLOCK_K)
+    tile = tl.load(tiles_ptr + tl.program_id(0))
+    tile = tl.minimum(tl.maximum(tile, 0), tl.cdiv(N, BLOCK_N) * tiles_k - 1)
+    start = tl.maximum(tl.load(starts_ptr + tl.program_id(0)), 0)
+    end = tl.minimum(tl.load(starts_ptr + tl.program_id(0) + 1), count)
     first_n = (tile // tiles_k) * BLOCK_N
     first_k = (tile % tiles_k) * BLOCK_K
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -74,18 +77,21 @@ def _tile_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     dy_ptrs = dy_ptr + offs_m[:, None].to(tl.int64) * stride_dym + offs_n[None, :]
     x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
+    step = tl.full((), BLOCK_M, tl.int64)
+    dy_step, x_step = step * stride_dym, step * stride_xm
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for m in range(0, M, BLOCK_M):
         dy = tl.load(dy_ptrs, mask=(offs_m[:, None] < M - m) & (offs_n[None, :] < N), other=0.0)
         x = tl.load(x_ptrs, mask=(offs_m[:, None] < M - m) & (offs_k[None, :] < K), other=0.0)
         sums = multiply_add(tl.trans(dy), x, sums)
-        dy_ptrs += BLOCK_M * stride_dym
-        x_ptrs += BLOCK_M * stride_xm
+        dy_ptrs += dy_step
+        x_ptrs += x_step
     flat = sums.reshape(BLOCK_N * BLOCK_K)
     for first in range(start, end, PICKS):
         offs = first + tl.arange(0, PICKS)
         mask = offs < end
         position = tl.load(order_ptr + offs, mask=mask, other=0)
+        mask = mask & (position >= 0) & (position < count)
         index = tl.load(indices_ptr + position, mask=mask, other=0)
         row = index // K
         local_n = (row - first_n).to(tl.int32)
@@ -136,14 +142,16 @@ def _block_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     dy_ptrs = dy_ptr + offs_m[:, None].to(tl.int64) * stride_dym + (first_n + offs)[None, :]
     x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + (first_k + offs)[None, :]
+    step = tl.full((), BLOCK_M, tl.int64)
+    dy_step, x_step = step * stride_dym, step * stride_xm
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     for m in range(0, rows, BLOCK_M):
         mask = offs_m[:, None] < rows - m
         sums = multiply_add(
             tl.trans(tl.load(dy_ptrs, mask=mask, other=0.0)), tl.load(x_ptrs, mask=mask, other=0.0), sums
         )
-        dy_ptrs += BLOCK_M * stride_dym
-        x_ptrs += BLOCK_M * stride_xm
+        dy_ptrs += dy_step
+        x_ptrs += x_step
     out_ptrs = out_ptr + start + (top + offs)[:, None] * stride + (left + offs)[None, :]
     tl.store(out_ptrs, narrow(sums, out_ptr.dtype.element_ty), mask=inside)
 
@@ -277,6 +285,7 @@ def sparse_delta_tiled(
             dy.shape[0],
             dy.shape[1],
             x.shape[1],
+            out.numel(),
             dy.stride(0),
             x.stride(0),
             BLOCK_N=config.block_n,

@@ -279,6 +279,7 @@ def _label(request: dict[str, Any]) -> str:
         ("too_much_shared_memory", "bytes of shared memory, the limit is", ()),
         ("without_tensor_cores", "no wgmma.mma_async", ()),
         ("strided_copy", "source_ptr: loads of 4 bytes", ("source_ptr", "target_ptr")),
+        ("narrow_places", "a product with a stride in 32 bits", ()),
         ("ragged_copy", "target_ptr: stores of 4 bytes", ("source_ptr", "target_ptr")),
         ("wide_copy", "no_such_ptr: never accessed", ("source_ptr", "target_ptr", "no_such_ptr")),
     ],
@@ -297,6 +298,14 @@ def test_the_gate_passes_a_sound_kernel(planted: dict[str, Finding]) -> None:
 
 @pytest.fixture(scope="module")
 def planted() -> dict[str, Finding]:
-    names = ("spilled", "too_much_shared_memory", "without_tensor_cores", "strided_copy", "ragged_copy", "wide_copy")
+    names = (
+        "spilled",
+        "too_much_shared_memory",
+        "without_tensor_cores",
+        "strided_copy",
+        "narrow_places",
+        "ragged_copy",
+        "wide_copy",
+    )
     found = run_gate([{"launcher": name, "arch": 90} for name in names])
     return {finding.label.strip(): finding for finding in found if not finding.kernel.startswith("_reduce")}

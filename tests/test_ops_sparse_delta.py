@@ -131,6 +131,32 @@ def test_triton_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpreter
+def test_tables_of_tiles_that_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that are not there, places outside of the support and runs that do not end in it: the entries that are named right come
+    right, and the rest of the buffers that the operands lie in is neither read nor written."""
+    monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
+    n, k, side = 20, 33, 16
+    dy, x = (torch.full((40, width), float("nan"), device=DEVICE)[8:16] for width in (n, k))
+    dy.copy_(torch.arange(8 * n).reshape(8, n)), x.copy_(torch.arange(8 * k).reshape(8, k))
+    indices = torch.tensor([0, 5, 2 * k, 19 * k + 32], dtype=torch.int32, device=DEVICE)
+    expected = definition.sparse_delta_dvalues(dy, x, indices, F32)
+    order, tiles, starts = checks.tiles_of(indices, k, side, side)
+    assert tiles.tolist() == [0, 5] and starts.tolist() == [0, 3, 4]
+
+    def given(name: str, values: list[int]) -> list[float]:
+        table = {"order": order, "tiles": tiles, "starts": starts}
+        table[name] = torch.tensor(values, dtype=torch.int32, device=DEVICE)
+        return ops.sparse_delta_dvalues_tiled(dy, x, indices, *table.values(), side, side, F32).tolist()
+
+    first, second, third, last = expected.tolist()
+    assert given("tiles", [0, 5]) == [first, second, third, last]
+    for wrong in (-1, -(2**31), 2**31 - 1, 10**6):
+        assert given("tiles", [0, wrong]) in ([first, second, third, 0.0], [first, second, third, last])
+        assert given("order", [0, wrong, 2, 3]) == [first, 0.0, third, last]
+    assert given("starts", [-5, 3, 9]) == [first, second, third, last]
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("seeded", [False, True])
 def test_triton_adamw(seeded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTFAST_BACKEND", "triton")

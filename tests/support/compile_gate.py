@@ -46,6 +46,7 @@ class Finding:
         waits: how many wgmma each of its waits leaves in flight, in the order of the code.
         warps: of a program. constants: the launch's constexpr integers. stages: of its loops. programs: how many are launched.
         parameters: where each argument begins among the compiled kernel's parameters, in bytes.
+        narrow_products: of a stride and a number, in 32 bits: past 2**31 elements they are addresses of something else.
         code: its machine instructions, where the request asked for them by "code".
     """
 
@@ -65,6 +66,7 @@ class Finding:
     stages: int = 0
     programs: int = 0
     parameters: dict[str, int] = field(default_factory=dict)
+    narrow_products: list[str] = field(default_factory=list)
     code: Code | None = None
 
     def faults(self, wide: tuple[str, ...] = (), matrix: bool = False) -> list[str]:
@@ -74,6 +76,7 @@ class Finding:
             found.append(f"{self.stack} bytes of local memory a thread: registers are spilled")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, the limit is {SHARED_LIMIT[self.arch]}")
+        found += [f"a product with a stride in 32 bits: {one}" for one in self.narrow_products]
         if matrix and MATRIX_INSTRUCTION[self.arch] not in self.matrix:
             found.append(f"no {MATRIX_INSTRUCTION[self.arch]}")
         for argument in wide:
@@ -177,6 +180,7 @@ def compile_launch(
     finding.constants = {name: value for name, value in kwargs.items() if name.isupper() and isinstance(value, int)}
     finding.stages, finding.programs = compiled.metadata.num_stages, programs
     finding.parameters = _parameter_offsets(ptx, arguments)
+    finding.narrow_products = narrow_products(compiled.asm["ttir"])
     if code == name:
         (finding.code,) = read_cubin(compiled.asm["cubin"]).values()
     return finding
@@ -197,6 +201,27 @@ def _parameter_offsets(ptx: str, arguments: list[str]) -> dict[str, int]:
         if int(number) < len(arguments):
             found.setdefault(arguments[int(number)], begin)
     return found
+
+
+_OPERATION = re.compile(r"\s*(%\w+)(?:[:#]\d+)? = ([\w.]+) (.*?) : (.*?)(?: loc\(.*)?$")
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """The products with an argument called a stride that Triton's own representation computes in 32 bits."""
+    strides = set(re.findall(r"%\w*stride\w*(?=: i32)", ttir))
+    found = []
+    for result, operation, operands, kinds in filter(None, map(_operation, ttir.splitlines())):
+        if strides & set(re.findall(r"%\w+", operands)) and "i64" not in kinds:
+            if operation in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+                strides.add(result)
+            elif operation == "arith.muli":
+                found.append(operands)
+    return found
+
+
+def _operation(line: str) -> tuple[str, ...] | None:
+    match = _OPERATION.match(line)
+    return match.groups() if match else None
 
 
 def _first_representation(source: Any, target: Any, backend: Any, options: Any) -> None:

@@ -10,14 +10,14 @@ from peftfast.kernels import lora, lora_product
 
 
 @triton.jit
-def _copy_kernel(source_ptr, target_ptr, count, stride, BLOCK: tl.constexpr):
+def _copy_kernel(source_ptr, target_ptr, count, stride, BLOCK: tl.constexpr, PLACES: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target_ptr + offs, tl.load(source_ptr + offs * stride, mask=offs < count), mask=offs < count)
+    tl.store(target_ptr + offs, tl.load(source_ptr + offs.to(PLACES) * stride, mask=offs < count), mask=offs < count)
 
 
-def _copy(stride: int, count: int) -> None:
+def _copy(stride: int, count: int, places: tl.dtype = tl.int64) -> None:
     source, target = (torch.empty(4096, dtype=torch.float32, device="meta") for _ in range(2))
-    _copy_kernel[(1,)](source, target, count, stride, BLOCK=1024)
+    _copy_kernel[(1,)](source, target, count, stride, BLOCK=1024, PLACES=places)
 
 
 def wide_copy(arch: int) -> None:
@@ -28,6 +28,11 @@ def wide_copy(arch: int) -> None:
 def strided_copy(arch: int) -> None:
     """Its loads are scalar, its stores are not: one narrow stream beside a wide one must not pass."""
     _copy(3, 4096)
+
+
+def narrow_places(arch: int) -> None:
+    """The same with places counted in 32 bits."""
+    _copy(3, 4096, tl.int32)
 
 
 def ragged_copy(arch: int) -> None:
