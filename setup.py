@@ -8,6 +8,7 @@ others do without.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -127,8 +128,18 @@ def job_count() -> int:
     return int(text) if text else os.cpu_count() or 1
 
 
+def architectures() -> list[str]:
+    """Those of the variable, or the default where it is empty. Raises ValueError for what names no architecture."""
+    text = os.environ.get(ARCHITECTURES_VARIABLE, "").strip() or DEFAULT_ARCHITECTURES
+    names = [name.strip() for name in text.split(";")]
+    for name in names:
+        if not re.fullmatch(r"\d{2,3}[af]?", name):
+            raise ValueError(f"{ARCHITECTURES_VARIABLE}: expected such as {DEFAULT_ARCHITECTURES}, got {text!r}")
+    return names
+
+
 def architecture_flags() -> list[str]:
-    names = os.environ.get(ARCHITECTURES_VARIABLE, DEFAULT_ARCHITECTURES).split(";")
+    names = architectures()
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
@@ -197,7 +208,8 @@ class BuildLibraries(build_ext):
     def _add_cuda_objects(self, ext: Extension, cuda_home: str | None) -> None:
         nvcc = find_nvcc(cuda_home)
         toolkit = find_toolkit(nvcc)
-        ext.define_macros.append(("USE_CUDA", None))
+        # The library says it again when it is asked whether it runs on a GPU.
+        ext.define_macros += [("USE_CUDA", None), (ARCHITECTURES_VARIABLE, f'"{";".join(architectures())}"')]
         ext.include_dirs.append(str(toolkit / "include"))
         ext.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
         ext.libraries = ["torch_cpu", "torch_cuda", "c10", "cudart"]

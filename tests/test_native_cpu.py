@@ -1,6 +1,7 @@
 """The C++ library against the definitions, on each instruction set in turn, at small awkward shapes."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -447,6 +448,38 @@ def test_choice_of_instruction_set_is_reported(isa: str) -> None:
     assert native.cpu_isa() == isa
     ops.set_isa("auto")
     assert native.cpu_isa() == ISAS[0]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "fails"),
+    [
+        ("80;90a;100", ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)), ((7, 5), (9, 1))),
+        ("90a", ((9, 0),), ((8, 9), (10, 0), (12, 0))),
+        ("90", ((9, 0), (10, 0), (12, 1)), ((8, 9),)),
+        ("86;75", ((7, 5), (8, 0), (8, 6), (9, 0)), ((7, 0),)),
+        ("80;100f", ((8, 9), (10, 0), (10, 3)), ((9, 0), (12, 0))),
+    ],
+)
+def test_for_which_gpus_a_library_has_code(architectures: str, runs: tuple, fails: tuple) -> None:
+    names = architectures.split(";")
+    assert all(native.has_code(names, capability) for capability in runs)
+    assert not any(native.has_code(names, capability) for capability in fails)
+
+
+def test_a_cuda_library_for_another_gpu_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two GPUs is enough: the other backends serve both."""
+    namespace = SimpleNamespace(architectures=lambda: "80;90a")
+    monkeypatch.setattr(torch.ops, "peftfast_cuda", namespace, raising=False)
+    capabilities = [(9, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a stranger")
+    assert native._serves_every_gpu("_cuda.so") == (True, "")
+    capabilities[1] = (10, 0)
+    ok, reason = native._serves_every_gpu("_cuda.so")
+    assert not ok and "built for sm_80, sm_90a, and cuda:1 is an sm_100, a stranger" in reason
+    del namespace.architectures
+    assert "of another version" in native._serves_every_gpu("_cuda.so")[1]
 
 
 def test_verdicts_are_remembered() -> None:

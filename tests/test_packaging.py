@@ -268,4 +268,6 @@ def test_cuda_sources_are_compiled_side_by_side(checkout: Path, tmp_path: Path) 
         assert "--threads 2 " in line and "code=sm_90a" in line and "code=sm_100" in line and "sm_80" not in line
         assert "code=compute_100" in line
     assert build(FAILS="sparse_delta.cu").returncode != 0
+    refused = build(PEFTFAST_CUDA_ARCHITECTURES="80,90").stderr
+    assert "PEFTFAST_CUDA_ARCHITECTURES: expected such as 80;90a;100, got '80,90'" in refused
     assert "MAX_JOBS: expected a whole number of at least 1, got '0'" in build(MAX_JOBS="0").stderr

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -120,7 +121,41 @@ def _load(backend: str) -> Verdict:
         return False, reason
     if backend == "cpu":
         _choose_isa()
+    return _serves_every_gpu(path.name) if backend == "cuda" else (True, "")
+
+
+def _serves_every_gpu(name: str) -> Verdict:
+    """A launch on a GPU for which the library holds no code would be an error at every call."""
+    ask = getattr(torch.ops.peftfast_cuda, "architectures", None)
+    if ask is None:
+        return False, f"{name} is of another version of peftfast (install with PEFTFAST_BUILD=cuda)"
+    architectures = ask().split(";")
+    for i in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(i)
+        if not has_code(architectures, capability):
+            built = ", ".join(f"sm_{one}" for one in architectures)
+            there = f"cuda:{i} is an sm_{capability[0]}{capability[1]}, {torch.cuda.get_device_name(i)}"
+            return False, f"{name} is built for {built}, and {there} (install with PEFTFAST_CUDA_ARCHITECTURES)"
     return True, ""
+
+
+def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether what nvcc made for these, machine code of each and PTX of the last, runs on a GPU of this compute capability.
+
+    Machine code serves its own major version from its minor one on, PTX everything later. Of an architecture with an a, such as 90a,
+    both serve that one alone, and with an f its own major version.
+    """
+    for place, name in enumerate(architectures):
+        number = int(name.rstrip("af"))
+        version = (number // 10, number % 10)
+        if name.endswith("a"):
+            serves = version == capability
+        else:
+            serves = version[0] == capability[0] and version <= capability
+            serves |= place == len(architectures) - 1 and not name.endswith("f") and version <= capability
+        if serves:
+            return True
+    return False
 
 
 def _choose_isa() -> None:

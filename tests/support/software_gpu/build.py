@@ -41,6 +41,7 @@ def _emulated(folder: Path, cuda: Path, torch_includes: list[str], torch_library
     for source in sorted((csrc / "bind").glob("*_cuda.cpp")):
         objects.append(folder / f"bind_{source.stem}.o")
         flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DUSE_CUDA", _STABLE_ABI, f"-I{csrc}", *torch_includes]
+        flags.append('-DPEFTFAST_CUDA_ARCHITECTURES="90a"')
         emulator.run_compiler(*flags, f"-I{cuda}", "-c", source, "-o", objects[-1])
     libraries = [f"-L{torch_library}", "-ltorch_cpu", "-ltorch_cuda", "-lc10", f"-L{folder}", "-l:libcuda.so.1"]
     emulator.run_compiler("-shared", *objects, "-o", folder / CUDA_LIBRARY, *libraries)
