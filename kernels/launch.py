@@ -26,9 +26,17 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     if recorder is None:
         kernel[grid](*args, **constants)
         return
-    with recorder.aside():  # the interpreter copies tensors
+    with aside():  # the interpreter copies tensors
         compiled = kernel[grid](*args, **constants)
     recorder.launched(kernel, compiled, grid, args, constants)
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What the block does is no part of the call, whoever records it: it would be done once however often the call is repeated."""
+    recorder = getattr(_local, "recorder", None)
+    with contextlib.nullcontext() if recorder is None else recorder.aside():
+        yield
 
 
 def constant(tensor, *addressed) -> None:

@@ -9,12 +9,11 @@ With rows each row names its adapter, or none; a program reads the rows of its a
 blocks between the least and the largest adapter of its rows only.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
+from .device_tables import DeviceTables
 from .launch import constant, launch
 from .lora import COMPUTE_DTYPES, places_of_x, transposed_x
 from .numerics import convert, multiply_add, narrow, widen
@@ -24,6 +23,8 @@ from .philox import keep_scale, keep_threshold, keep_tile, kept_or, tied_to
 # int64 words of a block: address of the factor, first rank, ranks, column in S, term, threshold, rank of the term, address of
 # the bias (0: none, or not the term's first block).
 ENTRY = tl.constexpr(8)
+# Two a linear layer, and as many for each other choice of its adapters: some 2 kB of the device's memory each.
+_TABLES = DeviceTables(16384)
 
 
 @triton.jit
@@ -273,15 +274,14 @@ def _tables(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The tables for factors ``[R_t, ..]`` and biases at their addresses; without factors for none."""
     addresses = _addresses(factors) or (0,) * len(ranks)
-    tables = _tables_of(device, addresses, _addresses(biases), ranks, ps, scalings, block_r)
+    key = (addresses, _addresses(biases), ranks, ps, scalings, block_r)
+    tables = _TABLES.get((device, *key), device, lambda: _tables_of(*key))
     for table in tables:
         constant(table, *factors, *biases)
     return tables
 
 
-@functools.lru_cache(maxsize=1024)
 def _tables_of(
-    device: torch.device,
     addresses: tuple[int, ...],
     biases: tuple[int, ...],
     ranks: tuple[int, ...],
@@ -289,8 +289,7 @@ def _tables_of(
     scalings: tuple[float, ...],
     block_r: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The blocks' entries, their scalings, and the first block of each term and past the last one. A function of plain
-    values, so that a training step finds them on the device, where the first one copied them."""
+    """The blocks' entries, their scalings, and the first block of each term and past the last one."""
     entries, factors, starts, column = [], [], [], 0
     for term, rank in enumerate(ranks):
         p = ps[term] if ps is not None else 0.0
@@ -304,9 +303,9 @@ def _tables_of(
         column += rank
     starts.append(len(entries))
     return (
-        torch.tensor(entries, dtype=torch.int64).reshape(-1, ENTRY.value).to(device),
-        torch.tensor(factors, dtype=torch.float32).to(device),
-        torch.tensor(starts, dtype=torch.int32).to(device),
+        torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(-1, ENTRY.value),
+        torch.tensor(factors, dtype=torch.float32, device="cpu"),
+        torch.tensor(starts, dtype=torch.int32, device="cpu"),
     )
 
 

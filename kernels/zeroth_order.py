@@ -1,19 +1,19 @@
 """Weights moved along seeded directions in Triton: any number of tensors in one launch (the definition is
 peftfast.reference.zeroth_order)."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from .device_tables import DeviceTables
 from .launch import launch
 from .numerics import narrow, widen
 from .philox import STREAM_RADEMACHER, normal_tile, rounding_tile, words_at
 
 _COLUMNS = tl.constexpr(7)  # of the table: source, out, minus, count, offset, tensor id, first block
-_TABLES = 4096  # a model's layers, each with the few places that its scratch comes to lie in
+_TABLES = DeviceTables(4096)  # a model's layers, each with the few places that its scratch comes to lie in
 
 
 @triton.jit
@@ -200,12 +200,6 @@ def _perturb_kernel(
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=_TABLES)
-def _device_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
-    """The table on the device. Kept, since a copy from the host waits; a model's weights have the same addresses at every step."""
-    return torch.tensor(rows, dtype=torch.int64).to(device)
-
-
 def perturb(
     sources: Sequence[torch.Tensor] | None,
     outs: Sequence[torch.Tensor],
@@ -243,10 +237,12 @@ def perturb(
     # Left alone, ptxas spills two words of the rounded form to make room for one program more.
     room = {"maxnreg": 168} if narrow_out and rounding_seed is not None else {}
     aligned = all(value % 16 == 0 for row in rows for value in (*row[:3], row[4]))
+    host = lambda: (torch.tensor(rows, dtype=torch.int64, device="cpu"),)  # noqa: E731
+    (table,) = _TABLES.get((seeds.device, tuple(rows)), seeds.device, host)
     launch(
         _perturb_kernel,
         (blocks,),
-        _device_table(tuple(rows), seeds.device),
+        table,
         seeds,
         coefficients,
         decay,

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftfast.functional as F
 from peftfast.configs.device import Device
-from peftfast.functional import dora
+from peftfast.functional import dora, lora_group
 from peftfast.ops import backends
 from peftfast.reference import lora as definition
 from tests.support.counting import Calls, saved_tensors, storages
@@ -439,3 +439,10 @@ def test_bad_input(name: str) -> None:
     error, message, call = BAD[name]
     with pytest.raises(error, match=f"^{message}"):
         call()
+
+
+def test_rows_of_the_terms_that_are_left() -> None:
+    """Numbered anew by the list of terms; what is no term stays with none."""
+    rows = torch.tensor([-1, 3, 0, 1, 2, 7, 3], dtype=torch.int32, device=DEVICE)
+    assert lora_group._renumbered(rows, [1, 3]).tolist() == [-1, 1, -1, 0, -1, -1, 1]
+    assert lora_group._renumbered(rows, []).tolist() == [-1] * 7

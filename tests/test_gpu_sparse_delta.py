@@ -47,10 +47,13 @@ def test_gradient_at_a_training_size(dtype: torch.dtype, density: float) -> None
     assert_within_budget("tiled", tiled, composed, exact)
 
 
-def test_a_training_step_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_training_step_never_waits_for_the_device(tensor: bool) -> None:
+    """Not where a schedule changes the rate, as a number or as a tensor, either."""
+    rate = torch.tensor(1e-3, device="cuda") if tensor else 1e-3
     base = torch.nn.Linear(512, 256, device="cuda", dtype=BF16)
     made = SparseDeltaLinear.from_linear(base, density=0.01, resident=True)
-    optimizer = SparseAdamW([made.delta_values], lr=1e-3)
+    optimizer = SparseAdamW([made.delta_values], lr=rate)
     x = torch.randn(64, 512, device="cuda", dtype=BF16)
 
     def step() -> None:
@@ -62,6 +65,8 @@ def test_a_training_step_never_waits_for_the_device() -> None:
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        step()
+        optimizer.param_groups[0]["lr"] *= 0.5
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

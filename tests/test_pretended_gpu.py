@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from peftfast.kernels.device_tables import DeviceTables
 
 from benchmarks import activity, dram, end_to_end, limits, memory, record, registry, run, timing
 from benchmarks.registry import Case, Work
 from peftfast.configs import nf4_product
-from peftfast.functional import nf4_routes
+from peftfast.functional import lora_multi, nf4_routes
+from peftfast.optim.readback import Unread
 from tests import test_gpu, test_gpu_sparse_delta
 from tests.support import pretended_gpu
 from tests.support.budget import assert_within_budget
@@ -80,8 +82,9 @@ def test_the_tests_of_a_4_bit_products_ways(gpu: None, monkeypatch: pytest.Monke
         test_gpu.test_every_way_of_a_4_bit_product_in_a_graph_and_on_two_streams("overlapped", monkeypatch)
 
 
-def test_the_test_that_a_training_step_never_waits(gpu: None) -> None:
-    test_gpu_sparse_delta.test_a_training_step_never_waits_for_the_device()
+@pytest.mark.parametrize("tensor", [False, True])
+def test_the_test_that_a_training_step_never_waits(gpu: None, tensor: bool) -> None:
+    test_gpu_sparse_delta.test_a_training_step_never_waits_for_the_device(tensor)
 
 
 def test_it_would_notice_a_step_that_waits(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +96,66 @@ def test_it_would_notice_a_step_that_waits(gpu: None, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(test_gpu_sparse_delta.SparseAdamW, "step", waits)
     with pytest.raises(RuntimeError, match="synchronizing"):
-        test_gpu_sparse_delta.test_a_training_step_never_waits_for_the_device()
+        test_gpu_sparse_delta.test_a_training_step_never_waits_for_the_device(False)
+
+
+def test_tables_that_kernels_read(gpu: None) -> None:
+    """Made once without a wait, forgotten when others came, but not where a graph reads them; a graph that asks for new ones is told
+    what to do."""
+    device, tables = torch.device("cuda", 0), DeviceTables(2)
+    made: list[object] = []
+
+    def get(key: object) -> tuple[torch.Tensor, ...]:
+        def make() -> tuple[torch.Tensor, ...]:
+            made.append(key)
+            return (torch.tensor([len(made)]), torch.zeros(0, 3))
+
+        return tables.get(key, device, make)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first = get("first")
+        get("second")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(table.device == device for table in first) and first[0].tolist() == [1] and first[1].shape == (0, 3)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert get("first") is first
+        with pytest.raises(RuntimeError, match=r"being captured.*zero_grad\(set_to_none=False\)"):
+            get("third")
+    for key in ("third", "fourth", "fifth"):
+        get(key)
+    assert get("first") is first and made == ["first", "second", "third", "fourth", "fifth"]
+    get("second")
+    assert made[-1] == "second"
+
+
+def test_scalars_are_read_when_their_own_device_has_them(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event without a stream belongs to the current device, which may be another than the parameters'."""
+    asked: list[object] = []
+    streams = {0: torch.cuda.Stream(), 1: torch.cuda.Stream()}
+
+    class Event(torch.cuda.Event):  # type: ignore[misc]
+        def record(self, stream: object = None) -> None:
+            asked.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[torch.device(device or 1).index or 0])
+    unread = Unread(1, [2], [0.1], torch.tensor([0.5, 0.25], device="cuda"))
+    assert asked == [streams[0]] and unread.values() == [0.5, 0.25]
+
+
+def test_ids_of_rows_in_pinned_memory(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken before the call returns, since their owner may write the next batch's at once; pageable ones torch has staged."""
+    x, rows = torch.ones(2, 3, device="cuda"), torch.tensor([0, -1], dtype=torch.int32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert lora_multi._row_ids(rows, x, 1).is_cuda
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            lora_multi._row_ids(rows, x, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 SIZES = ("--device", "cuda", "--shapes", "32", "--tokens", "8", "--rank", "4", "--quick", "--seconds", "0.001")

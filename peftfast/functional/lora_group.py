@@ -65,6 +65,14 @@ def _alone(seeds: Tensor | None, term: int, p: float) -> Tensor | None:
     return None if seeds is None or p == 0.0 else seeds[term : term + 1]
 
 
+def _renumbered(rows: Tensor, terms: list[int]) -> Tensor:
+    """Rows' terms numbered as ``terms`` lists them, -1 for all others; nothing is copied from the host."""
+    found = torch.full_like(rows, -1)
+    for number, term in enumerate(terms):
+        found.masked_fill_(rows == term, number)
+    return found
+
+
 def _shrink(x: Tensor, a: list[Tensor], rows: Any, seeds: Any, ps: Any, scalings: Any, dtype: torch.dtype) -> Tensor:
     if len(a) == 1 and rows is None:
         return ops.lora.lora_shrink(x, a[0], _alone(seeds, 0, ps[0]), ps[0], scalings[0], dtype)
@@ -439,10 +447,7 @@ class _Backward:
         rows = self.rows
         if rows is not None and terms != list(range(len(self.ranks))):
             # The terms left are numbered anew.
-            order = torch.full((len(self.ranks) + 1,), -1, dtype=rows.dtype, device=rows.device)
-            order[terms] = torch.arange(len(terms), dtype=rows.dtype, device=rows.device)
-            inside = (rows >= 0) & (rows < len(self.ranks))
-            rows = order[torch.where(inside, rows, len(self.ranks)).long()]
+            rows = _renumbered(rows, terms)
         da = ops.lora_terms.lora_terms_weight_grad(ds, self.x, ranks, rows, seeds, ps, [1.0] * len(terms), target)
         for t, one in zip(terms, da.split(ranks), strict=True):
             self._give(self._term_field(t, "lora_a"), one)

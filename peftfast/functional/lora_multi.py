@@ -200,7 +200,11 @@ def _row_ids(rows: Any, x: Tensor, count: int) -> Tensor:
         if least < -1 or largest >= count:
             raise ValueError(f"rows: expected ids in [-1, {count}), got {least} to {largest}")
     total = x.shape[:-1].numel()
-    ids = rows.reshape(-1).to(x.device, torch.int32, non_blocking=True)
+    # A pinned tensor would be read after this call has returned, when its owner may have written the next batch's ids into it. What is
+    # compiled cannot ask whether it is one.
+    leaves = rows.device.type == "cpu" and x.device.type != "cpu"
+    waits = leaves and (torch.compiler.is_compiling() or rows.is_pinned())
+    ids = rows.reshape(-1).to(x.device, torch.int32, non_blocking=not waits)
     return ids if ids.numel() == total else ids.repeat_interleave(total // max(ids.numel(), 1))
 
 

@@ -28,7 +28,8 @@ def side_stream(device: torch.device, main: Any) -> Any:
     One a device, whoever asks; and one for each stream that is being captured, since a stream that has joined a capture takes no other
     work until the capture ends.
     """
-    capturing = torch.cuda.is_current_stream_capturing()
+    with torch.cuda.stream(main):  # on its own device, which need not be the current one
+        capturing = torch.cuda.is_current_stream_capturing()
     key = (device.index or 0, main.cuda_stream if capturing else -1)
     with _lock:
         if key not in _streams:

@@ -1,7 +1,6 @@
 """Operators of AdamW on the values of sparse deltas, for all layers at once, with states in float32 or in 8 bits. Shapes and meaning
 stand in ``peftfast.reference.sparse_delta``. A layer whose delta lies in no weight has empty weight, indices and base."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..configs import sparse_delta as configs
+from ..kernels import device_tables  # type: ignore[attr-defined]
 from ..reference import sparse_delta as definition
 from . import native
 from .backends import cpu_available, device_of, kernels, on_device, takes_cpu, takes_triton, triton_available
@@ -107,29 +107,23 @@ def _cpu_adamw8(*arguments: Any) -> None:
     _cpu_step(arguments[:8], arguments[8:10], arguments[10], arguments[11:])
 
 
-_tables: OrderedDict[Any, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
-_KEPT_TABLES = 16
+_TABLES = device_tables.DeviceTables(16)
 
 
-def _table(rows: list[tuple[int, ...]], block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _table(rows: list[tuple[int, ...]], block: int, device: torch.device) -> tuple[Tensor, ...]:
     """A row of addresses and sizes for each layer, and the layer and the first element of each program, on the device. Kept while the
     addresses stay: the caching allocator mostly gives a step's gradients the places of the step before."""
-    key = (device, block, tuple(rows))
-    if key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
-    layer = [k for k, row in enumerate(rows) for _ in range(0, row[8], block)]
-    first = [start for row in rows for start in range(0, row[8], block)]
-    host = (
-        torch.tensor(rows, dtype=torch.int64, device="cpu"),
-        torch.tensor(layer, dtype=torch.int32, device="cpu"),
-        torch.tensor(first, dtype=torch.int64, device="cpu"),
-    )
-    table = (host[0].to(device), host[1].to(device), host[2].to(device))
-    _tables[key] = table
-    while len(_tables) > _KEPT_TABLES:
-        _tables.popitem(last=False)
-    return table
+
+    def host() -> tuple[Tensor, ...]:
+        layer = [k for k, row in enumerate(rows) for _ in range(0, row[8], block)]
+        first = [start for row in rows for start in range(0, row[8], block)]
+        return (
+            torch.tensor(rows, dtype=torch.int64, device="cpu"),
+            torch.tensor(layer, dtype=torch.int32, device="cpu"),
+            torch.tensor(first, dtype=torch.int64, device="cpu"),
+        )
+
+    return _TABLES.get((device, block, tuple(rows)), device, host)
 
 
 def _groups(lists: Sequence[Tensors]) -> dict[tuple[Any, ...], list[int]]:

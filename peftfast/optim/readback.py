@@ -17,7 +17,8 @@ class Unread:
             self._host = torch.empty(scalars.shape, dtype=scalars.dtype, device="cpu", pin_memory=True)
             self._host.copy_(scalars, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # Of the scalars' device, which need not be the current one.
+            self._event.record(torch.cuda.current_stream(scalars.device))
 
     def ready(self) -> bool:
         return self._event is None or self._event.query()

@@ -62,6 +62,7 @@ class SparseAdamW(torch.optim.Optimizer):
             "state_bits": state_bits,
         }
         self._corrections: dict[Any, Tensor] = {}
+        self._still: dict[Any, Tensor] = {}  # adam_hyper's numbers with a rate and a decay of 0
         self._hypers: dict[Any, Tensor] = {}
         self._codes: dict[torch.device, Tensor] = {}
         self._seed = torch.tensor([_checked_seed("seed", seed)], dtype=torch.int64, device="cpu")
@@ -199,23 +200,31 @@ class SparseAdamW(torch.optim.Optimizer):
         return self._codes[device]
 
     def _corrections_for(self, betas: tuple[float, float], device: torch.device) -> Tensor:
-        key = (*betas, device)
-        if key not in self._corrections:
-            self._corrections[key] = adam_corrections(*betas, ages_of(betas)).to(device)
-        return self._corrections[key]
+        made = lambda: adam_corrections(*betas, ages_of(betas)).to(device)  # noqa: E731
+        return _kept(self._corrections, (*betas, device), made)
 
     def _hyper_for(self, group: dict[str, Any], device: torch.device) -> Tensor:
+        """What a schedule changes is written on the device: a copy from the host would wait, at every step."""
         lr, (beta1, beta2), eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            lr = lr.item()
+
+        def still() -> Tensor:
+            made = lambda: adam_hyper(0.0, beta1, beta2, eps, 0.0).to(device)  # noqa: E731
+            return _kept(self._still, (beta1, beta2, eps, device), made).clone()
+
         if isinstance(lr, Tensor):
-            hyper = adam_hyper(0.0, beta1, beta2, eps, 0.0).to(device)
-            rate = lr.to(device, torch.float64).reshape(())
+            hyper, rate = still(), lr.to(device, torch.float64).reshape(())
             hyper[0], hyper[6] = rate, 1.0 - rate * decay
             return hyper
-        key = (lr, beta1, beta2, eps, decay, device)
-        if key not in self._hypers:
-            self._hypers.clear() if len(self._hypers) > 64 else None
-            self._hypers[key] = adam_hyper(lr, beta1, beta2, eps, decay).to(device)
-        return self._hypers[key]
+
+        def filled() -> Tensor:
+            hyper = still()
+            hyper[0].fill_(lr)
+            hyper[6].fill_(1 - lr * decay)
+            return hyper
+
+        return _kept(self._hypers, (beta1, beta2, eps, lr, decay, device), filled)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "rounding_seed": int(self._seed)}
@@ -251,6 +260,15 @@ class SparseAdamW(torch.optim.Optimizer):
                     state["exp_avg"], state["exp_avg_sq"] = (
                         state[n].to(torch.uint8) for n in ("exp_avg", "exp_avg_sq")
                     )
+
+
+def _kept(made: dict[Any, Tensor], key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """``made[key]``, made where it is missing. A schedule changes a number at every step: no more than the last 64 are kept."""
+    if key not in made:
+        if len(made) >= 64:
+            del made[next(iter(made))]
+        made[key] = make()
+    return made[key]
 
 
 def ages_of(betas: tuple[float, float]) -> int:
