@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .numerics import convert, multiply_add, narrow, widen
+from .numerics import convert, multiply_add, multiply_add_in, narrow, widen
 from .partials import divide, partials_of, reduce_partials, reduce_two
 from .philox import keep_scale, keep_threshold, keep_tile, kept_or, tied_to
 
@@ -73,10 +73,12 @@ def _lora_shrink_kernel(
         w_tile = tl.load(
             w_columns + offs_k[:, None].to(tl.int64) * stride_wk, mask=mask_k[:, None] & mask_r[None, :], other=0.0
         )
-        x_tile = convert(x_tile, COMPUTE)
+        # Of a float32 product x is left as it is: of two bytes it goes to tensor cores.
+        if COMPUTE != tl.float32:
+            x_tile = convert(x_tile, COMPUTE)
         if seed_ptr is not None:
             x_tile = kept_or(x_tile, None, seed, first_row, block * BLOCK_C, K, threshold, BLOCK_M, BLOCK_C)
-        accumulator = multiply_add(x_tile, convert(w_tile, COMPUTE), accumulator)
+        accumulator = multiply_add_in(x_tile, w_tile, accumulator, COMPUTE)
     out_tile = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
     tl.store(out_tile, narrow(accumulator * scaling, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 

@@ -62,6 +62,32 @@ def multiply_add(a, b, accumulator):
 
 
 @triton.jit
+def multiply_add_in(a, b, accumulator, COMPUTE: tl.constexpr):
+    """accumulator + a b of operands rounded to COMPUTE, in float32.
+
+    Where COMPUTE is float32 and an operand of two bytes meets one of its own kind, or bfloat16 meets float32, no product is another one
+    on tensor cores, which are some fifteen times as fast: a float32 b is the sum of three bfloat16, to the bit down to 2 ** -117.
+    """
+    if COMPUTE == tl.float32 and a.dtype == b.dtype:
+        return multiply_add(a, b, accumulator)
+    elif COMPUTE == tl.float32 and a.dtype == tl.bfloat16 and b.dtype == tl.float32:
+        high, rest = _upper_half(b)
+        middle, low = _upper_half(rest)
+        accumulator = multiply_add(a, narrow(low, tl.bfloat16), accumulator)
+        accumulator = multiply_add(a, narrow(middle, tl.bfloat16), accumulator)
+        return multiply_add(a, narrow(high, tl.bfloat16), accumulator)
+    else:
+        return multiply_add(convert(a, COMPUTE), convert(b, COMPUTE), accumulator)
+
+
+@triton.jit
+def _upper_half(x):
+    """float32 x with the lower half of its bits cleared, and what is left of it; nothing of an infinity."""
+    high = (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return high, tl.where(high == x, 0.0, x - high)
+
+
+@triton.jit
 def product(a, FACTOR: tl.constexpr):
     """The upper and the lower 32 bits of uint32 a times FACTOR, below 2 ** 32.
 

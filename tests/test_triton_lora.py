@@ -316,3 +316,36 @@ def test_every_draw_falls_on_its_side_of_the_threshold(dtype: torch.dtype) -> No
             assert philox_definition.keep_threshold(p) == threshold
             got = lora_dora.lora_dropout_add(None, x, seed, p, FLOAT32, terms_configs.TileConfig(8, 64))
             assert torch.equal((got != 0).cpu(), draws < threshold), threshold
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_factor_keeps_every_bit_beside_16_bits(dtype: torch.dtype) -> None:
+    """In a product of float32: tensor cores multiply a bfloat16 x, by the three parts of w. What is not finite stays as it is."""
+    bits = [
+        0x3F7FFFFF,
+        0x3F800001,
+        0x7F7FFFFF,
+        0xFF7FFFFF,
+        0x7F800000,
+        0xFF800000,
+        0xC0490FDB,
+        0x0A3FFFFF,
+        0x00012345,
+        0x807FFFFF,
+    ]
+    words = torch.tensor([one - (one >> 31 << 32) for one in bits], dtype=torch.int32, device=DEVICE)
+    w = torch.cat((words.view(torch.float32), torch.tensor([float("nan")], device=DEVICE)))[:, None]
+    one = torch.ones(1, 1, dtype=dtype, device=DEVICE)
+    config = configs.lora_shrink(1, 1, len(w), str(dtype).removeprefix("torch."), "float32", "float32", False, Device())
+    out = lora.lora_shrink(one, w, None, 0.0, 1.0, torch.float32, config)[0]
+    expected = w[:, 0].tolist()
+    assert out[:-3].tolist() == expected[:-3] and out[-1].isnan()
+    assert (out[-3:-1] - w[-3:-1, 0]).abs().max() <= 2.0**-133  # denormal parts of denormals
+    generator = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(rows, 70, generator=generator).to(DEVICE) for rows in (33, 5))
+    out = lora.lora_shrink(x.to(dtype), w, None, 0.0, 1.0, torch.float32, config)
+    exact = x.to(dtype).double() @ w.double().T
+    assert (out - exact).abs().max() < 1e-6 * exact.abs().max()
+    whole = lora.lora_shrink(x.to(dtype), w.to(dtype), None, 0.0, 1.0, torch.float32, config)
+    exact = x.to(dtype).double() @ w.to(dtype).double().T
+    assert (whole - exact).abs().max() < 1e-6 * exact.abs().max()

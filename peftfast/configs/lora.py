@@ -22,6 +22,7 @@ DTYPES = (
     ("float32", "float32", "float16"),
     ("float16", "float32", "float16"),
     ("float16", "float16", "float16"),
+    ("bfloat16", "float32", "float32"),  # DoRA's norms
 )
 # dy_grads reads dy once up to this rank. Its partial sums of ds weigh 4 R / block_c bytes for every byte pair of dy, written and read
 # again. By the model of _shrink, 8192 x 4096, in times that dy takes of the memory: of rank 32 1.8 at once and 2.2 in two readings, of
@@ -99,6 +100,13 @@ class Case:
     ragged: bool = False
 
     @property
+    def plain(self) -> bool:
+        """Products of float32 outside of tensor cores. The S pass forms those of two bytes with others, or of bfloat16 with float32, on
+        tensor cores all the same (kernels/numerics.py)."""
+        mixed = self.wide == self.narrow != "float32" or (self.wide, self.narrow) == ("bfloat16", "float32")
+        return self.compute == "float32" and not (mixed and self.op == "lora_shrink")
+
+    @property
     def key(self) -> str:
         """The case's name in a device's table."""
         options = ("dropout" if self.dropout else "plain") + (" ragged" if self.ragged else "")
@@ -167,12 +175,19 @@ def _roomy(device: Device) -> bool:
 # most 190 registers, 16-byte loads. ptxas spills 8 bytes to stay at 64, 96 or 128 registers a thread, so that
 # neighbours of these blocks often fail. No GPU has timed them yet.
 def _shrink(case: Case, device: Device) -> LoraConfig:
-    if case.compute == "float32":
+    if case.plain:
         return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
     if case.ragged:
         return LoraConfig(case.rows, 32, 16, num_warps=8 if case.rows == 64 else 4, num_stages=1)
     if case.rows == 16:  # x is small here: reading it once for every 64 ranks costs less than registers for 128
         return LoraConfig(16, 64, min(case.rank, 64))
+    if case.compute == "float32":
+        # Three products of each tile of w, whose parts are cut anew in every program: the taller the tile, the fewer. By the model
+        # below, of 64 x 32, 64 x 64 and 128 x 64 (eight warps): rank 16 0.87, 0.87, 0.78, 32 0.64, 0.77, 0.68, 64 0.43, 0.31, 0.45.
+        # In float32 outside of tensor cores it was 0.10 of rank 16 and 0.07 of 64.
+        if case.rank <= 32:
+            return LoraConfig(64, 64, case.rank)
+        return LoraConfig(128, 64, 64, num_warps=8)
     if _roomy(device):
         # Many programs of few registers at once. The part of the memory's speed that a model of a multiprocessor reaches with the
         # machine code for sm_90 (tests/support/throughput.py, dropout, float32 w, 8192 x 4096, 512 programs of four warps, triton
@@ -187,7 +202,7 @@ def _shrink(case: Case, device: Device) -> LoraConfig:
 
 
 def _expand(case: Case, device: Device) -> LoraConfig:
-    if case.compute == "float32":
+    if case.plain:
         return LoraConfig(16, 64, 16, num_stages=2)
     if case.ragged:
         return LoraConfig(case.rows, 64, 16, num_warps=8 if case.rows == 64 else 4, num_stages=1)
@@ -205,7 +220,7 @@ def _expand(case: Case, device: Device) -> LoraConfig:
 
 
 def _weight_grad(case: Case, device: Device) -> LoraConfig:
-    if case.compute == "float32":
+    if case.plain:
         return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
     if case.ragged:
         rows, warps = (32, 8) if case.rows == 64 else (16, 4)
@@ -223,7 +238,7 @@ def _weight_grad(case: Case, device: Device) -> LoraConfig:
 
 
 def _dy_grads(case: Case, device: Device) -> LoraConfig:
-    if case.compute == "float32":
+    if case.plain:
         return LoraConfig(16, 64, min(case.rank, 32), num_stages=2)
     if case.rows == 16:
         return LoraConfig(16, 64, case.rank, num_stages=2)

@@ -74,6 +74,10 @@ def _lora() -> list[Pass]:
         ]
         if dy_grads:
             passes.append(_cut("lora_dy_grads", tile, dy_grads, kind, whole))
+    # What DoRA's norms ask of the weight: float32 products of bfloat16 and float32.
+    for rank, *limit in ((16, 0.5, 0.84), (64, 0.8, 0.42)):
+        kind = {"M": 4096, "R": rank, "wide": "bfloat16", "narrow": "float32", "compute": "float32", "dropout": False}
+        passes.append(_cut("lora_shrink", _of(2, "BLOCK_M", "BLOCK_C"), (limit[0], limit[1]), kind, 4096 * 4096 * 2))
     for activation, *limits in (("silu", 0.62, 0.5), ("gelu_tanh", 0.72, 0.6)):
         kind = {"activation": activation, "dtype": "bfloat16"}
         forward, backward = (_of(2 * count, "BLOCK") for count in (3, 5))
