@@ -12,6 +12,7 @@ from torch.nn import functional
 from .. import ops
 from ..ops import lora_product as fused
 from ..ops import replay
+from ..ops.backends import results_are_kept
 from .derivatives import once_differentiable
 from .nf4 import dequantized
 from .node import Function
@@ -83,15 +84,16 @@ def _expand(
     base: Tensor, s: Tensor, w: list[Tensor], biases: Any, rows: Any, seeds: Any, ps: Any, scalings: Any, dtype: Any
 ) -> Tensor:
     """In place where the result has base's dtype."""
+    anew = base.dtype != dtype or results_are_kept()
     if len(w) == 1 and rows is None:
         seed = _alone(seeds, 0, ps[0])
         alone = (base, s, w[0], biases[0] if biases else None, seed, ps[0], scalings[0])
-        if base.dtype != dtype:
+        if anew:
             return ops.lora.lora_expand(*alone, dtype)
         ops.lora.lora_expand_(*alone)
         return base
     arguments = (base, s, w, biases, rows, seeds, ps, scalings)
-    if base.dtype != dtype:
+    if anew:
         return ops.lora_terms.lora_terms_expand(*arguments, dtype)
     ops.lora_terms.lora_terms_expand_(*arguments)
     return base

@@ -92,7 +92,7 @@ def _forward(
         own = s[:, column : column + b[t].shape[1]]
         column += b[t].shape[1]
         offset = [lora_biases[t]] if lora_biases else []
-        _expand(y, own, [b[t]], offset, None, None, (0.0,), (scaling,), y.dtype)
+        y = _expand(y, own, [b[t]], offset, None, None, (0.0,), (scaling,), y.dtype)
         ys.append(shaped(y, (*x.shape[:-1], b[t].shape[0])))
     return (*ys, s)
 

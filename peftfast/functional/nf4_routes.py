@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..configs import nf4_product as configs
 from ..ops import nf4_product as fused
+from ..ops.backends import results_are_kept
 from . import overlap
 
 FEWEST_ROWS = configs.FEWEST_ROWS
@@ -152,7 +153,7 @@ def add_product(
     dtype: torch.dtype,
 ) -> Tensor:
     """expand in place where the result has base's dtype, else into a new tensor of ``dtype`` in the same single pass."""
-    if base.dtype != dtype:
+    if base.dtype != dtype or results_are_kept():
         return ops.lora.lora_expand(base, s, w, bias, seed, p, scaling, dtype)
     ops.lora.lora_expand_(base, s, w, bias, seed, p, scaling)
     return base

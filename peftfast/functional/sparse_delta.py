@@ -11,7 +11,15 @@ from torch.nn import functional
 
 from .. import ops
 from ..configs import sparse_delta as configs
-from ..ops.backends import FLOAT_DTYPES, constant_when_compiled, cuda_device, dtype_name, takes_triton, triton_available
+from ..ops.backends import (
+    FLOAT_DTYPES,
+    constant_when_compiled,
+    cuda_device,
+    dtype_name,
+    results_are_kept,
+    takes_triton,
+    triton_available,
+)
 from ..reference import sparse_delta as definition
 from .derivatives import once_differentiable, refuse_tangents
 from .nf4 import NF4Weight, check_features, check_vector
@@ -71,6 +79,8 @@ def _product_apart(
         y, _ = ops.nf4_linear.nf4_linear_now(x, weight, *quantisation, *adapter, compute_dtype, torch.float32)
     else:
         y = functional.linear(x, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+    if results_are_kept():
+        y = y.clone()
     ops.sparse_delta.sparse_delta_product_(y, x, indices, values.to(torch.float32).contiguous())
     return y if y.dtype == compute_dtype else y.to(compute_dtype)
 

@@ -87,6 +87,21 @@ def undisturbed() -> bool:
     return requested_backend() is None and not watching and native.cpu_available()[0]
 
 
+# The modes of selective checkpointing, by the names that torch 2.11 to 2.13 give them.
+_KEEPERS = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+
+
+def results_are_kept() -> bool:
+    """Whether a dispatch mode keeps what single operators return, to give it once more when a checkpoint is computed again: nothing may
+    then be added to a product in place, or it is added twice. A compiler's graph knows what is written in place."""
+    if torch.compiler.is_compiling():
+        return False
+    modes = torch._C._len_torch_dispatch_stack()
+    return modes > launches.recording() and any(
+        type(torch._C._get_dispatch_stack_at(i)).__name__ in _KEEPERS for i in range(modes)
+    )
+
+
 def takes_cpu(*tensors: Tensor | None) -> Verdict:
     """Whether the C++ library takes these floating tensors: CPU, float32, bfloat16 or float16."""
     for tensor in tensors:
