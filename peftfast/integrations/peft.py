@@ -6,13 +6,16 @@ when a weight is moved, an adapter disabled or a hook added. Imported only where
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners import lora as peft_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..functional.dora import forget_norms
 from . import bitsandbytes as bnb
 from . import peft_groups, peft_merge
 from .patch_report import LayerReport, PatchReport
@@ -39,6 +42,28 @@ class _Fused:
             return type(self).forward(self, x, *args, **kwargs)
         return peft_groups.forward(self, super().forward, x, args, kwargs)  # type: ignore[misc]
 
+    # PEFT writes the base weight behind its version counter, whose row norms DoRA keeps: merged, and where factors are initialised.
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        with _norms_forgotten(self):
+            super().merge(*args, **kwargs)  # type: ignore[misc]
+
+    def unmerge(self) -> None:
+        with _norms_forgotten(self):
+            super().unmerge()  # type: ignore[misc]
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        with _norms_forgotten(self):
+            super().update_layer(*args, **kwargs)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _norms_forgotten(layer: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        forget_norms(layer.get_base_layer().weight)
+
 
 class FusedLinear(_Fused, peft_lora.Linear):
     """``peft.tuners.lora.Linear`` with the fused forward."""
@@ -56,10 +81,12 @@ if hasattr(peft_lora, "Linear4bit"):
         _stock_name = "Linear4bit"
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            peft_merge.merge(self, super().merge, safe_merge, adapter_names)
+            with _norms_forgotten(self):
+                peft_merge.merge(self, super(_Fused, self).merge, safe_merge, adapter_names)
 
         def unmerge(self) -> None:
-            peft_merge.unmerge(self, super().unmerge)
+            with _norms_forgotten(self):
+                peft_merge.unmerge(self, super(_Fused, self).unmerge)
 
     _SWAPS[peft_lora.Linear4bit] = FusedLinear4bit
 
@@ -92,6 +119,7 @@ def patch(model: nn.Module, groups: bool = True) -> None:
         if type(module) not in _SWAPS or _why_not_swapped(module) or peft_version_reason():
             continue
         base = module.base_layer
+        forget_norms(base.weight)  # what PEFT did to it before
         if getattr(base, bnb.REPACK_FLAG, False):
             module.__dict__[_RESTORE] = {bnb.REPACK_FLAG: getattr(base, bnb.REPACK_FLAG)}
             setattr(base, bnb.REPACK_FLAG, False)

@@ -19,7 +19,7 @@ from ..functional.lora_multi import apply_group
 from ..functional.precision import compute_dtype_of
 from ..nn.nf4 import is_bitsandbytes_4bit
 from . import bitsandbytes as bnb
-from .peft_guards import has_dora, scaled_by_tensors, why_stock, why_stock_for
+from .peft_guards import has_dora, hooked_globally, plain_layout, scaled_by_tensors, why_stock, why_stock_for
 
 logger = logging.getLogger("peftfast")
 
@@ -52,6 +52,8 @@ class Verdict:
     def __init__(self, layer: Any, active: str | list[str], names: list[str]) -> None:
         base = layer.base_layer
         self.active, self.modules = active, layer._modules
+        # Active by name and not there: PEFT goes on without them, until they are.
+        self.absent = () if isinstance(active, str) else tuple(name for name in active if name not in layer.lora_A)
         self.four_bit = is_bitsandbytes_4bit(base)
         self.base, self.weight, self.bias = base, base.weight, base.bias
         self.adapters = []
@@ -82,6 +84,7 @@ class Verdict:
             )
         ]
         self.own = [module.__dict__ for module in modules]
+        self.whole, self.kinds = modules, [type(module) for module in modules]
         self.parameters = [value for value in self.values if isinstance(value, Tensor)]
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         self.state = bnb.quant_state(base) if self.four_bit else None
@@ -99,6 +102,8 @@ class Verdict:
     def holds(self, layer: Any) -> bool:
         if layer._active_adapter != self.active or layer._disable_adapters or layer.merged_adapters:
             return False
+        if self.absent and any(name in layer.lora_A for name in self.absent):
+            return False
         if layer._modules is not self.modules:  # a replica, which has this layer's attributes and other modules
             return False
         try:  # by iterators, at a fifth of a loop's cost
@@ -106,7 +111,9 @@ class Verdict:
                 return False
         except KeyError:
             return False
-        if any(self.empty) or any(map(operator.contains, self.own, _FORWARD)):
+        if any(self.empty) or any(map(operator.contains, self.own, _FORWARD)) or hooked_globally():
+            return False
+        if not all(map(operator.is_, map(type, self.whole), self.kinds)):
             return False
         if not all(map(operator.eq, map(Tensor.data_ptr, self.parameters), self.addresses)):
             return False
@@ -135,8 +142,21 @@ def remember(layer: Any, active: str | list[str], names: list[str]) -> None:
     plain = (Tensor, nn.Parameter)
     base = layer.base_layer
     known = type(base.weight) in plain or is_bitsandbytes_4bit(base)
+    # What is no parameter, as FSDP1's views and what a hypernetwork makes, is another tensor at the next call.
+    known = known and all(map(_holds_its_tensors, _modules_of(layer, names)))
     with torch.inference_mode(False):  # the views of a 4-bit weight may be saved for a later call's backward
         layer.__dict__[VERDICT] = Verdict(layer, active, names) if known else None
+
+
+def _modules_of(layer: Any, names: list[str]) -> list[Any]:
+    """Those whose tensors a call with these adapters reads."""
+    factors = [folder[name] for name in names for folder in (layer.lora_A, layer.lora_B)]
+    return [layer.base_layer, *factors, *(layer.lora_magnitude_vector[name] for name in names if has_dora(layer, name))]
+
+
+def _holds_its_tensors(module: Any) -> bool:
+    parameters = module._parameters
+    return "weight" in parameters and ("bias" in parameters or getattr(module, "bias", None) is None)
 
 
 def fused_or_stock(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -146,7 +166,7 @@ def fused_or_stock(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[st
     verdict = _remembered(layer)
     if verdict is None:
         return _by_the_guards(layer, stock, x, args, kwargs)
-    if verdict.short and type(x) is Tensor and x.dtype is verdict.dtype and x.device == verdict.device:
+    if verdict.short and _takes(verdict, x):
         if x.dim() and x.shape[-1] == verdict.width and not torch.is_autocast_enabled(verdict.device_type):
             name, a, b, lora_bias, dropout, _ = verdict.adapters[0]
             p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
@@ -168,6 +188,10 @@ def fused_or_stock(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[st
         log_once(reason)
         return stock(x)
     return _run(layer, x, [name for name, *_ in verdict.adapters], None, verdict)
+
+
+def _takes(verdict: Verdict, x: Any) -> bool:
+    return type(x) is Tensor and x.dtype is verdict.dtype and x.device == verdict.device and plain_layout(x)
 
 
 def _by_the_guards(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from .. import ops
 from ..configs import gated_activation as configs
@@ -34,20 +33,11 @@ from .patch_report import MLPReport
 from .peft_call import Verdict
 from .peft_group_call import _dtypes, _verdict_of
 from .peft_groups import _is_patched
-from .peft_guards import FSDP, _hooked, why_stock_for
+from .peft_guards import FSDP, GLOBAL_HOOKS, _hooked, plain_layout, why_stock_for
 
 logger = logging.getLogger("peftfast")
 
 NO_ADAPTER = "it holds no adapter layer any more"
-_GLOBAL_HOOKS = tuple(
-    getattr(torch_module, name)
-    for name in (
-        "_global_forward_hooks",
-        "_global_forward_pre_hooks",
-        "_global_backward_hooks",
-        "_global_backward_pre_hooks",
-    )
-)
 
 
 class _Gated:
@@ -164,7 +154,7 @@ def why_not(module: Any, stock: Any, form: Form) -> str:
         return f"{kind.__name__} is none of the activations that are known, or works in place"
     if isinstance(act, nn.Module) and _hooked(act):
         return "a hook on the activation"
-    if any(_GLOBAL_HOOKS):
+    if any(GLOBAL_HOOKS):
         return "a hook on all modules"
     adapted = False
     for one in (gate, up, down):
@@ -203,12 +193,16 @@ def _plain(verdict: Verdict, x: Any) -> bool:
     return known and not torch.is_autocast_enabled(verdict.device_type)
 
 
+def _takes(x: Any) -> bool:
+    return type(x) is Tensor and plain_layout(x)
+
+
 def _forward(module: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(module, _Gated):  # its forward was bound before unpatch and kept, as accelerate's hooks keep it
         return type(module).forward(module, *args, **kwargs)
     stock = module._peftfast_stock
     # A compiler sees the whole expression and fuses it itself; it also decides what of it is kept.
-    if torch.compiler.is_compiling() or kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+    if torch.compiler.is_compiling() or kwargs or len(args) != 1 or not _takes(args[0]):
         return stock.forward(module, *args, **kwargs)
     form = module._peftfast_form
     reason = "transformed" if transformed() else why_not(module, stock, form)

@@ -18,7 +18,7 @@ from ..functional.nf4_product import has_a_way_alone
 from ..functional.precision import compute_dtype_of
 from . import bitsandbytes as bnb
 from .peft_call import VERDICT, Verdict, active_names, remember
-from .peft_guards import has_dora, why_stock, why_stock_for
+from .peft_guards import has_dora, plain_layout, why_stock, why_stock_for
 
 _VERSION = operator.attrgetter("_version")
 _NEEDS = operator.attrgetter("requires_grad")
@@ -89,6 +89,8 @@ class _Known:
         """Whether nothing more has to be asked: one LoRA adapter each, on dense bases of x's own dtype."""
         return (
             self.short
+            and type(x) is Tensor
+            and plain_layout(x)
             and x.dtype is self.dtype
             and x.device == self.device
             and not torch.is_autocast_enabled(self.device_type)

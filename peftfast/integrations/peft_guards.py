@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..nn.nf4 import is_bitsandbytes_4bit
 from ..ops import lora as lora_ops
@@ -20,6 +21,7 @@ from ..ops import native
 from ..ops import nf4 as nf4_ops
 from ..ops import nf4_product as nf4_product_ops
 from ..ops.backends import FLOAT_DTYPES, constant_when_compiled
+from ..optim.discovery import WATCHES_ONLY
 from . import bitsandbytes as bnb
 
 TESTED_PEFT = ">=0.21,<0.22"
@@ -33,6 +35,30 @@ if torch.distributed.is_available():
     DTENSOR: tuple[type, ...] = (DTensor,)
 else:
     FSDP = DTENSOR = ()
+
+
+# As nn.Module.__call__ asks them.
+GLOBAL_HOOKS = tuple(
+    getattr(torch.nn.modules.module, name)
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+)
+
+
+def hooked_globally() -> bool:
+    """Whether a hook on all modules waits for the calls of a layer's own, which its fused forward does not make."""
+    return any(GLOBAL_HOOKS) and any(
+        not hasattr(hook, WATCHES_ONLY) for hooks in GLOBAL_HOOKS for hook in list(hooks.values())
+    )
+
+
+def plain_layout(x: Tensor) -> bool:
+    """Whether a tensor's elements lie at strides; not sparse, not nested."""
+    return x.layout is torch.strided and not x.is_nested
 
 
 @constant_when_compiled
@@ -111,6 +137,8 @@ def why_stock(layer: Any, names: list[str]) -> str:
     four_bit = is_bitsandbytes_4bit(base)
     if not four_bit and type(base) is not nn.Linear:
         return f"the base layer is {type(base).__module__.partition('.')[0]}'s {type(base).__name__}"
+    if not torch.compiler.is_compiling() and hooked_globally():
+        return "a hook on all modules"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: the weight is stored transposed"
     # Before the hooks: DeepSpeed and accelerate set some of their own where the weight is not there.
@@ -151,11 +179,20 @@ def why_stock(layer: Any, names: list[str]) -> str:
     return _cached_backend_reason(base.weight.device, four_bit, dora, len(names) > 1)
 
 
+_INPUTS = (Tensor, nn.Parameter, FakeTensor)
+
+
 def why_stock_for(layer: Any, x: Any) -> str:
     """Why this input is not served, or an empty string."""
     if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
         return f"an input of {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+    if not torch.compiler.is_compiling() and type(x) not in _INPUTS:
+        return f"an input that is a {type(x).__module__.partition('.')[0]}.{type(x).__name__}, not a plain tensor"
+    if not plain_layout(x):
+        return f"an input that is {'nested' if x.is_nested else x.layout}"
     weight = layer.base_layer.weight
+    if not x.dim() or x.shape[-1] != layer.base_layer.in_features:
+        return f"an input of shape {tuple(x.shape)}, the layer's width is {layer.base_layer.in_features}"
     if x.device != weight.device:
         return f"an input on {x.device}, the base weight on {weight.device}"
     if not is_bitsandbytes_4bit(layer.base_layer):

@@ -17,6 +17,10 @@ from torch.utils._pytree import tree_leaves
 # Operators that look at a tensor without reading its values.
 _ASIDE = {"detach", "alias", "sym_size", "sym_stride", "sym_numel", "is_same_size", "size", "stride"}
 
+WATCHES_ONLY = (
+    "_peftfast_watches_only"  # on a hook of all modules that changes nothing: layers run under it as they do without
+)
+
 
 @dataclass(frozen=True)
 class Held:
@@ -93,6 +97,8 @@ def discover(run: Callable[[], Any], parameters: Sequence[Tensor]) -> Layout:
         while stack and stack.pop() is not module:
             pass
 
+    for hook in (enter, leave):
+        setattr(hook, WATCHES_ONLY, True)
     before, after = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
     watch = _Watch(storages, stack)
     try:
