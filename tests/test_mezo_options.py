@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -300,3 +301,10 @@ def test_block_scales_of_a_4_bit_weight() -> None:
     assert optimizer.copied == []
     with pytest.raises(ValueError, match="module: expected at least one NF4Linear"):
         trainable_scales(nn.Linear(2, 2))
+
+
+def test_it_is_neither_copied_nor_pickled() -> None:
+    optimiser = MeZO(nn.Linear(3, 2), lr=1e-3)
+    for way in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="MeZO: expected no copy and no pickle"):
+            way(optimiser)

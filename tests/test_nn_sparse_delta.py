@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -434,6 +435,20 @@ def test_learning_rate_as_a_tensor_and_a_closure() -> None:
         assert optimiser.step(closure).item() > 0
         values.append(plain.delta_values.detach())
     assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
+def test_a_copy_of_an_optimiser_goes_on_as_the_first(way: Callable[[Any], Any], bits: int) -> None:
+    """With its states, its rates and the draws of its rounding."""
+    layer = SparseDeltaLinear.from_linear(nn.Linear(64, 32).to(BF16), density=0.1, resident=True)
+    optimiser = SparseAdamW([layer.delta_values], lr=1e-2, stochastic_rounding=True, seed=3, state_bits=bits)
+    train(layer, optimiser, 2)
+    other, its_optimiser = way((layer, optimiser))
+    for one, steps in ((layer, optimiser), (other, its_optimiser)):
+        train(one, steps, 3)
+    assert torch.equal(layer.delta_values, other.delta_values) and torch.equal(layer.weight, other.weight)
+    assert its_optimiser.state_dict()["rounding_seed"] == optimiser.state_dict()["rounding_seed"] == 8
 
 
 def test_ages() -> None:

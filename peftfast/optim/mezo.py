@@ -164,6 +164,12 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "MeZO: expected no copy and no pickle, since it moves the modules that it was made with; make another one and give it the "
+            "state_dict"
+        )
+
     # What a step needs of the run; also what the log's header holds and a replay reads.
     def _header(self) -> dict[str, Any]:
         thresholds = None if self._thresholds is None else self._thresholds.tolist()

@@ -61,13 +61,24 @@ class SparseAdamW(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "state_bits": state_bits,
         }
+        self._forget()
+        self._seed = torch.tensor([_checked_seed("seed", seed)], dtype=torch.int64, device="cpu")
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Nothing is on a device that a step puts there."""
         self._corrections: dict[Any, Tensor] = {}
         self._still: dict[Any, Tensor] = {}  # adam_hyper's numbers with a rate and a decay of 0
         self._hypers: dict[Any, Tensor] = {}
         self._codes: dict[torch.device, Tensor] = {}
-        self._seed = torch.tensor([_checked_seed("seed", seed)], dtype=torch.int64, device="cpu")
-        self._seeds: dict[torch.device, Tensor] = {}  # on the devices, where each step counts on: a copy would wait
-        super().__init__(params, defaults)
+        self._seeds: dict[torch.device, Tensor] = {}  # where each step counts on: a copy would wait
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_seed": self._seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
+        super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = {**self.defaults, **param_group}
