@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .numerics import convert, multiply_add, multiply_add_in, narrow, widen
+from .numerics import convert, factor_of, multiply_add, multiply_add_in, narrow, widen
 from .partials import divide, partials_of, reduce_partials, reduce_two
 from .philox import keep_scale, keep_threshold, keep_tile, kept_or, tied_to
 
@@ -73,9 +73,7 @@ def _lora_shrink_kernel(
         w_tile = tl.load(
             w_columns + offs_k[:, None].to(tl.int64) * stride_wk, mask=mask_k[:, None] & mask_r[None, :], other=0.0
         )
-        # Of a float32 product x is left as it is: of two bytes it goes to tensor cores.
-        if COMPUTE != tl.float32:
-            x_tile = convert(x_tile, COMPUTE)
+        x_tile = factor_of(x_tile, COMPUTE)
         if seed_ptr is not None:
             x_tile = kept_or(x_tile, None, seed, first_row, block * BLOCK_C, K, threshold, BLOCK_M, BLOCK_C)
         accumulator = multiply_add_in(x_tile, w_tile, accumulator, COMPUTE)
@@ -186,12 +184,12 @@ def transposed_x(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dropout(x)ᵀ of a tile, ``[BLOCK_C, BLOCK_M]`` of COMPUTE; seed is None where nothing is dropped."""
+    """dropout(x)ᵀ of a tile, ``[BLOCK_C, BLOCK_M]`` as multiply_add_in takes it; seed is None where nothing is dropped."""
     if seed is not None:
-        x_tile = convert(tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0), COMPUTE)
+        x_tile = factor_of(tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0), COMPUTE)
         return tl.trans(kept_or(x_tile, None, seed, first_row, first_column, K, threshold, BLOCK_M, BLOCK_C))
     else:
-        return convert(tl.load(x_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0), COMPUTE)
+        return factor_of(tl.load(x_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0), COMPUTE)
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "blocks_per_split"])
@@ -253,7 +251,7 @@ def _lora_weight_grad_kernel(
         x_tile = transposed_x(
             x_block + x_places, mask_m, mask_k, seed, first_row, first_column, K, threshold, COMPUTE, BLOCK_M, BLOCK_C
         )
-        accumulator = multiply_add(x_tile, convert(ds_tile, COMPUTE), accumulator)
+        accumulator = multiply_add_in(x_tile, ds_tile, accumulator, COMPUTE)
     out_tile = (
         out_ptr
         + split.to(tl.int64) * stride_split

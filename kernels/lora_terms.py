@@ -16,7 +16,7 @@ import triton.language as tl
 from .device_tables import DeviceTables
 from .launch import constant, launch
 from .lora import COMPUTE_DTYPES, places_of_x, transposed_x
-from .numerics import convert, multiply_add, narrow, widen
+from .numerics import convert, multiply_add, multiply_add_in, narrow, widen
 from .partials import divide, partials_of, reduce_partials
 from .philox import keep_scale, keep_threshold, keep_tile, kept_or, tied_to
 
@@ -251,7 +251,7 @@ def _lora_terms_weight_grad_kernel(
         x_tile = transposed_x(
             x_block + x_places, mask_m, mask_k, seed, first_row, first_column, K, threshold, COMPUTE, BLOCK_M, BLOCK_C
         )
-        accumulator = multiply_add(x_tile, convert(ds_tile, COMPUTE), accumulator)
+        accumulator = multiply_add_in(x_tile, ds_tile, accumulator, COMPUTE)
     accumulator *= tl.load(scaling_ptr + block)
     rank = tl.load(entry + 1) + offs_r
     start = (column - tl.load(entry + 1)) * K

@@ -81,6 +81,15 @@ def multiply_add_in(a, b, accumulator, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def factor_of(x, COMPUTE: tl.constexpr):
+    """x as multiply_add_in takes it: rounded to COMPUTE, but of a float32 product left as it is."""
+    if COMPUTE == tl.float32:
+        return x
+    else:
+        return convert(x, COMPUTE)
+
+
+@triton.jit
 def _upper_half(x):
     """float32 x with the lower half of its bits cleared, and what is left of it; nothing of an infinity."""
     high = (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)

@@ -78,6 +78,12 @@ def _lora() -> list[Pass]:
     for rank, *limit in ((16, 0.5, 0.84), (64, 0.8, 0.42)):
         kind = {"M": 4096, "R": rank, "wide": "bfloat16", "narrow": "float32", "compute": "float32", "dropout": False}
         passes.append(_cut("lora_shrink", _of(2, "BLOCK_M", "BLOCK_C"), (limit[0], limit[1]), kind, 4096 * 4096 * 2))
+    # And dA of a layer that computes in float32.
+    for rank, *limit in ((16, 0.55, 0.88), (64, 0.95, 0.48)):
+        kind = {"M": 8192, "R": rank, "wide": "bfloat16", "narrow": "float32", "compute": "float32", "dropout": False}
+        passes.append(
+            _cut("lora_weight_grad", _of(2, "BLOCK_M", "BLOCK_C"), (limit[0], limit[1]), kind, 8192 * 4096 * 2)
+        )
     for activation, *limits in (("silu", 0.62, 0.5), ("gelu_tanh", 0.72, 0.6)):
         kind = {"activation": activation, "dtype": "bfloat16"}
         forward, backward = (_of(2 * count, "BLOCK") for count in (3, 5))
