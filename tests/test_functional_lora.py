@@ -453,6 +453,30 @@ def test_float64_runs_on_the_definition() -> None:
     torch.testing.assert_close(run(case, tensors), expected)
 
 
+@pytest.mark.parametrize("index", [0, 2, 4])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_float64_adapter(index: int, rows: int) -> None:
+    """No kernel reads it: the definition serves it, in a whole layer and in a few rows of a 4-bit weight as in single passes."""
+    x, _, compute, weight = KINDS[index]
+    for p, needs in ((0.1, LEAVES), (0.0, ("x", "lora_a", "lora_b")), (0.0, ("lora_a",)), (0.0, ("lora_b",)), (0.0, ())):
+        check_layer(
+            LayerCase(x=x, adapter=F64, compute=compute, weight=weight, p=p, needs=needs, shape=(rows, 67), data=index)
+        )
+
+
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+@pytest.mark.parametrize("name", ["lora_a", "lora_b", "lora_bias"])
+def test_a_float8_factor_is_its_values(name: str, weight: str) -> None:
+    case = LayerCase(weight=weight, p=0.0, needs=("x",), shape=(3, 67))
+    tensors = tensors_of(case)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    wide = tensors | {name: tensors[name].to(F32)}
+    y, expected = run(case, tensors), run(case, wide)
+    torch.testing.assert_close(y, expected)
+    dy = torch.ones_like(y)
+    torch.testing.assert_close(gradients(y, tensors, dy), gradients(expected, wide, dy))
+
+
 def test_an_adapter_of_rank_zero_is_the_base() -> None:
     x, w = torch.randn(3, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)
     y = F.lora_linear(x, w, w[:0], torch.empty(5, 0, device=DEVICE))

@@ -221,6 +221,13 @@ def test_float64_runs_on_the_definition(activation: str) -> None:
     assert torch.autograd.gradcheck(layer, [gate, up, weight, a, b])
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_float64_adapter(dtype: torch.dtype) -> None:
+    """No kernel reads it: the definition serves it."""
+    for needs in (PLAIN, ("gate", "up"), ("lora_a",), ("lora_b",)):
+        check_layer(GatedLayerCase(x=dtype, adapter=F64, needs=needs, p=0.0))
+
+
 def test_autocast_gives_stock_s_dtype() -> None:
     case = GatedLayerCase(needs=PLAIN, p=0.0, bias=False, lora_bias=False)
     tensors = tensors_of(case)

@@ -381,6 +381,15 @@ def test_float64_is_the_definition(group: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("x", [F32, BF16])
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_float64_adapters(x: torch.dtype, lora_bias: bool) -> None:
+    """No kernel reads them: the definition serves them, in the plain case as in the general one."""
+    check_group(GroupCase(QKV, x=x, adapter=F64))
+    plain = [dataclasses.replace(one, weight="dense", bias=False, lora_bias=lora_bias, p=0.0) for one in QKV]
+    check_group(GroupCase(tuple(dataclasses.replace(one, frozen=("lora_bias",)) for one in plain), x=x, adapter=F64))
+
+
 def test_gradcheck_of_dora_in_float64() -> None:
     x, w, a, b = (torch.randn(*s, dtype=F64) for s in ((4, 5), (3, 5), (2, 5), (3, 2)))
     magnitude = torch.rand(3, dtype=F64) + 0.5

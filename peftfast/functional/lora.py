@@ -48,12 +48,21 @@ def _plain_on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _as_one(x: Tensor, dtype: torch.dtype, rank: int) -> bool:
+def _as_one(x: Tensor, dtype: torch.dtype, rank: int, *factors: torch.dtype | None) -> bool:
     """Whether the passes on x run as one operator of the C++ library. The result is the same, bit for bit; what is saved is the way
-    through Python between them. The passes that torch's library takes over are operators of their own."""
+    through Python between them. The passes that torch's library takes over are operators of their own, and so are those on
+    ``factors``, the adapter's dtypes, that the kernels do not take: other implementations serve them."""
     if rank >= lora_configs.LIBRARY_RANKS and ops.lora_library.takes(x.shape[:-1].numel(), rank, dtype):
         return False
-    return _plain_on_cpu(x, dtype)
+    return _plain_on_cpu(x, dtype) and kernels_take(factors)
+
+
+def kernels_take(dtypes: Sequence[torch.dtype | None]) -> bool:
+    """Whether the kernels read all of these; None is of a tensor that is not there."""
+    for dtype in dtypes:
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            return False
+    return True
 
 
 def _forward(
@@ -122,9 +131,11 @@ class LoRALinearFunction(torch.autograd.Function):
         *quantisation: Any,
     ) -> Tensor:
         kept: tuple[Tensor | None, ...] = ()
-        whole = out_dtype is dtype and (bias is None or bias.dtype is dtype) and x.is_contiguous()
+        bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
+        whole = out_dtype is dtype and bias_dtypes[0] in (None, dtype) and x.is_contiguous()
         rank = lora_b.shape[1]
-        if whole and weight.dtype is dtype and not quantisation and _as_one(x, dtype, rank):
+        factors = (lora_a.dtype, lora_b.dtype, bias_dtypes[1])
+        if whole and weight.dtype is dtype and not quantisation and _as_one(x, dtype, rank, *factors):
             y, s = torch.ops.peftfast_cpu.lora_layer_forward.default(
                 x, weight, bias, lora_a, lora_b, lora_bias, seed, p, scaling
             )
@@ -148,7 +159,6 @@ class LoRALinearFunction(torch.autograd.Function):
             *kept,
         )
         # One attribute: each costs as much as a check.
-        bias_dtypes = (None if bias is None else bias.dtype, None if lora_bias is None else lora_bias.dtype)
         ctx.plan = (p, scaling, dtype, rank, x.dtype, weight.dtype, lora_a.dtype, quantisation[2:4], bias_dtypes)
         return y
 
@@ -159,8 +169,10 @@ class LoRALinearFunction(torch.autograd.Function):
         p, scaling, dtype, rank, x_dtype, weight_dtype, a_dtype, _, _ = ctx.plan
         rest = (None,) * len(rest)
         frozen = not (needs_weight or needs_bias or needs_lora_bias)
-        if frozen and x_dtype is dtype and weight_dtype is dtype and _as_one(dy, dtype, rank):
-            x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: each question unpacks them anew, which a checkpoint allows a single time
+        own = (a_dtype, saved[3].dtype)
+        if frozen and x_dtype is dtype and weight_dtype is dtype and _as_one(dy, dtype, rank, *own):
+            x, weight, lora_a, lora_b, s, seed = saved
             x = None if x is None else x.contiguous()
             found = torch.ops.peftfast_cpu.lora_layer_backward.default(
                 dy.contiguous(), x, weight, lora_a, lora_b, s, seed, p, scaling, needs_x, needs_a, needs_b, a_dtype
@@ -172,7 +184,7 @@ class LoRALinearFunction(torch.autograd.Function):
             return dx, None, da, db, None, None, *rest
         with autocast_off(dy.device.type):
             passes = _replayed_backward if replay.allowed(dy) else _backward
-            return *passes(dy, ctx.plan, ctx.needs_input_grad[:6], *ctx.saved_tensors), *rest
+            return *passes(dy, ctx.plan, ctx.needs_input_grad[:6], *saved), *rest
 
 
 by_library = Function(LoRALinearFunction)

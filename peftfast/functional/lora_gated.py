@@ -57,7 +57,9 @@ class LoRAGatedFunction(torch.autograd.Function):
         plain = (
             out_dtype is dtype and weight.dtype is dtype and (bias is None or bias.dtype is dtype) and not quantisation
         )
-        if plain and gate.is_contiguous() and up.is_contiguous() and _as_one(gate, dtype, lora_b.shape[1]):
+        bias_dtypes = tuple(None if one is None else one.dtype for one in (bias, lora_bias))
+        factors = (lora_a.dtype, lora_b.dtype, bias_dtypes[1])
+        if plain and gate.is_contiguous() and up.is_contiguous() and _as_one(gate, dtype, lora_b.shape[1], *factors):
             y, s = torch.ops.peftfast_cpu.lora_gated_forward.default(
                 gate,
                 up,
@@ -72,7 +74,6 @@ class LoRAGatedFunction(torch.autograd.Function):
                 scaling,
             )
             y = unviewed(y)
-            bias_dtypes = tuple(None if one is None else one.dtype for one in (bias, lora_bias))
             inner.plan = (p, scaling, dtype, lora_b.shape[1], dtype, dtype, lora_a.dtype, (), bias_dtypes)
             own = (weight, lora_a) if needs_h else (None, None)
             saved: tuple[Tensor | None, ...] = (*own, lora_b, s if needs_b else None, seed)
@@ -93,7 +94,8 @@ class LoRAGatedFunction(torch.autograd.Function):
         p, scaling, dtype, rank, h_dtype, weight_dtype, a_dtype, _, _ = inner.plan
         same = h_dtype is dtype and weight_dtype is dtype
         saved = ctx.saved_tensors  # once: each question unpacks them anew, which a checkpoint allows a single time
-        if same and not (needs_weight or True in needs_biases) and _as_one(dy, dtype, rank):
+        frozen = not (needs_weight or True in needs_biases)
+        if same and frozen and _as_one(dy, dtype, rank, a_dtype, saved[4].dtype):
             gate, up, weight, lora_a, lora_b, s, seed = saved
             if gate is not None:
                 found = torch.ops.peftfast_cpu.lora_gated_backward.default(

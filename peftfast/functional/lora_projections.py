@@ -12,7 +12,7 @@ from torch.nn import functional
 from .. import ops
 from ..ops import replay
 from .derivatives import once_differentiable
-from .lora import _plain_on_cpu
+from .lora import _plain_on_cpu, kernels_take
 from .lora_group import _expand, _shrink
 from .node import Function
 from .precision import autocast_off
@@ -65,11 +65,15 @@ def projections_of(
     return Projections(tuple(weights), tuple(a), tuple(b), *optional)
 
 
-def _as_one(x: Tensor, ps: tuple[float, ...], b: Sequence[Tensor]) -> bool:
+def _as_one(
+    x: Tensor, ps: tuple[float, ...], a_dtype: torch.dtype, b: Sequence[Tensor], lora_biases: Sequence[Tensor] = ()
+) -> bool:
     """Whether the passes on x run as one operator of the C++ library, as in :func:`lora._as_one`."""
     ranks = [one.shape[1] for one in b]
     taken = ops.lora_library.takes_terms(x.shape[:-1].numel(), ranks, any(ps), x.dtype)
-    return not taken and _plain_on_cpu(x, x.dtype)
+    if taken or not _plain_on_cpu(x, x.dtype):
+        return False
+    return kernels_take((a_dtype, *[one.dtype for one in b], *[one.dtype for one in lora_biases]))
 
 
 def _forward(
@@ -120,7 +124,7 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         count = len(ps)
         weights, _, _, biases, lora_biases = plain
         a, b = factors[:count], factors[count:]
-        if x.is_contiguous() and _as_one(x, ps, b):
+        if x.is_contiguous() and _as_one(x, ps, a[0].dtype, b, lora_biases):
             *ys, s = torch.ops.peftfast_cpu.lora_group_forward.default(
                 x, weights, biases, a, b, lora_biases, seeds, ps, scalings
             )
@@ -146,7 +150,8 @@ class LoRAProjectionsFunction(torch.autograd.Function):
         needs_x, needs_a, needs_b = ctx.needs
         nothing = (None,) * count
         # Not `None in dys`, which compares every tensor with None, at 15 us each.
-        if all([dy is not None and dy.dtype is ctx.dtype for dy in dys]) and _as_one(dys[0], ctx.ps, b):  # type: ignore[arg-type]
+        served = all([dy is not None and dy.dtype is ctx.dtype for dy in dys])
+        if served and _as_one(dys[0], ctx.ps, ctx.a_dtype, b):  # type: ignore[arg-type]
             dys = tuple([dy.contiguous() for dy in dys])  # type: ignore[union-attr]
             dx = _base_gradient(dys, weights) if needs_x else None
             found = torch.ops.peftfast_cpu.lora_group_backward.default(
