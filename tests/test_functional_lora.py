@@ -458,7 +458,13 @@ def test_float64_runs_on_the_definition() -> None:
 def test_a_float64_adapter(index: int, rows: int) -> None:
     """No kernel reads it: the definition serves it, in a whole layer and in a few rows of a 4-bit weight as in single passes."""
     x, _, compute, weight = KINDS[index]
-    for p, needs in ((0.1, LEAVES), (0.0, ("x", "lora_a", "lora_b")), (0.0, ("lora_a",)), (0.0, ("lora_b",)), (0.0, ())):
+    for p, needs in (
+        (0.1, LEAVES),
+        (0.0, ("x", "lora_a", "lora_b")),
+        (0.0, ("lora_a",)),
+        (0.0, ("lora_b",)),
+        (0.0, ()),
+    ):
         check_layer(
             LayerCase(x=x, adapter=F64, compute=compute, weight=weight, p=p, needs=needs, shape=(rows, 67), data=index)
         )

@@ -1,11 +1,15 @@
 """F.perturb_, F.perturbation and F.zo_linear: what they promise in their own words."""
 
+import contextlib
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 import peftfast.functional as F
+from peftfast.functional.disjoint import check_disjoint
 from peftfast.functional.dora import forget_norms
 from peftfast.optim import low_rank
 from tests.support.counting import Calls
@@ -175,7 +179,7 @@ def test_zo_linear_draws_z_once_for_both_signs() -> None:
     assert calls.compute == {"zo_linear": 1}
 
 
-ONE = torch.ones(3)
+ONE, OTHER = torch.ones(3), torch.ones(3)
 BAD = {
     "distribution": (ValueError, "distribution: expected", lambda: F.perturb_([ONE], 1, 1.0, distribution="cauchy")),
     "seed": (ValueError, "seed: expected 64 bits", lambda: F.perturb_([ONE], 2**64, 1.0)),
@@ -188,6 +192,18 @@ BAD = {
     "integers": (TypeError, r"tensors\[1\]: expected a floating", lambda: F.perturb_([ONE, ONE.int()], 1, 1.0)),
     "no tensor": (TypeError, r"tensors\[0\]: expected a tensor", lambda: F.perturb_([3], 1, 1.0)),  # type: ignore[list-item]
     "twice": (ValueError, r"tensors\[1\]: the same memory", lambda: F.perturb_([ONE, ONE], 1, 1.0)),
+    "none": (TypeError, "tensors: expected a tensor or a sequence", lambda: F.perturb_(None, 1, 1.0)),  # type: ignore[arg-type]
+    "sparse": (TypeError, r"tensors\[1\]: expected a dense", lambda: F.perturb_([ONE, ONE.to_sparse()], 1, 1.0)),
+    "expanded": (ValueError, r"tensors\[1\]: expected each", lambda: F.perturb_([ONE, OTHER.expand(2, 3)], 1, 1.0)),
+    "windows": (ValueError, r"tensors\[0\]: expected each", lambda: F.perturb_([ONE.unfold(0, 2, 1)], 1, 1.0)),
+    "partly": (
+        ValueError,
+        r"tensors\[2\]: the same .* tensors\[1\]",
+        lambda: F.perturb_([OTHER, ONE[:2], ONE[1:]], 1, 1.0),
+    ),
+    "one id": (TypeError, "tensor_ids: expected a sequence", lambda: F.perturb_([ONE], 1, 1.0, tensor_ids=1)),  # type: ignore[arg-type]
+    "one offset": (TypeError, "offsets: expected a sequence", lambda: F.perturb_([ONE], 1, 1.0, offsets=1)),  # type: ignore[arg-type]
+    "one source": (TypeError, "sources: expected a sequence", lambda: F.perturb_([ONE], 1, 1.0, sources=ONE)),  # type: ignore[arg-type]
     "devices": (ValueError, r"tensors\[1\]: expected on", lambda: F.perturb_([ONE, ONE.to("meta")], 1, 1.0)),
     "ids": (ValueError, "tensor_ids: expected 1, one for each", lambda: F.perturb_([ONE], 1, 1.0, tensor_ids=[1, 2])),
     "id": (ValueError, "tensor_ids: expected ints", lambda: F.perturb_([ONE], 1, 1.0, tensor_ids=[2**32])),
@@ -206,9 +222,39 @@ BAD = {
 }
 
 
+def test_views_between_one_anothers_elements() -> None:
+    whole = torch.zeros(6, 8, device=DEVICE)
+    parts = [whole[:, :3], whole[:, 3:4], whole[1::2, 4:], whole[::2, 4::2], whole[::2, 5::2].T, whole[:0]]
+    F.perturb_(parts, 3, 1.0)
+    for index, part in enumerate(parts):
+        assert torch.equal(part, F.perturbation(part.shape, 3, tensor_id=index, device=DEVICE))
+
+
+def test_what_shares_memory() -> None:
+    """Against the places themselves, for views of any strides."""
+    draw = random.Random(5)
+    whole = torch.zeros(200)
+
+    def view() -> Tensor:
+        of, dims = draw.choice((whole, whole.view(BF16))), draw.randint(0, 3)
+        sizes, strides = ([draw.randint(low, high) for _ in range(dims)] for low, high in ((1, 5), (0, 12)))
+        return of.as_strided(sizes, strides, draw.randint(0, 40))
+
+    def places(tensor: Tensor) -> list[int]:
+        at = torch.arange(2 * len(whole)).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).flatten()
+        return [place for one in (at * tensor.itemsize).tolist() for place in range(one, one + tensor.itemsize)]
+
+    for _ in range(500):
+        pair = [view(), view()]
+        held = [place for one in pair for place in places(one)]
+        shared = len(set(held)) < len(held)
+        with pytest.raises(ValueError, match="^tensors") if shared else contextlib.nullcontext():
+            check_disjoint("tensors", pair)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str) -> None:
     kind, message, call = BAD[name]
     with pytest.raises(kind, match=message):
         call()
-    assert torch.equal(ONE, torch.ones(3))
+    assert torch.equal(ONE, torch.ones(3)) and torch.equal(OTHER, torch.ones(3))

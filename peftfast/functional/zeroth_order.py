@@ -1,12 +1,14 @@
 """Zeroth order: seeded directions, weights moved along them in place, and linear layers on weights that are never written."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from .disjoint import check_disjoint
 from .nf4 import NF4Weight
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
@@ -70,7 +72,8 @@ def perturb_(
     (float64 for float64 tensors) and rounded to the tensor's dtype once; a term whose scale is 0 is left out.
 
     Args:
-        tensors: floating, of any shapes, on one device. One that is not contiguous is moved by way of a contiguous copy.
+        tensors: floating, of any shapes, on one device, no two elements in one place. One that is not contiguous is moved by way of
+            a contiguous copy.
         seed: 64 bits each: an int, a sequence of ints, or int64 ``[K]`` on the tensors' device.
         scale: as many: floats or float32 ``[K]`` on the tensors' device.
         distribution: "gaussian" or "rademacher".
@@ -84,16 +87,18 @@ def perturb_(
     Raises:
         TypeError, ValueError: naming the argument, before anything is written.
     """
-    given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    given = [tensors] if isinstance(tensors, Tensor) else _listed("tensors", tensors, "a tensor or a sequence of them")
     rademacher = is_rademacher(distribution)
     _check_tensors("tensors", given)
-    read = given if sources is None else list(sources)
+    if given and given[0].device.type != "meta":
+        check_disjoint("tensors", given)
+    read = given if sources is None else _listed("sources", sources, "a sequence of tensors")
     if sources is not None:
         _check_tensors("sources", read)
         if [(t.shape, t.dtype, t.device) for t in read] != [(t.shape, t.dtype, t.device) for t in given]:
             raise ValueError("sources: expected the shapes, dtypes and device of tensors")
-    ids = list(range(len(given))) if tensor_ids is None else list(tensor_ids)
-    places = [0] * len(given) if offsets is None else list(offsets)
+    ids = list(range(len(given))) if tensor_ids is None else _listed("tensor_ids", tensor_ids, "a sequence of ints")
+    places = [0] * len(given) if offsets is None else _listed("offsets", offsets, "a sequence of ints")
     for name, values in (("tensor_ids", ids), ("offsets", places)):
         if len(values) != len(given):
             raise ValueError(f"{name}: expected {len(given)}, one for each tensor, got {len(values)}")
@@ -273,19 +278,25 @@ def _filled(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:  
     return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
 
 
+def _listed(name: str, value: Any, expected: str) -> list[Any]:
+    if isinstance(value, Tensor) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    return list(value)
+
+
 def _check_tensors(name: str, tensors: list[Tensor]) -> None:
-    seen: set[int] = set()
+    device = None
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{index}]: expected a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}[{index}]: expected a floating dtype, got {tensor.dtype}")
-        if tensor.device != tensors[0].device:
-            raise ValueError(f"{name}[{index}]: expected on {tensors[0].device} as the first, got on {tensor.device}")
-        if tensor.numel() and tensor.device.type != "meta":
-            if tensor.data_ptr() in seen:
-                raise ValueError(f"{name}[{index}]: the same memory was given before")
-            seen.add(tensor.data_ptr())
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}[{index}]: expected a dense tensor, got {tensor.layout}")
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name}[{index}]: expected on {device} as the first, got on {tensor.device}")
 
 
 def _check_places(tensor_ids: Sequence[int], offsets: Sequence[int]) -> None:
