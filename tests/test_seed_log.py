@@ -160,6 +160,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     run(net(), tmp_path / "log", steps=1)
     with pytest.raises(ValueError, match="exists already"):
         MeZO(model, log=tmp_path / "log")
+    for steps, error in ((-1, ValueError), (1.5, TypeError), ("x", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="^steps: expected an int"):
+            replay(tmp_path / "log", model, steps=steps)
+    assert replay(tmp_path / "log", model, steps=0) == 0
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ValueError, match="not a log"):
         replay(tmp_path / "text", model)

@@ -158,16 +158,20 @@ def replay(path: str | Path, params: nn.Module | Iterable[Any], *, steps: int | 
     Args:
         path: the log. A torn last record is dropped with a warning.
         params: the module, or the parameters in the run's order; names, shapes and dtypes must be those of the header.
-        steps: how many to take; all if not given.
+        steps: how many to take, from 0; all if not given, or if there are fewer.
 
     Returns:
         How many were taken.
 
     Raises:
-        ValueError: not a log, or other parameters than the run's.
+        TypeError, ValueError: not a log, other parameters than the run's, or no such number of steps; before anything is written.
     """
     from .mezo import MeZO
 
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
+        raise TypeError(f"steps: expected an int or None, got {type(steps).__name__}")
+    if steps is not None and steps < 0:
+        raise ValueError(f"steps: expected an int from 0, got {steps}")
     header, records = read(path)
     if header["mode"] != "exact":
         raise ValueError(f"{path}: a run with mode='inplace' drifts and cannot be replayed from its seeds")
