@@ -175,11 +175,56 @@ def rewritten(folder: Path, change) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+WEIGHTS = "adapter_model.safetensors"
 A0 = "base_model.model.parts.0.up.lora_A.weight"
 BROKEN = {
     "IA3": (lambda f: edited(f, peft_type="IA3"), ValueError, "expected peft_type LORA, got 'IA3'"),
     "no rank": (lambda f: edited(f, r=None), ValueError, "r: expected a number, got None"),
     "bias": (lambda f: edited(f, bias="all"), ValueError, "bias='all' is not served"),
+    "rank": (lambda f: edited(f, r=8), ValueError, r"lora_A: expected the shape \(8, .*, got \(4, "),
+    "pattern of ranks": (
+        lambda f: edited(f, rank_pattern={"up": 3}),
+        ValueError,
+        r"lora_A: expected the shape \(3, 64\)",
+    ),
+    "alpha": (lambda f: edited(f, lora_alpha=float("nan")), ValueError, "lora_alpha: expected a number, got nan"),
+    "dropout": (lambda f: edited(f, lora_dropout="0.1"), ValueError, "lora_dropout: expected a number in"),
+    "regex": (lambda f: edited(f, alpha_pattern={"(": 3}), ValueError, r"alpha_pattern: '\(' is no regular expression"),
+    "list": (lambda f: edited(f, alpha_pattern=["up"]), ValueError, "alpha_pattern: expected patterns and numbers"),
+    "alphas": (
+        lambda f: edited(f, alpha_pattern={"up": "8"}),
+        ValueError,
+        "alpha_pattern: up: expected a number, got '8'",
+    ),
+    "heads": (lambda f: edited(f, modules_to_save="up"), ValueError, "modules_to_save: expected a list of names"),
+    "dora": (lambda f: edited(f, use_dora=True), ValueError, "parts.0.down has no lora_magnitude_vector"),
+    "no targets": (
+        lambda f: edited(f, peft_type="PEFTFAST", peftfast_method="vera", target_modules=None),
+        ValueError,
+        "target_modules: expected a list of paths, got None",
+    ),
+    "no method": (lambda f: edited(f, peft_type="PEFTFAST"), ValueError, "peftfast_method: expected a method's name"),
+    "own options": (
+        lambda f: edited(f, peft_type="PEFTFAST", peftfast_method="vera", peftfast_options=[1]),
+        ValueError,
+        "peftfast_options: expected names and values",
+    ),
+    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), ValueError, f"{WEIGHTS}: expected a whole safetensors"),
+    "torn weights": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
+        ValueError,
+        f"{WEIGHTS}: expected a whole safetensors",
+    ),
+    "integers": (
+        lambda f: rewritten(f, lambda t: t.update({A0: t[A0].to(torch.int8)})),
+        ValueError,
+        "lora_A.weight: expected a floating tensor, got torch.int8",
+    ),
+    "scalar": (
+        lambda f: rewritten(f, lambda t: t.update({A0: torch.ones(())})),
+        ValueError,
+        r"lora_A: expected .*, got \(\)",
+    ),
     "corda": (lambda f: edited(f, init_lora_weights="corda"), ValueError, "init_lora_weights='corda'"),
     "head": (lambda f: edited(f, modules_to_save=["up"]), ValueError, "modules_to_save"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "is not JSON"),
@@ -219,6 +264,23 @@ def test_a_broken_directory_changes_nothing(name: str, tmp_path: Path) -> None:
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), base().parameters(), strict=True))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_flags_are_as_they_were_whatever_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peftfast.save_adapter(adapt(base(), OPTIONS["plain"]), tmp_path)
+    model = base()
+    model.up.weight.requires_grad_(False)
+    made = LoRALinear.from_linear
+
+    def stopped(layer: nn.Module, **options: object) -> LoRALinear:
+        if layer is model.parts[1].down:
+            raise KeyboardInterrupt
+        return made(layer, **options)
+
+    monkeypatch.setattr(LoRALinear, "from_linear", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        peftfast.load_adapter(model, tmp_path)
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["up.weight"]
 
 
 def test_refusals(tmp_path: Path) -> None:

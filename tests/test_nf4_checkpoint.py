@@ -96,7 +96,12 @@ def test_load_refuses(tmp_path: Path) -> None:
         text = json.dumps(json.loads(bytes(state[key].tolist())) | changed)
         return state | {key: torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got NoneType"):
+        load_nf4(None, path)  # type: ignore[arg-type]
     for message, error, checkpoint in (
+        ("checkpoint: .*torn.safetensors: expected a whole safetensors file", ValueError, torn),
         ("checkpoint: expected a path or a mapping", TypeError, 3),
         ("checkpoint: no .safetensors file in", ValueError, tmp_path / ".."),
         ("block.up: the checkpoint has no entry", ValueError, without("block.up.weight")),

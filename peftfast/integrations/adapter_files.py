@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import LoRALinear
+from ..nn.tensor_file import read_tensors
 from .adapter_start import STARTED_FROM, in_its_4_bits, started_from
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -132,34 +133,37 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"directory: {folder / CONFIG} is not JSON ({error})") from None
-    from safetensors.torch import load_file
-
+    _check_modules(config, folder)
     if isinstance(config, dict) and config.get("peft_type") != "LORA":
         from ..methods.saved import restore, serving
 
         method = serving(config)
         if method is not None:
-            restore(model, method, config, load_file(folder / WEIGHTS))
+            restore(model, method, config, read_tensors("directory", folder / WEIGHTS))
             return model
     if isinstance(config, dict) and config.get("init_lora_weights") in ("pissa", "olora"):
         from ..methods.saved import restore_residual
 
         _check_config(config | {"init_lora_weights": True}, folder)
-        restore_residual(model, config, load_file(folder / WEIGHTS))
+        restore_residual(model, config, read_tensors("directory", folder / WEIGHTS))
         return model
     _check_config(config, folder)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_tensors("directory", folder / WEIGHTS)
     heads = _taken_heads(tensors, config, model, folder)
     grouped = _grouped(tensors, folder)
+    if config.get("use_dora"):
+        plain = [path for path, parts in grouped.items() if "lora_magnitude_vector" not in parts]
+        if plain:
+            raise ValueError(f"directory: {folder / CONFIG}: use_dora, but {plain[0]} has no lora_magnitude_vector")
     started = started_from(folder / WEIGHTS)
     # All is made ready before the first module is exchanged; from_linear freezes what it shares.
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         ready = {path: _adapted(model, path, tensors, config, started) for path, tensors in grouped.items()}
-    except (TypeError, ValueError):
-        for parameter in model.parameters():
+    except BaseException:
+        for parameter, flag in flags:
             if parameter.is_floating_point():
-                parameter.requires_grad_(not any(parameter is other for other in frozen))
+                parameter.requires_grad_(flag)
         raise
     for path, layer in ready.items():
         if started is not None:
@@ -298,13 +302,40 @@ def _replace(path: Path, contents: bytes) -> None:
         raise
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_modules(config: Any, folder: Path) -> None:
+    """Of a config of any kind the lists of names that are read of it."""
+    saved = config.get("modules_to_save") if isinstance(config, dict) else None
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise ValueError(f"directory: {folder / CONFIG}: modules_to_save: expected a list of names, got {saved!r}")
+
+
 def _check_config(config: Any, folder: Path) -> None:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise ValueError(f"directory: {folder / CONFIG}: expected peft_type LORA, got {kind!r}")
     for name in ("r", "lora_alpha"):
-        if isinstance(config.get(name), bool) or not isinstance(config.get(name), (int, float)):
+        if not _is_number(config.get(name)):
             raise ValueError(f"directory: {folder / CONFIG}: {name}: expected a number, got {config.get(name)!r}")
+    dropout = config.get("lora_dropout")
+    if dropout is not None and not (_is_number(dropout) and 0.0 <= dropout <= 1.0):
+        raise ValueError(f"directory: {folder / CONFIG}: lora_dropout: expected a number in [0, 1], got {dropout!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name)
+        if patterns is not None and not isinstance(patterns, dict):
+            raise ValueError(f"directory: {folder / CONFIG}: {name}: expected patterns and numbers, got {patterns!r}")
+        for pattern, number in (patterns or {}).items():
+            if not _is_number(number):
+                raise ValueError(f"directory: {folder / CONFIG}: {name}: {pattern}: expected a number, got {number!r}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"directory: {folder / CONFIG}: {name}: {pattern!r} is no regular expression: {error}"
+                ) from None
     for name, accepted in NEUTRAL.items():
         if name in config and config[name] not in accepted:
             raise ValueError(
@@ -319,6 +350,8 @@ def _grouped(tensors: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Te
         part = next((part for part in PARTS if name.endswith("." + part)), None)
         if part is None or not name.startswith(PREFIX):
             raise ValueError(f"directory: {folder / WEIGHTS}: {name} is no part of a LoRA adapter of linear layers")
+        if not tensor.is_floating_point():
+            raise ValueError(f"directory: {folder / WEIGHTS}: {name}: expected a floating tensor, got {tensor.dtype}")
         path = name.removeprefix(PREFIX).removesuffix("." + part)
         grouped.setdefault(path, {})[PARTS[part]] = tensor
     if not grouped:
@@ -350,7 +383,7 @@ def _adapted(
         raise TypeError(f"model: {path}: expected a linear layer, got {type(layer).__name__}")
     if started is not None:
         layer = in_its_4_bits(layer, path, started)
-    r = tensors["lora_A"].shape[0]
+    r = _of_pattern(config.get("rank_pattern"), path, config["r"])
     expected = {
         "lora_A": (r, layer.in_features),
         "lora_B": (layer.out_features, r),
@@ -362,6 +395,7 @@ def _adapted(
             raise ValueError(
                 f"directory: {path}.{name}: expected the shape {expected[name]}, got {tuple(tensor.shape)}"
             )
+    r = int(r)
     options = {
         "r": r,
         "lora_alpha": _of_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..nn.tensor_file import read_tensors
 from .adapting import Targets
 from .registry import Paper, above_zero, at_least_one, register
 from .routing import ExpertLinear, Recorded, TaskRuntime, Tasks, mixture, router_of
@@ -104,7 +105,6 @@ class MeteoRARuntime(TaskRuntime):
 def _load(layers: dict[str, nn.Module], adapters: tuple[str, ...]) -> None:
     """The factors of the directories; a layer that one does not adapt gets zeros."""
     from peft import LoraConfig
-    from safetensors.torch import load_file
 
     from ..integrations.adapter_files import _of_pattern
 
@@ -119,7 +119,7 @@ def _load(layers: dict[str, nn.Module], adapters: tuple[str, ...]) -> None:
         config = LoraConfig.from_pretrained(str(folder))
         if config.use_dora or config.lora_bias:
             raise ValueError(f"adapters: {folder}: DoRA and LoRA biases are not served")
-        tensors, used = load_file(folder / "adapter_model.safetensors"), 0
+        tensors, used = read_tensors("adapters", folder / "adapter_model.safetensors"), 0
         for path, layer in layers.items():
             a, b = (tensors.get(f"{PREFIX}{path}.lora_{part}.weight") for part in "AB")
             if a is None or b is None:

@@ -133,12 +133,24 @@ def serving(config: Mapping[str, Any]) -> Method | None:
     """The method that reads such files, None for PEFT's LoRA and for what nothing here reads."""
     kind = config.get("peft_type")
     if kind == OWN_TYPE:
-        return get(config.get("peftfast_method", ""))
+        name = config.get("peftfast_method")
+        if not isinstance(name, str):
+            raise ValueError(f"directory: peftfast_method: expected a method's name, got {name!r}")
+        return get(name)
     if kind == "LORA":
         return None
     return next(
         (method for method in methods().values() if method.files is not None and method.files.peft_type == kind), None
     )
+
+
+def _own_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    options, names = config.get("peftfast_options"), config.get("target_modules")
+    if options is not None and not isinstance(options, dict):
+        raise ValueError(f"directory: peftfast_options: expected names and values, got {options!r}")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"directory: target_modules: expected a list of paths, got {names!r}")
+    return dict(options or {}), names
 
 
 def restore(model: nn.Module, method: Method, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterHandle:
@@ -151,7 +163,7 @@ def restore(model: nn.Module, method: Method, config: dict[str, Any], tensors: d
     saved = list(config.get("modules_to_save") or [])
     kept = {name: tensors.pop(name) for name in list(tensors) if _module_of(name, saved)}
     if own:
-        options, names = dict(config.get("peftfast_options") or {}), list(config["target_modules"])
+        options, names = _own_config(config)
     elif method.files is not None:
         options, names = method.files.read(config, tensors)
     fill = fill_own if own else method.files.fill  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .nf4 import NF4Linear, unpack_state
+from .tensor_file import read_tensors
 
 _MARK = ".weight.quant_state.bitsandbytes__"
 
@@ -48,15 +49,13 @@ def _tensors(checkpoint: Any) -> Mapping[str, Tensor]:
         return checkpoint
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise TypeError(f"checkpoint: expected a path or a mapping of tensors, got {type(checkpoint).__name__}")
-    from safetensors.torch import load_file
-
     path = Path(checkpoint)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"checkpoint: no .safetensors file in {path}")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= load_file(file)
+        tensors |= read_tensors("checkpoint", file)
     return tensors
 
 
@@ -74,10 +73,12 @@ def load_nf4(
         strict: whether a key that is missing or unexpected is an error.
 
     Raises:
-        TypeError: ``checkpoint`` is none of these. ValueError: a 4-bit layer is incomplete, is no nn.Linear in the model, or has
-            another shape there. RuntimeError: keys do not match, where strict, or shapes of what is not in 4 bits. The model is then
-            as it was.
+        TypeError: ``model`` is no module, or ``checkpoint`` none of these. ValueError: a file is torn, a 4-bit layer is incomplete, is
+            no nn.Linear in the model, or has another shape there. RuntimeError: keys do not match, where strict, or shapes of what is
+            not in 4 bits. The model is then as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     tensors = _tensors(checkpoint)
     weights = nf4_weights(tensors)
     modules = dict(model.named_modules())
