@@ -302,6 +302,12 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[], Any]]]:
         )
 
     return {
+        "float8": (
+            TypeError,
+            "gate: expected a floating tensor of at least 16 bits",
+            lambda: F.gated_activation(gate.to(torch.float8_e4m3fn), gate.to(torch.float8_e4m3fn)),
+        ),
+        "seed": (TypeError, "seed: expected an int", layer(seed=1.5)),
         "no tensor": (TypeError, "gate: expected a floating tensor, got list", lambda: F.gated_activation([1.0], gate)),
         "integers": (
             TypeError,

@@ -409,6 +409,18 @@ BAD: dict[str, tuple[type[Exception], str, Any]] = {
         r"projections\[1\].lora_a: expected shape",
         lambda: F.lora_linears(X, [F.Projection(W, A, B), F.Projection(W, A[:, :3], B)]),
     ),
+    "seed of one": (
+        TypeError,
+        r"projections\[1\].seed: expected an int or an int64 tensor, got float",
+        lambda: F.lora_linears(
+            X, [F.Projection(W, A, B, dropout_p=0.1), F.Projection(W, A, B, dropout_p=0.1, seed=1.5)]
+        ),
+    ),
+    "seed of an adapter": (
+        ValueError,
+        r"adapters\[0\].seed: expected one int64",
+        lambda: F.multi_lora_linear(X, W, [F.Adapter(A, B, seed=torch.zeros(2))]),
+    ),
     "x": (TypeError, "x: expected a floating", lambda: F.lora_linears(None, [F.Projection(W, A, B)])),
     "no adapters": (ValueError, "adapters: expected at least one", lambda: F.multi_lora_linear(X, W, [])),
     "adapters": (TypeError, "adapters: expected a sequence", lambda: F.multi_lora_linear(X, W, A)),

@@ -47,6 +47,10 @@ def check_gated(gate: Any, up: Any, activation: Any) -> None:
             raise TypeError(
                 f"{name}: expected a floating tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
             )
+        if tensor.dtype.itemsize < 2:
+            raise TypeError(f"{name}: expected a floating tensor of at least 16 bits, got {tensor.dtype}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}")
     if gate.dim() == 0:
         raise ValueError("gate: expected at least one dimension, got a scalar")
     if up.dtype != gate.dtype:

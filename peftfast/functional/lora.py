@@ -271,21 +271,29 @@ def draw_seed(x: Tensor, count: int = 1) -> Tensor:
     return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=x.device)
 
 
-def _seed_tensor(seed: Tensor | int, x: Tensor) -> Tensor:
+def _check_seed(seed: Any) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"seed: expected one int64 element, got {seed.dtype} of shape {tuple(seed.shape)}")
-        return seed.to(x.device)
+        return
     try:
-        value = operator.index(seed)
+        operator.index(seed)
     except TypeError:
         raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}") from None
+
+
+def _seed_tensor(seed: Tensor | int, x: Tensor) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed.to(x.device)
+    value = operator.index(seed)
     return torch.full((1,), (value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=x.device)
 
 
 def _check_factor(name: str, value: Tensor, rows: int | None, columns: int | None, x: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
     if value.dim() != 2 or rows not in (None, value.shape[0]) or columns not in (None, value.shape[1]):
         expected = f"({'R' if rows is None else rows}, {'R' if columns is None else columns})"
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
@@ -303,6 +311,7 @@ def _check_arguments(
     magnitude: Tensor | None,
     dropout_p: float,
     scaling: float,
+    seed: Tensor | int | None,
     dtype: torch.dtype,
     cast_weight: bool,
 ) -> None:
@@ -315,6 +324,8 @@ def _check_arguments(
             f"weight: expected a floating tensor, got {weight.dtype}; a 4-bit weight is passed as an NF4Weight "
             "(NF4Weight.from_bitsandbytes)"
         )
+    if isinstance(weight, Tensor) and weight.layout is not torch.strided:
+        raise TypeError(f"weight: expected a dense tensor, got {weight.layout}")
     if isinstance(weight, Tensor) and weight.dtype != dtype and not cast_weight:
         raise TypeError(f"weight: expected {dtype} beside x and autocast as they are, got {weight.dtype}")
     if weight.device != x.device:
@@ -328,6 +339,8 @@ def _check_arguments(
             raise TypeError(f"{name}: expected a Python number, got {type(number).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+    if seed is not None:
+        _check_seed(seed)
 
 
 def lora_linear(
@@ -371,7 +384,8 @@ def lora_linear(
     """
     dtype = compute_dtype_of(x, compute_dtype) if isinstance(x, Tensor) else torch.float32
     cast_weight = compute_dtype is not None or (isinstance(x, Tensor) and autocast_on(x.device.type))
-    _check_arguments(x, weight, lora_a, lora_b, bias, lora_bias, magnitude, dropout_p, scaling, dtype, cast_weight)
+    options = (dropout_p, scaling, seed, dtype, cast_weight)
+    _check_arguments(x, weight, lora_a, lora_b, bias, lora_bias, magnitude, *options)
     p = float(dropout_p) if training else 0.0
     with autocast_off(x.device.type):
         seed_tensor = None if p == 0.0 else draw_seed(x) if seed is None else _seed_tensor(seed, x)

@@ -218,7 +218,8 @@ def lora_gated_linear(
         raise ValueError(
             f"gate: expected [..., {weight.shape[1]}] for a weight of {tuple(weight.shape)}, got {tuple(gate.shape)}"
         )
-    _check_arguments(gate, weight, lora_a, lora_b, bias, lora_bias, None, dropout_p, scaling, dtype, cast_weight)
+    options = (dropout_p, scaling, seed, dtype, cast_weight)
+    _check_arguments(gate, weight, lora_a, lora_b, bias, lora_bias, None, *options)
     if not torch.is_grad_enabled():
         return lora_linear(
             gated_activation(gate, up, activation),

@@ -159,8 +159,8 @@ def lora_linears(
     dtype, out_dtype, cast_weight = _dtypes(x, compute_dtype)
     for i, one in enumerate(projections):
         factors = (one.lora_a, one.lora_b, one.bias, one.lora_bias, one.magnitude)
-        numbers = (one.dropout_p, one.scaling, dtype, cast_weight)
-        _check_own(f"projections[{i}].", ("x:",), x, one.weight, *factors, *numbers)
+        options = (one.dropout_p, one.scaling, one.seed, dtype, cast_weight)
+        _check_own(f"projections[{i}].", ("x:",), x, one.weight, *factors, *options)
     return apply_group(
         x,
         [(one.weight, one.bias, one.magnitude) for one in projections],
@@ -246,7 +246,7 @@ def multi_lora_linear(
     dtype, out_dtype, cast_weight = _dtypes(x, compute_dtype)
     for i, one in enumerate(adapters):
         factors = (one.lora_a, one.lora_b, bias, one.lora_bias, None)
-        numbers = (one.dropout_p, one.scaling, dtype, cast_weight)
-        _check_own(f"adapters[{i}].", ("x:", "weight:", "bias:"), x, weight, *factors, *numbers)
+        options = (one.dropout_p, one.scaling, one.seed, dtype, cast_weight)
+        _check_own(f"adapters[{i}].", ("x:", "weight:", "bias:"), x, weight, *factors, *options)
     ids = None if rows is None else _row_ids(rows, x, len(adapters))
     return apply_group(x, [(weight, bias, None)], [adapters], ids, training, dtype, out_dtype)[0]

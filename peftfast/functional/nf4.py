@@ -310,6 +310,8 @@ def check_features(x: Tensor, shape: tuple[int, ...]) -> None:
     """x ``[..., K]`` against a weight ``[N, K]``."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x: expected a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got {x.layout}")
     if len(shape) != 2:
         raise ValueError(f"weight: expected shape (N, K), got {shape}")
     if x.dim() == 0 or x.shape[-1] != shape[1]:
@@ -322,6 +324,8 @@ def check_vector(name: str, value: Tensor | None, size: int, x: Tensor) -> None:
         return
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
     if tuple(value.shape) != (size,):
         raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
     if value.device != x.device:

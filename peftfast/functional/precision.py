@@ -18,12 +18,15 @@ def autocast_on(device_type: str) -> bool:
 def compute_dtype_of(x: Tensor, asked: torch.dtype | None = None) -> torch.dtype:
     """The dtype asked for (a quantised layer's own), else autocast's if it is on for x's device, else x's."""
     if asked is not None:
-        if not isinstance(asked, torch.dtype) or not asked.is_floating_point:
-            raise TypeError(f"compute_dtype: expected a floating dtype, got {asked!r}")
+        if not isinstance(asked, torch.dtype) or not asked.is_floating_point or asked.itemsize < 2:
+            raise TypeError(f"compute_dtype: expected a floating dtype of at least 16 bits, got {asked!r}")
         return asked
     if autocast_on(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    dtype = x.dtype
+    if dtype.itemsize < 2 and dtype.is_floating_point:
+        raise TypeError(f"x: expected at least 16 bits without a compute_dtype, got {dtype}")
+    return dtype
 
 
 def autocast_off(device_type: str) -> Any:
