@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peftfast.functional as F
 from peftfast.methods import S2FT, SpIEL, load_shira, save_shira
 from peftfast.methods.compact import compress, decompress
-from peftfast.nn import SparseDeltaLinear
+from peftfast.nn import LoRALinear, SparseDeltaLinear
 from peftfast.optim import SparseAdamW, SparseSM3
 from tests.test_methods_sparse_delta import Net, batches, llama, spiel, train
 
@@ -72,7 +72,7 @@ def test_operands_that_are_not_dense(name: str) -> None:
 
 def test_a_product_in_eight_bits_is_refused() -> None:
     pattern, x, weight = F.SparsePattern(ONE, (3, 4)), torch.ones(2, 4), torch.ones(3, 4)
-    with pytest.raises(TypeError, match="compute_dtype: expected a product in"):
+    with pytest.raises(TypeError, match="compute_dtype: expected a floating dtype of at least 16 bits"):
         F.sparse_delta_linear(x, weight, pattern, torch.ones(1), compute_dtype=torch.float8_e4m3fn)
 
 
@@ -135,6 +135,8 @@ def test_moving_a_support(kind: type[Exception], message: str, changed: Any, pos
     before = tensors(found)
     with pytest.raises(kind, match=message):
         found.move_support(torch.tensor(changed), torch.tensor(positions))
+    with pytest.raises(TypeError, match="changed: expected a vector of int32 or int64, got list"):
+        found.move_support([0], [1])  # type: ignore[arg-type]
     assert_unwritten(before, found)
 
 
@@ -363,9 +365,27 @@ def test_files_that_are_no_adapters(tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="expected the peft_type SHIRA"):
             load_shira(shira_net(False), tmp_path)
+    for call in (save_shira, load_shira):
+        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got NoneType"):
+            call(None, tmp_path)
     with pytest.raises(ValueError, match="modules_to_save: expected modules"):
         save_shira(shira_net(True), tmp_path / "other", modules_to_save=["head"])
     assert not (tmp_path / "other").exists()
+
+
+def test_an_adapter_of_other_shapes(tmp_path: Path) -> None:
+    """r (N + K) of the file's layer is no such number of the model's, whose indices would all lie within it."""
+    net: Any = shira_net(True)
+    save_shira(net, tmp_path)
+    other: Any = shira_net(False)
+    wide = other.first
+    other.first = nn.Linear(wide.in_features + 1, wide.out_features)
+    with pytest.raises(ValueError, match=r"first: expected r \(N \+ K\)"):
+        load_shira(other, tmp_path)
+    other.first, other.second = wide, LoRALinear.from_linear(other.second)
+    with pytest.raises(ValueError, match="second: expected a layer of the model without an adapter; LoRALinear"):
+        load_shira(other, tmp_path)
+    assert other.first is wide
 
 
 def test_an_adapter_into_a_base_that_was_written_changes_no_layer(tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ def test_errors_before_anything_is_changed() -> None:
     refused(TypeError, "method: expected a name", name=3)
     refused(TypeError, "lora: no option 'rank'; it has r, lora_alpha, lora_dropout", rank=3)
     refused(ValueError, "r: expected an int of at least 1, got 0", r=0)
+    refused(TypeError, "modules_to_save: expected a sequence of paths, got None", modules_to_save=None)
+    doubled = Mlp()
+    doubled.up = type("Doubled", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})(48, 64)
+    refused(ValueError, "Doubled has a forward of its own", doubled, target_modules=["up"])
     refused(ValueError, "matches no layer", target_modules=["nothing"])
     refused(
         ValueError, "matches no layer that lora adapts: Mlp is not Linear", nn.Sequential(Mlp()), target_modules=["0"]
@@ -89,6 +93,12 @@ def test_handle() -> None:
     other = adapted("lora", r=3)
     other.load_state_dict(handle.state_dict())
     assert other.completed_steps == 1
+    for bad in (-1.0, float("nan"), "x", None):
+        with pytest.raises(ValueError, match="^lr: expected a number from 0.0"):
+            handle.optimizer(lr=bad)
+        if bad is not None:
+            with pytest.raises(ValueError, match="^head_lr: expected a number from 0.0"):
+                handle.optimizer(lr=0.1, head_lr=bad)
     optimiser = handle.optimizer(lr=0.1)
     assert isinstance(optimiser, torch.optim.AdamW) and optimiser.param_groups[0]["lr"] == 0.1
     partly = peftfast.adapt(nn.Sequential(Mlp(), nn.Linear(3, 3)), "shira", target_modules=r".*(up|head)", r=8)

@@ -1,6 +1,7 @@
 """Modules: what they replace they resemble."""
 
 import copy
+import math
 import pickle
 
 import bitsandbytes as bnb
@@ -11,7 +12,7 @@ from torch import nn
 
 import peftfast
 import peftfast.functional as F
-from peftfast.nn import LoRALinear, LoRANF4Linear, NF4Linear
+from peftfast.nn import LoRALinear, LoRANF4Linear, NF4Linear, RoSALinear, SparseDeltaLinear
 
 
 def linear4bit(n: int, k: int, bias: bool = True, **options) -> bnb.nn.Linear4bit:
@@ -201,11 +202,54 @@ def test_training_moves_only_the_adapter() -> None:
     assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
 
 
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+BAD_OPTIONS = {
+    "lora_dropout": ("0.1", None, 1.0, math.nan, torch.tensor(0.1)),
+    "lora_alpha": ("16", None, math.nan, math.inf, 0, True, torch.tensor(16.0)),
+    "r": (8.0, True, None),
+    "init_lora_weights": (None, 1, torch.tensor(True)),
+}
+
+
 def test_bad_input_names_the_argument() -> None:
     with pytest.raises(TypeError, match="linear: expected an nn.Linear, .* got Conv2d"):
         LoRALinear.from_linear(nn.Conv2d(3, 3, 1))
     with pytest.raises(TypeError, match="linear: expected a layer without an adapter"):
         LoRALinear.from_linear(LoRALinear(4, 4))
+    linear = nn.Linear(64, 32)
+    adapted = LoRALinear.from_linear(linear)
+    quantised = LoRALinear.from_linear(NF4Linear.from_linear(linear))
+    sparse = SparseDeltaLinear.from_linear(linear)
+    for kind in (LoRALinear, SparseDeltaLinear, NF4Linear, RoSALinear):
+        for taken in (
+            adapted,
+            quantised,
+            sparse,
+            SparseDeltaLinear.from_linear(NF4Linear.from_linear(linear)),
+            Doubled(64, 32),
+        ):
+            flags = [parameter.requires_grad for parameter in taken.parameters()]
+            with pytest.raises(TypeError, match="^linear: expected"):
+                kind.from_linear(taken)
+            assert [parameter.requires_grad for parameter in taken.parameters()] == flags
+    with pytest.raises(TypeError, match="without an adapter, .*; Doubled has a forward of its own"):
+        LoRALinear.from_linear(Doubled(4, 4))
+    for name, values in BAD_OPTIONS.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                LoRALinear(4, 4, **{name: value})
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                LoRALinear.from_linear(nn.Linear(4, 4), **{name: value})
+    with pytest.raises(ValueError, match="^lora_alpha: expected a number above 0, got '16'"):
+        RoSALinear.from_linear(nn.Linear(4, 4), lora_alpha="16")
+    with pytest.raises(TypeError, match="NF4Linear is made by from_linear, .*; got int"):
+        NF4Linear(64, 32)
+    with pytest.raises(ValueError, match=r"nf4: expected a weight of shape \(N, K\), got \(64,\)"):
+        NF4Linear(F.nf4_quantize(torch.randn(64)))
     with pytest.raises(ValueError, match="r: expected an int of at least 1, got 0"):
         LoRALinear(4, 4, r=0)
     with pytest.raises(ValueError, match="lora_dropout"):

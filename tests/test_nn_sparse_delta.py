@@ -291,7 +291,7 @@ def bad_layers() -> dict[str, tuple[type[Exception], str, Callable[[], Any]]]:
         "constructed": (TypeError, "made by from_linear", lambda: SparseDeltaLinear(3, 4)),
         "twice": (
             TypeError,
-            "expected a layer without a delta",
+            "expected a layer without an adapter",
             lambda: SparseDeltaLinear.from_linear(SparseDeltaLinear.from_linear(linear())),
         ),
         "density": (ValueError, "density: expected", made(density=0)),

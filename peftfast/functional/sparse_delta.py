@@ -253,7 +253,7 @@ def check_arguments(
             raise TypeError(f"weight: expected {dtype} beside x and autocast as they are, got {weight.dtype}")
     if dtype not in (*FLOAT_DTYPES, torch.float64):
         raise TypeError(f"x, compute_dtype: expected a product in {FLOAT_DTYPES} or torch.float64, got {dtype}")
-    for name, tensor in (("x", x), ("weight", weight), ("values", values)):
+    for name, tensor in (("weight", weight), ("values", values)):
         if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got one of {tensor.layout}")
     if tuple(pattern.shape) != tuple(weight.shape):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import LoRALinear
+from ..nn.nf4 import why_no_base
 from ..nn.tensor_file import read_tensors
 from .adapter_start import STARTED_FROM, in_its_4_bits, started_from
 
@@ -381,6 +382,8 @@ def _adapted(
         raise ValueError(f"directory: the adapter has a layer {path}, and the model has none of that name") from None
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"model: {path}: expected a linear layer, got {type(layer).__name__}")
+    if not isinstance(layer, LoRALinear) and (reason := why_no_base(layer)):
+        raise TypeError(f"model: {path}: expected a layer without an adapter; {reason}")
     if started is not None:
         layer = in_its_4_bits(layer, path, started)
     r = _of_pattern(config.get("rank_pattern"), path, config["r"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn.nf4 import is_bitsandbytes_4bit
+from ..nn.nf4 import is_bitsandbytes_4bit, why_no_base
 from .handle import HANDLE, SHARED, AdapterHandle, Runtime
 from .registry import Method, get, read_options
 
@@ -108,7 +108,7 @@ def _unsuitable(module: nn.Module, method: Method) -> str | None:
             return "its weight is sharded by ZeRO-3"
         if isinstance(module, nn.Linear) and not weight.is_floating_point() and not is_four_bit(module):
             return f"its weight is {weight.dtype}"
-    return None
+    return why_no_base(module) or None
 
 
 def matched(
@@ -227,8 +227,8 @@ def _adapt(
         raise ValueError(f"method: {name} is {KIND_WORDS[method.kind]}, not put on a model by adapt: see {operation}")
     _check_free(model)
     options = read_options(method, given)
-    if isinstance(modules_to_save, str):
-        raise TypeError(f"modules_to_save: expected a sequence of paths, got the string {modules_to_save!r}")
+    if isinstance(modules_to_save, str) or not isinstance(modules_to_save, Iterable):
+        raise TypeError(f"modules_to_save: expected a sequence of paths, got {modules_to_save!r}")
     kept, known = list(modules_to_save), dict(model.named_modules())
     for module in kept:
         if module not in known:

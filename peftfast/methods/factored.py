@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..nn.lora import moved_like
-from ..nn.nf4 import NF4Linear, is_bitsandbytes_4bit
+from ..nn.nf4 import NF4Linear, check_base, is_bitsandbytes_4bit
 
 
 class Factors(NamedTuple):
@@ -48,6 +48,7 @@ class FactoredLinear(nn.Module):
             isinstance(linear, NF4Linear) or is_bitsandbytes_4bit(linear) or linear.weight.is_floating_point()
         ):
             raise TypeError(f"linear: expected an nn.Linear, a Linear4bit or an NF4Linear, got {type(linear).__name__}")
+        check_base(linear)
         four_bit = is_bitsandbytes_4bit(linear) and not isinstance(linear, NF4Linear)
         self.base_layer = NF4Linear.from_linear(linear) if four_bit else linear
         self.in_features, self.out_features, self.dropout = linear.in_features, linear.out_features, dropout

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import NF4Linear, RoSALinear, SparseDeltaLinear
+from ..optim.arguments import check_number
 from .registry import Method, get
 
 HANDLE = "peftfast_handle"  # the attribute of an adapted model
@@ -106,7 +107,14 @@ class AdapterHandle:
 
     def optimizer(self, lr: float, *, head_lr: float | None = None, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         """The optimiser that the method was published with where that is one of its own, else AdamW; ``head_lr`` is for
-        ``modules_to_save`` (lr if not given)."""
+        ``modules_to_save`` (lr if not given).
+
+        Raises:
+            ValueError: lr, head_lr or weight_decay is no finite number from 0.
+        """
+        for name, number in (("lr", lr), ("weight_decay", weight_decay), ("head_lr", head_lr)):
+            if number is not None or name != "head_lr":
+                check_number(name, number, low=0.0)
         own = self.adapter_parameters()
         known = {id(p) for p in own}
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]

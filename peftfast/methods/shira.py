@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..functional.sparse_pattern import SparsePattern, smallest_index_dtype
+from ..nn.nf4 import why_no_base
 from ..nn.sparse_delta import SparseDeltaLinear
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -41,10 +42,11 @@ def save_shira(
     """
     from safetensors.torch import save
 
+    _check_model(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseDeltaLinear)}
     if not layers:
         raise ValueError("model: expected SparseDeltaLinear layers, got none")
-    ranks = {name: _rank(name, layer) for name, layer in layers.items()}
+    ranks = {name: _rank(name, layer.delta_values.numel(), layer) for name, layer in layers.items()}
     if len(set(ranks.values())) != 1:
         raise ValueError(f"model: expected one r for all layers, since SHiRA's config has one, got {ranks}")
     tensors = {}
@@ -97,6 +99,7 @@ def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    _check_model(model)
     folder = Path(directory)
     config = json.loads((folder / CONFIG).read_text())
     kind = config.get("peft_type") if isinstance(config, dict) else config
@@ -117,6 +120,8 @@ def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident:
         linear: Any = known.get(name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{WEIGHTS}: {name}: expected a linear layer of the model, got {type(linear).__name__}")
+        if not isinstance(linear, SparseDeltaLinear) and (reason := why_no_base(linear)):
+            raise ValueError(f"{WEIGHTS}: {name}: expected a layer of the model without an adapter; {reason}")
         values, at = (tensors.get(f"{key}{end}") for end in ends)
         shape = (linear.out_features, linear.in_features)
         if values is None or values.dim() != 1 or not values.is_floating_point():
@@ -125,6 +130,7 @@ def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident:
             raise ValueError(
                 f"{WEIGHTS}: {name}: expected shira_indices of shape {(2, values.numel())} in int32 or int64, got {_described(at)}"
             )
+        _rank(f"{WEIGHTS}: {name}", values.numel(), linear)
         if bool((at < 0).any()) or bool((at >= torch.tensor(shape)[:, None]).any()):
             raise ValueError(f"{WEIGHTS}: {name}: shira_indices lie outside a weight of {shape}")
         flat = at[0].to(torch.int64) * shape[1] + at[1]
@@ -157,8 +163,13 @@ def _described(tensor: torch.Tensor | None) -> str:
     return "none" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
-def _rank(name: str, layer: SparseDeltaLinear) -> int:
-    count, together = layer.delta_values.numel(), layer.out_features + layer.in_features
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _rank(name: str, count: int, layer: nn.Linear) -> int:
+    together = layer.out_features + layer.in_features
     if count % together:
         raise ValueError(f"{name}: expected r (N + K) = r * {together} active weights, as SHiRA has, got {count}")
     return count // together

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..reference.lora import weight_norm
-from .nf4 import NF4Linear, is_bitsandbytes_4bit
+from .nf4 import NF4Linear, check_base, is_bitsandbytes_4bit
+from .options import above_zero, at_least_one, one_of, probability
 
 
 class LoRALinear(nn.Linear):
@@ -24,7 +25,7 @@ class LoRALinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in nn.Linear.
         r: rank, at least 1.
-        lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora`` (arXiv 2312.03732).
+        lora_alpha: above 0; scaling is lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora`` (arXiv 2312.03732).
         lora_dropout: probability in [0, 1).
         lora_bias: a trained bias on B's side, scaled like B.
         use_dora: DoRA (arXiv 2402.09353).
@@ -48,7 +49,7 @@ class LoRALinear(nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_options(r, lora_dropout, init_lora_weights)
+        _check_options(r, lora_alpha, lora_dropout, init_lora_weights)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._adapt(r, lora_alpha, lora_dropout, lora_bias, use_rslora, use_dora, init_lora_weights)
 
@@ -70,12 +71,12 @@ class LoRALinear(nn.Linear):
         torch.equal to that of an nn.Linear.
 
         Raises:
-            TypeError: ``linear`` is none of these. ValueError: an option out of range, or a 4-bit weight not quantised yet.
+            TypeError: ``linear`` is none of these, or computes more than they do. ValueError: an option out of range, or a 4-bit
+                weight not quantised yet.
         """
-        _check_options(r, lora_dropout, init_lora_weights)
+        _check_options(r, lora_alpha, lora_dropout, init_lora_weights)
         layer: LoRALinear
-        if isinstance(linear, LoRALinear):
-            raise TypeError(f"linear: expected a layer without an adapter, got {type(linear).__name__}")
+        check_base(linear)
         if isinstance(linear, NF4Linear) or (isinstance(linear, nn.Linear) and is_bitsandbytes_4bit(linear)):
             base = NF4Linear.from_linear(linear)
             layer = LoRANF4Linear.__new__(LoRANF4Linear)
@@ -301,10 +302,8 @@ def moved_like(parameter: nn.Parameter, other: Tensor) -> nn.Parameter:
     return parameter
 
 
-def _check_options(r: int, lora_dropout: float, init_lora_weights: bool | str) -> None:
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r: expected an int of at least 1, got {r!r}")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout!r}")
-    if init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f"init_lora_weights: expected True, False or 'gaussian', got {init_lora_weights!r}")
+def _check_options(r: Any, lora_alpha: Any, lora_dropout: Any = 0.0, init_lora_weights: Any = True) -> None:
+    at_least_one("r", r)
+    above_zero("lora_alpha", lora_alpha)
+    probability("lora_dropout", lora_dropout)
+    one_of("init_lora_weights", init_lora_weights, (True, False, "gaussian"))

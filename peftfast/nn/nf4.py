@@ -39,6 +39,10 @@ class NF4Linear(nn.Linear):
     nested_offset: Tensor | None
 
     def __init__(self, nf4: F.NF4Weight, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None):
+        if not isinstance(nf4, F.NF4Weight):
+            raise TypeError(f"NF4Linear is made by from_linear, or of an NF4Weight; got {type(nf4).__name__}")
+        if len(nf4.shape) != 2:
+            raise ValueError(f"nf4: expected a weight of shape (N, K), got {tuple(nf4.shape)}")
         nn.Module.__init__(self)
         self.out_features, self.in_features = nf4.shape
         self.compute_dtype = compute_dtype
@@ -58,8 +62,10 @@ class NF4Linear(nn.Linear):
         """Quantise a linear layer, or take over a bitsandbytes Linear4bit, whose storage is then shared and the options ignored.
 
         Raises:
-            TypeError: not a linear layer with a floating or a 4-bit weight. ValueError: a 4-bit weight not quantised yet.
+            TypeError: not a linear layer with a floating or a 4-bit weight, or one that computes more than that. ValueError: a 4-bit
+                weight not quantised yet.
         """
+        check_base(linear)
         if isinstance(linear, NF4Linear):
             return cls(linear.nf4, linear.bias, linear.compute_dtype)
         if not isinstance(linear, nn.Linear):
@@ -180,6 +186,22 @@ def unpack_state(packed: Tensor, state: dict[str, Tensor]) -> F.NF4Weight:
         quant_type=meta["quant_type"],
         **tensors,
     )
+
+
+def why_no_base(linear: Any) -> str:
+    """Why a layer on the storage of ``linear`` would not compute what it does, as where it has an adapter; an empty string for what has
+    nn.Linear's forward, NF4Linear's or bitsandbytes' own, and for what is no linear layer."""
+    forward = type(linear).forward if isinstance(linear, nn.Linear) else nn.Linear.forward
+    if forward in (nn.Linear.forward, NF4Linear.forward) or is_bitsandbytes_4bit(linear):
+        return ""
+    return f"{type(linear).__name__} has a forward of its own"
+
+
+def check_base(linear: Any) -> None:
+    """Raises TypeError where :func:`why_no_base` says why."""
+    reason = why_no_base(linear)
+    if reason:
+        raise TypeError(f"linear: expected a layer without an adapter, which computes x Wᵀ + b alone; {reason}")
 
 
 def is_bitsandbytes_4bit(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .nf4 import NF4Linear, unpack_state
+from .nf4 import NF4Linear, unpack_state, why_no_base
 from .tensor_file import read_tensors
 
 _MARK = ".weight.quant_state.bitsandbytes__"
@@ -85,7 +85,7 @@ def load_nf4(
     # All that can fail for a layer is asked before the first is exchanged.
     for name, nf4 in weights.items():
         module = modules.get(name)
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or why_no_base(module):
             raise ValueError(f"{name}: expected an nn.Linear in the model, got {type(module).__name__}")
         if tuple(nf4.shape) != (module.out_features, module.in_features):
             expected = (module.out_features, module.in_features)

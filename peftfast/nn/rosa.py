@@ -37,7 +37,7 @@ class RoSALinear(SparseDeltaLinear):
         Raises:
             TypeError: a 4-bit layer. ValueError: an option out of range.
         """
-        _check_options(r, 0.0, True)
+        _check_options(r, lora_alpha)
         if not isinstance(linear, nn.Linear) or is_bitsandbytes_4bit(linear) or not linear.weight.is_floating_point():
             raise TypeError(f"linear: expected an nn.Linear with a floating weight, got {type(linear).__name__}")
         layer = super().from_linear(linear, **options)

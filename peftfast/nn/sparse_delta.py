@@ -18,7 +18,7 @@ from ..functional.precision import autocast_on, compute_dtype_of
 from ..functional.sparse_pattern import SparsePattern, check_indices, smallest_index_dtype, trusted
 from ..functional.sparse_support import choose_support
 from ..reference.sparse_delta import wide_dtype
-from .nf4 import NF4Linear, is_bitsandbytes_4bit
+from .nf4 import NF4Linear, check_base, is_bitsandbytes_4bit
 
 _layers: Any = WeakTensorKeyDictionary()  # parameter -> weak reference to the layer whose values it is
 
@@ -83,8 +83,7 @@ class SparseDeltaLinear(nn.Linear):
             TypeError, ValueError: naming the argument, before anything is changed.
         """
         layer: SparseDeltaLinear
-        if isinstance(linear, SparseDeltaLinear):
-            raise TypeError(f"linear: expected a layer without a delta, got {type(linear).__name__}")
+        check_base(linear)
         if isinstance(linear, NF4Linear) or (isinstance(linear, nn.Linear) and is_bitsandbytes_4bit(linear)):
             if resident:
                 raise ValueError("resident: a 4-bit weight cannot hold a delta")
@@ -307,6 +306,8 @@ class SparseDeltaLinear(nn.Linear):
                 repeated or none of the layer's; nothing is changed then.
         """
         for name, given in (("changed", changed), ("positions", positions)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name}: expected a vector of int32 or int64, got {type(given).__name__}")
             if given.dtype not in (torch.int32, torch.int64) or given.dim() != 1:
                 raise TypeError(
                     f"{name}: expected a vector of int32 or int64, got {given.dtype} of shape {tuple(given.shape)}"
