@@ -341,6 +341,21 @@ def bad_patterns() -> dict[str, tuple[type[Exception], str, Callable[[], Any]]]:
             "indices: expected those of the rows",
             lambda: F.SparsePattern(torch.tensor([1, 2, 3, 4]), (3, 4), "rows", torch.tensor([0])),
         ),
+        "meta": (
+            ValueError,
+            "weight: expected .* got one on meta",
+            lambda: F.choose_support(torch.ones(3, 4, device="meta"), 0.5),
+        ),
+        "scores on meta": (
+            ValueError,
+            "scores: expected .* got one on meta",
+            lambda: F.choose_support(torch.ones(3, 4), 0.5, scores=torch.ones(3, 4, device="meta")),
+        ),
+        "sparse": (
+            TypeError,
+            "weight: expected a dense tensor",
+            lambda: F.choose_support(torch.ones(3, 4).to_sparse(), 0.5),
+        ),
         "density 0": (ValueError, "density: expected a part", lambda: F.choose_support(torch.ones(3, 4), 0.0)),
         "density above 1": (ValueError, "density: expected", lambda: F.choose_support(torch.ones(3, 4), 1.01)),
         "density NaN": (ValueError, "density: expected", lambda: F.choose_support(torch.ones(3, 4), float("nan"))),

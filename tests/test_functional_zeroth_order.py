@@ -218,6 +218,16 @@ BAD = {
     "linear shapes": (ValueError, "x_minus: expected", lambda: F.zo_linear(ONE, ONE[:2], ONE, 1, 0.1)),
     "linear weight": (TypeError, "weight: expected a tensor", lambda: F.zo_linear(ONE, ONE, 3, 1, 0.1)),  # type: ignore[arg-type]
     "linear K": (ValueError, "x_plus: expected", lambda: F.zo_linear(ONE, ONE, torch.ones(2, 4), 1, 0.1)),
+    "linear list": (
+        TypeError,
+        "bias: expected a tensor, got list",
+        lambda: F.zo_linear(ONE, ONE, torch.ones(2, 3), 1, 0.1, bias=[0]),
+    ),  # type: ignore[arg-type]
+    "linear bool": (
+        TypeError,
+        "bias: expected a tensor",
+        lambda: F.zo_linear(ONE, ONE, torch.ones(2, 3), 1, 0.1, bias=True),
+    ),  # type: ignore[arg-type]
     "linear bias": (ValueError, "bias: expected", lambda: F.zo_linear(ONE, ONE, torch.ones(2, 3), 1, 0.1, bias=ONE)),
 }
 

@@ -96,7 +96,7 @@ BAD_ARGUMENTS: dict[str, tuple[type, str, Callable[[], Any]]] = {
     "mode": (ValueError, "mode: expected one of exact, inplace", lambda: MeZO([W], mode="fast")),
     "distribution": (ValueError, "distribution: expected", lambda: MeZO([W], distribution="cauchy")),
     "directions": (ValueError, "directions: expected", lambda: MeZO([W], directions=0)),
-    "momentum": (ValueError, "momentum: expected", lambda: MeZO([W], momentum=1.0)),
+    "momentum": (ValueError, "momentum: expected a number from 0.0 and below 1.0", lambda: MeZO([W], momentum=1.0)),
     "window": (ValueError, "momentum_window: expected", lambda: MeZO([W], momentum=0.5, momentum_window=0)),
     "clip": (ValueError, "clip: expected", lambda: MeZO([W], clip=0.0)),
     "density": (ValueError, "density: expected", lambda: MeZO([W], density=1.5)),
@@ -104,6 +104,8 @@ BAD_ARGUMENTS: dict[str, tuple[type, str, Callable[[], Any]]] = {
     "rank": (ValueError, "rank: expected an int", lambda: MeZO([W], rank=0)),
     "rank inplace": (ValueError, "rank: expected mode", lambda: MeZO([W], rank=1, mode="inplace")),
     "rank and density": (ValueError, "rank: expected mode", lambda: MeZO([W], rank=1, density=0.5)),
+    "no params": (TypeError, "params: expected a module or an iterable", lambda: MeZO(None)),  # type: ignore[arg-type]
+    "filter": (TypeError, "filter: expected a function", lambda: MeZO([W], filter=3)),  # type: ignore[arg-type]
     "nothing": (ValueError, "params: expected at least one", lambda: MeZO([])),
     "frozen": (ValueError, "params: expected at least one", lambda: MeZO(nn.Linear(2, 2).requires_grad_(False))),
     "a tensor": (TypeError, "params: expected a module", lambda: MeZO(W)),

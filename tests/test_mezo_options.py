@@ -299,6 +299,8 @@ def test_block_scales_of_a_4_bit_weight() -> None:
             optimizer.step(closure)
         assert closure().item() < 0.97 * before
     assert optimizer.copied == []
+    with pytest.raises(TypeError, match="module: expected a torch.nn.Module, got NoneType"):
+        trainable_scales(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="module: expected at least one NF4Linear"):
         trainable_scales(nn.Linear(2, 2))
 

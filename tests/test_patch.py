@@ -183,6 +183,8 @@ def test_nothing_else_changes(four_bit: bool) -> None:
     assert [type(m) for m in model.modules()] == kinds
     peftfast.unpatch(model)
     assert not peftfast.report(model).layers[0].patched
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got NoneType"):
+        peftfast.report(None)  # type: ignore[arg-type]
 
 
 def test_repacking_is_switched_off_and_restored() -> None:

@@ -167,6 +167,11 @@ def choose_support(
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
     shape = check_shape(weight.shape)
+    for name, tensor in (("weight", weight), ("scores", scores)):
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise ValueError(f"{name}: expected a tensor that holds its values, got one on meta")
+        if isinstance(tensor, Tensor) and tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout}")
     count = active_count(density, tuple(shape))
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")

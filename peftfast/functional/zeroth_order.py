@@ -201,6 +201,8 @@ def zo_linear(
     if dtype != x_plus.dtype or device != x_plus.device:
         raise ValueError(f"weight: expected {x_plus.dtype} on {x_plus.device}, got {dtype} on {device}")
     for name, one in (("bias", bias), ("bias_minus", bias_minus)):
+        if one is not None and not isinstance(one, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(one).__name__}")
         if one is not None and (tuple(one.shape), one.dtype, one.device) != (shape[:1], dtype, device):
             raise ValueError(
                 f"{name}: expected {dtype} ({shape[0]},) on {device}, got {one.dtype} {tuple(one.shape)} on {one.device}"

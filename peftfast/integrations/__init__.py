@@ -86,7 +86,9 @@ def unpatch(model: nn.Module) -> None:
 
 def report(model: nn.Module) -> PatchReport:
     """What each adapter layer of the model runs on now, or would after :func:`patch`, and why the others are stock. Recomputed at
-    every call, as the layers' own guards are: weights move after patching."""
+    every call, as the layers' own guards are: weights move after patching. Raises TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not _peft_is_loaded():
         return PatchReport(())
     from . import peft, peft_gated_mlp, shira

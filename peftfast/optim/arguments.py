@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ def groups_of(
     params: Any, filter: Callable[[str, Tensor], bool] | None
 ) -> tuple[list[dict[str, Any]], list[str], list[int]]:
     """(groups as torch takes them, names, ids): ids count every parameter in order, whether it is trained or not."""
-    if isinstance(params, Tensor):
-        raise TypeError("params: expected a module or an iterable of tensors, got a tensor")
+    if isinstance(params, Tensor) or not isinstance(params, nn.Module | Iterable):
+        got = "a tensor" if isinstance(params, Tensor) else type(params).__name__
+        raise TypeError(f"params: expected a module or an iterable of tensors, got {got}")
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter: expected a function of a name and a parameter, got {type(filter).__name__}")
     if isinstance(params, nn.Module):
         named: list[Any] = [{"params": [pair for pair in params.named_parameters()]}]
         frozen_too = False
@@ -135,6 +138,5 @@ def check_number(
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     good = good and (value > low if open_ else value >= low) and (value <= high if closed_top else value < high)
     if not good:
-        raise ValueError(
-            f"{name}: expected a number {'above' if open_ else 'from'} {low}{'' if high == math.inf else f' to {high}'}, got {value!r}"
-        )
+        top = "" if high == math.inf else f" to {high}" if closed_top else f" and below {high}"
+        raise ValueError(f"{name}: expected a number {'above' if open_ else 'from'} {low}{top}, got {value!r}")

@@ -29,8 +29,10 @@ def trainable_scales(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         (name, parameter) pairs: ``MeZO(trainable_scales(model), ...)``.
 
     Raises:
-        ValueError: there is no such layer.
+        TypeError: not a module. ValueError: there is no such layer.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     found = []
     for name, layer in module.named_modules():
         if not isinstance(layer, NF4Linear):
