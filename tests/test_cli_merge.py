@@ -146,6 +146,14 @@ def test_refusals_write_nothing(llama, adapters, tmp_path, capsys):  # noqa: F81
     save_file(
         {k: v[:, :3].clone() if "lora_A" in k else v for k, v in tensors.items()}, ill / "adapter_model.safetensors"
     )
+    weights = {}
+    for name in ("cut", "bare", "pickled"):
+        shutil.copytree(adapters / "lora", tmp_path / name)
+        weights[name] = tmp_path / name / "adapter_model.safetensors"
+    weights["cut"].write_bytes(weights["cut"].read_bytes()[:-100])
+    weights["bare"].unlink()
+    weights["pickled"].unlink()
+    weights["pickled"].with_suffix(".bin").write_bytes(b"")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     cases = [
@@ -156,6 +164,10 @@ def test_refusals_write_nothing(llama, adapters, tmp_path, capsys):  # noqa: F81
         ([*good, "--overwrite", "--model", str(tmp_path / "gone")], ["--model", "does not exist"]),
         (["merge", "--adapter", str(ill), "--out", str(out), "--overwrite"], ["--adapter", "no usable adapter"]),
     ]
+    new = str(tmp_path / "new" / "merged")
+    for name, said in (("cut", str(weights["cut"])), ("bare", "no adapter_model.safetensors or adapter_model.bin in")):
+        cases.append((["merge", "--adapter", str(tmp_path / name), "--out", new], ["--adapter", said]))
+    cases.append((["merge", "--adapter", str(tmp_path / "pickled"), "--out", str(out), "--overwrite"], ["--adapter"]))
     before = tree(tmp_path)
     for argv, said in cases:
         capsys.readouterr()

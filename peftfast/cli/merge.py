@@ -19,6 +19,7 @@ PACKAGES = {
     "accelerate": "accelerate",
     "safetensors": "safetensors",
 }
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT takes the first that is there
 # Of the logits, in float32, adapter beside the base against adapter in it: sums in another order, over a model's depth. A scale or a
 # layer that is missing is orders of magnitude larger.
 TOLERANCE = 1e-3
@@ -65,9 +66,10 @@ def main(argv: Sequence[str]) -> int:
     models.offline_unless_named(name)
     arguments.quiet_libraries()
     directory = directory or models.directory_of("--model", name)
+    started = _started_from(options.adapter)
 
     arguments.writable_directory("--out", options.out.absolute().parent)
-    _run(options, str(directory), device)
+    _run(options, str(directory), device, started)
     return 0
 
 
@@ -81,7 +83,20 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         raise UserError(f"--adapter: {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"--adapter: {path}: expected an object, got {type(config).__name__}")
+    if not any((adapter / name).is_file() for name in WEIGHTS):
+        raise UserError(
+            f"--adapter: no {' or '.join(WEIGHTS)} in {adapter}; expected a PEFT directory with its weights"
+        )
     return config
+
+
+def _started_from(adapter: Path) -> dict[str, Any] | None:
+    """The 4 bits whose losses LoftQ's and EoRA's adapters make up for, named in their file; a file that is not whole fails here,
+    before a base is loaded."""
+    from ..integrations.adapter_start import started_from
+
+    with models.named("--adapter", str(adapter / WEIGHTS[0]), "weights"):
+        return started_from(adapter / WEIGHTS[0])
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -96,7 +111,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out: {out} holds files and no model; expected a new, an empty or a model's directory")
 
 
-def _run(options: argparse.Namespace, directory: str, device: str) -> None:
+def _run(options: argparse.Namespace, directory: str, device: str, started: dict[str, Any] | None) -> None:
     import torch
     from transformers import AutoConfig
 
@@ -108,7 +123,7 @@ def _run(options: argparse.Namespace, directory: str, device: str) -> None:
         names = [str(name) for name in json.loads(labels.read_text(encoding="utf-8"))]
         config.num_labels = len(names)
         config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
-    merged, probe, expected, gap = _merged(options, directory, config, classify, device)
+    merged, probe, expected, gap = _merged(options, directory, config, classify, device, started)
     print(f"merged: logits of the probe within {gap:.1e} of the adapter's, in float32")
 
     merged.to(getattr(torch, options.dtype))
@@ -141,17 +156,19 @@ def _heads() -> list[str]:
 
 
 def _merged(
-    options: argparse.Namespace, directory: str, config: Any, classify: bool, device: str
+    options: argparse.Namespace,
+    directory: str,
+    config: Any,
+    classify: bool,
+    device: str,
+    started: dict[str, Any] | None,
 ) -> tuple[Any, Any, Any, float]:
     """(the merged model in float32, token ids, the adapted model's logits of them, how far the merged model's are from these)."""
     import torch
     from peft import PeftModel
 
-    from ..integrations.adapter_files import WEIGHTS, load_adapter
-    from ..integrations.adapter_start import started_from
+    from ..integrations.adapter_files import load_adapter
 
-    # The base that LoftQ's and EoRA's adapters make up for is in the 4 bits that their file names.
-    started = started_from(options.adapter / WEIGHTS)
     base, _ = models.load(
         directory,
         config,
@@ -202,9 +219,9 @@ def _through_4_bits(model: Any, adapter: Path, settings: dict[str, Any]) -> None
 
     import peftfast.functional as F
 
-    from ..integrations.adapter_files import PREFIX, WEIGHTS
+    from ..integrations.adapter_files import PREFIX
 
-    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+    with safe_open(adapter / WEIGHTS[0], framework="pt") as file:
         names = [name for name in file.keys() if name.endswith(".lora_A.weight")]  # noqa: SIM118
     for name in names:
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -61,11 +62,12 @@ def named(option: str, directory: str, what: str) -> Iterator[None]:
     """Errors that other libraries raise for a directory's contents, as a UserError that names it."""
     from safetensors import SafetensorError
 
+    bad = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except bad as error:
             raise UserError(f"{option}: no usable {what} in {directory}: {arguments.first_line(error)}") from error
 
 
