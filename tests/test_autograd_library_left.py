@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftfast import functional as F
-from peftfast.functional import node
+from peftfast.functional import lora, node
 from peftfast.kernels import launch as launches
 from peftfast.ops import native, replay
 from tests.support.autograd_calls import (
@@ -84,8 +84,10 @@ def test_who_watches_single_operators_sees_python(watcher: str) -> None:
         layer(x).sum().backward()
 
 
-def test_what_no_kernel_follows_is_refused_as_in_python() -> None:
+def test_what_no_kernel_follows_is_refused_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the public function would not have taken it to the definition."""
     x = fresh()
+    monkeypatch.setattr(lora, "by_definition", lambda: False)
     settle(lambda: layer(x))
     with made(0, 0):
         for transform in (torch.func.grad(lambda one: layer(one).sum()), torch.func.vmap(layer)):

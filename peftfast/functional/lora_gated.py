@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import replay
-from .derivatives import once_differentiable
+from .derivatives import by_definition, once_differentiable
 from .gated_activation import check_gated, gated_activation
 from .lora import (
     LoRALinearFunction,
@@ -220,7 +220,7 @@ def lora_gated_linear(
         )
     options = (dropout_p, scaling, seed, dtype, cast_weight)
     _check_arguments(gate, weight, lora_a, lora_b, bias, lora_bias, None, *options)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or by_definition():
         return lora_linear(
             gated_activation(gate, up, activation),
             weight,

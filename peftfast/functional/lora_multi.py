@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from . import lora_group, lora_projections
+from . import plain as plain_layers
+from .derivatives import by_definition
 from .dora import row_gain
 from .lora import _check_arguments, _seed_tensor, draw_seed
 from .lora_group import Plan
@@ -85,6 +87,8 @@ def apply_group(
         flat = [term for own in terms for term in own]
         ps = tuple(float(term.dropout_p) if training else 0.0 for term in flat)
         seeds = _draw_seeds(x, ps, [term.seed for term in flat])
+        if by_definition():
+            return plain_layers.group(x, projections, terms, rows, seeds, ps, dtype, out_dtype)
         plain = _plain(x, projections, terms, rows, dtype, out_dtype)
         if plain is not None:
             scalings = tuple(float(term.scaling) for term in flat)

@@ -21,7 +21,8 @@ from ..ops.backends import (
     triton_available,
 )
 from ..reference import sparse_delta as definition
-from .derivatives import once_differentiable, refuse_tangents
+from . import plain
+from .derivatives import by_definition, once_differentiable, refuse_tangents
 from .nf4 import NF4Weight, check_features, check_vector
 from .precision import autocast_off, autocast_on, compute_dtype_of
 from .sparse_pattern import SparsePattern, check_indices, trusted
@@ -327,6 +328,9 @@ def apply(
     observer: Observer | None = None,
 ) -> Tensor:
     """The layer without its checks, and with what only a module can ask for: a resident delta, an observer of the backward."""
+    if not resident and by_definition():  # whose gradients no observer is shown
+        with autocast_off(x.device.type):
+            return plain.sparse(x, weight, pattern.indices, values, bias, dtype, out_dtype)
     base, *quantisation = weight.storage() if isinstance(weight, NF4Weight) else (weight, *_DENSE)
     with autocast_off(x.device.type):
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

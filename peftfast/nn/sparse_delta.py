@@ -14,9 +14,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import functional as F
 from .. import ops
 from ..functional import sparse_delta as layer_functions
+from ..functional.derivatives import by_definition
 from ..functional.precision import autocast_on, compute_dtype_of
 from ..functional.sparse_pattern import SparsePattern, check_indices, smallest_index_dtype, trusted
 from ..functional.sparse_support import choose_support
+from ..reference import sparse_delta as definition
 from ..reference.sparse_delta import wide_dtype
 from .nf4 import NF4Linear, check_base, is_bitsandbytes_4bit
 
@@ -189,13 +191,15 @@ class SparseDeltaLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self._enabled:
             return self._base_forward(input)
-        merged = self.merged
-        if merged:
+        merged, weight = self.merged, self._base()
+        if merged and by_definition():
+            merged, weight = False, self._base_copy()  # a gradient of the values that torch sees in the formula
+        elif merged:
             self._check_merged()
         asked = self._compute_dtype()
         dtype = compute_dtype_of(input, asked) if isinstance(input, Tensor) else torch.float32
         cast_weight = asked is not None or (isinstance(input, Tensor) and autocast_on(input.device.type))
-        weight, pattern = self._base(), self.pattern
+        pattern = self.pattern
         layer_functions.check_arguments(input, weight, pattern, self.delta_values, self.bias, dtype, cast_weight)
         return layer_functions.apply(
             input,
@@ -212,11 +216,21 @@ class SparseDeltaLinear(nn.Linear):
     def _base_forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if self.base_values is not None:
-            self._check_merged()
-            # Written nowhere: between a policy's forward and its backward, autograd holds the merged weight.
-            weight = self.weight.detach().clone()
-            ops.sparse_delta.sparse_delta_write_(weight, self.delta_indices, self.base_values, None)
+            if not by_definition():
+                self._check_merged()
+            weight = self._base_copy()
         return nn.functional.linear(input, weight, self.bias)
+
+    def _base_copy(self) -> Tensor:
+        """W of a merged layer. Written nowhere: between a policy's forward and its backward, autograd holds the merged weight."""
+        base: Any = self.base_values
+        if by_definition():
+            if not torch._C._functorch.is_functorch_wrapped_tensor(self.weight):  # which has no address
+                self.check_base()
+            return definition.sparse_delta_write(self.weight.detach(), self.delta_indices, base, None)
+        weight = self.weight.detach().clone()
+        ops.sparse_delta.sparse_delta_write_(weight, self.delta_indices, base, None)
+        return weight
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
