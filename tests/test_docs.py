@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peftfast.__main__ import COMMANDS
-from peftfast.cli.doctor import INTERPRETER_VARIABLE, KNOWN_VARIABLES
+from peftfast.cli.doctor import BENCHMARKS_VARIABLE, INTERPRETER_VARIABLE, KNOWN_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -34,8 +34,27 @@ def test_every_page_and_script_is_listed() -> None:
 
 def test_table_of_variables() -> None:
     text = (DOCS / "environment.md").read_text()
-    own = text.partition("Of other libraries")[0]
-    assert set(re.findall(r"^\| `(\w+)`", own, flags=re.MULTILINE)) == {*KNOWN_VARIABLES, INTERPRETER_VARIABLE}
+    own = text.partition("Of other programs")[0]
+    assert set(re.findall(r"^\| `(\w+)`", own, flags=re.MULTILINE)) == {
+        *KNOWN_VARIABLES,
+        BENCHMARKS_VARIABLE,
+        INTERPRETER_VARIABLE,
+    }
+
+
+def test_every_variable_that_is_read_is_listed() -> None:
+    """By name where it is read, or as a constant of a PEFTFAST_ name."""
+    listed = set(re.findall(r"`(\w+)`", (DOCS / "environment.md").read_text()))
+    sources = [ROOT / "setup.py", *ROOT.glob("peftfast/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
+    read = {}
+    for path in [*sources, *ROOT.glob("kernels/**/*.py")]:
+        code = path.read_text(encoding="utf-8")
+        found = re.findall(r"""environ(?:\.\w+)?[(\[]["'](\w+)["']""", code) + re.findall(
+            r"[\"'](PEFTFAST_[A-Z_]+)[\"']", code
+        )
+        read |= dict.fromkeys(found, path)
+    assert len(read) > 12
+    assert not {name: path for name, path in read.items() if name not in listed}
 
 
 def test_commands_that_are_named_exist() -> None:
