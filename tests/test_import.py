@@ -1,13 +1,16 @@
 """What importing costs and needs, and what happens where a library cannot be loaded."""
 
 import logging
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from peftfast import extras
 from peftfast.ops import native
 from tests.support.forked import Forked, forking
 
@@ -138,6 +141,55 @@ def test_import_is_quick_and_lazy(tmp_path: Path) -> None:
 
 def test_import_without_triton_and_posix() -> None:
     assert run(BARE).strip() == "whole"
+
+
+USES = """
+import pathlib, sys, torch
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("peft", "safetensors"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Finder())
+import peftfast, peftfast.methods
+from peftfast.methods import deltas
+linear = torch.nn.Linear(8, 4)
+pathlib.Path("adapter_config.json").write_text("{}")
+pathlib.Path("adapter_model.safetensors").write_bytes(b"")
+model = torch.nn.Sequential(peftfast.nn.LoRALinear(8, 4, r=2))
+for name, call in {
+    "save_adapter": lambda: peftfast.save_adapter(model, "new"),
+    "load_adapter": lambda: peftfast.load_adapter(torch.nn.Sequential(linear), "."),
+    "load_nf4": lambda: peftfast.nn.load_nf4(linear, "."),
+    "save_shira": lambda: peftfast.methods.save_shira(model, "new"),
+    "load_shira": lambda: peftfast.methods.load_shira(linear, "."),
+    "read_sparse": lambda: deltas.read_sparse("."),
+    "adapt": lambda: peftfast.adapt(torch.nn.Sequential(linear), "lora", target_modules="all-linear"),
+}.items():
+    try:
+        call()
+    except ModuleNotFoundError as error:
+        package = "peft" if name == "adapt" else "safetensors"
+        said = f"{name} needs {package}, which is not installed: pip install {package} (peftfast's extra [methods] or [peft] brings it)"
+        assert str(error) == said and error.name == package, str(error)
+    else:
+        raise SystemExit(name)
+assert not pathlib.Path("new").exists()
+print("named")
+"""
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:
+    code = f"import os; os.chdir({str(tmp_path)!r})\n{USES}"
+    assert run(code).strip() == "named"
+
+
+def test_the_extras_bring_what_their_errors_say() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, names in extras.EXTRAS.items():
+        assert names == tuple(sorted(name for name, brought in declared.items() if package in brought)), package
+    for page in ("README.md", "docs/installing.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert all(re.search(rf"`\W*{name}\W*`", text) for name in declared), page
 
 
 @pytest.fixture(scope="module")

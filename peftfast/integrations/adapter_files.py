@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import imported
 from ..nn import LoRALinear
 from ..nn.nf4 import why_no_base
 from ..nn.tensor_file import read_tensors
@@ -87,7 +88,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base_mo
         }
     name = base_model_name_or_path or getattr(model, "name_or_path", None) or None
     config |= {"base_model_name_or_path": name}
-    from safetensors.torch import save
+    save = imported("safetensors.torch", "save_adapter").save
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,16 +141,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
 
         method = serving(config)
         if method is not None:
-            restore(model, method, config, read_tensors("directory", folder / WEIGHTS))
+            restore(model, method, config, read_tensors("load_adapter", "directory", folder / WEIGHTS))
             return model
     if isinstance(config, dict) and config.get("init_lora_weights") in ("pissa", "olora"):
         from ..methods.saved import restore_residual
 
         _check_config(config | {"init_lora_weights": True}, folder)
-        restore_residual(model, config, read_tensors("directory", folder / WEIGHTS))
+        restore_residual(model, config, read_tensors("load_adapter", "directory", folder / WEIGHTS))
         return model
     _check_config(config, folder)
-    tensors = read_tensors("directory", folder / WEIGHTS)
+    tensors = read_tensors("load_adapter", "directory", folder / WEIGHTS)
     heads = _taken_heads(tensors, config, model, folder)
     grouped = _grouped(tensors, folder)
     if config.get("use_dora"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..extras import missing
 from ..nn.nf4 import is_bitsandbytes_4bit, why_no_base
 from .handle import HANDLE, SHARED, AdapterHandle, Runtime
 from .registry import Method, get, read_options
@@ -127,10 +128,7 @@ def matched(
         from peft import LoraConfig
         from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
     except ModuleNotFoundError as error:
-        missing = error.name or "peft"
-        raise ModuleNotFoundError(
-            f"adapt matches target_modules by PEFT: pip install {missing}", name=missing
-        ) from None
+        raise missing("adapt", error.name or "peft") from None
 
     chosen = _names("target_modules", target_modules)
     if not chosen:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..extras import imported
 from .registry import Paper, above_zero, at_least_one, register
 
 Deltas = Mapping[str, Tensor]
@@ -78,8 +79,7 @@ def read_sparse(directory: str | os.PathLike[str]) -> dict[str, Sparse]:
     Raises:
         ValueError: the file holds none.
     """
-    from safetensors.torch import load
-
+    load = imported("safetensors.torch", "read_sparse").load
     from ..integrations.adapter_files import PREFIX, WEIGHTS
 
     tensors = load((Path(directory) / WEIGHTS).read_bytes())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import missing
 from ..nn import LoRALinear
 from .adapting import Targets, Unsuitable, is_four_bit
 from .initialised import check_rank, dense_weight, placeholder, quantised_lora, scaling_of
@@ -95,9 +96,7 @@ def assign(costs: list[list[float]], storage: list[list[float]], budget: float) 
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "lq-lora solves its budget of bits by scipy: pip install scipy", name="scipy"
-        ) from None
+        raise missing("lq-lora", "scipy") from None
 
     cost, bytes_ = np.asarray(costs), np.asarray(storage)
     layers, kinds = cost.shape

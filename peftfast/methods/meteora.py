@@ -119,7 +119,7 @@ def _load(layers: dict[str, nn.Module], adapters: tuple[str, ...]) -> None:
         config = LoraConfig.from_pretrained(str(folder))
         if config.use_dora or config.lora_bias:
             raise ValueError(f"adapters: {folder}: DoRA and LoRA biases are not served")
-        tensors, used = read_tensors("adapters", folder / "adapter_model.safetensors"), 0
+        tensors, used = read_tensors("adapt", "adapters", folder / "adapter_model.safetensors"), 0
         for path, layer in layers.items():
             a, b = (tensors.get(f"{PREFIX}{path}.lora_{part}.weight") for part in "AB")
             if a is None or b is None:

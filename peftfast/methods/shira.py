@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..extras import imported
 from ..functional.sparse_pattern import SparsePattern, smallest_index_dtype
 from ..nn.nf4 import why_no_base
 from ..nn.sparse_delta import SparseDeltaLinear
@@ -40,7 +41,7 @@ def save_shira(
     Raises:
         ValueError: no such layer or module, or another count of active weights; nothing is written then.
     """
-    from safetensors.torch import save
+    save = imported("safetensors.torch", "save_shira").save
 
     _check_model(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseDeltaLinear)}
@@ -96,8 +97,8 @@ def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident:
         ValueError: not a SHiRA adapter, a layer that the model lacks, or indices that do not fit it; nothing is changed then.
         OSError: a file cannot be read.
     """
+    load = imported("safetensors.torch", "load_shira").load
     from safetensors import SafetensorError
-    from safetensors.torch import load
 
     _check_model(model)
     folder = Path(directory)

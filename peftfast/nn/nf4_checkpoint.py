@@ -55,7 +55,7 @@ def _tensors(checkpoint: Any) -> Mapping[str, Tensor]:
         raise ValueError(f"checkpoint: no .safetensors file in {path}")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= read_tensors("checkpoint", file)
+        tensors |= read_tensors("load_nf4", "checkpoint", file)
     return tensors
 
 
