@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -430,6 +431,10 @@ def case_out_below_a_file(llama, tmp_path):
     return {"out": tmp_path / "taken" / "adapter"}, ["--out", "cannot write", str(tmp_path / "taken")]
 
 
+def case_out_where_nothing_can_be_made(llama, tmp_path):
+    return {"out": Path("/proc/adapter")}, ["--out", "cannot write into /proc"]
+
+
 def case_unknown_device(llama, tmp_path):
     return {"more": ("--device", "gpu")}, ["--device", "'gpu'"]
 
@@ -464,6 +469,28 @@ def test_bad_input_gets_one_line_and_writes_nothing(case, llama, texts, tmp_path
     for fragment in said:
         assert fragment in line, line
     assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a directory in which nobody can write is asked")
+def test_out_is_tried_before_the_model_is_loaded(llama, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetune.Job, "prepare", lambda self: pytest.fail("loaded"))
+    assert main(command(llama, texts, Path("/proc/some/adapter"), "--max-steps", "1")) == 2
+    assert "--out: cannot write into /proc" in error_line(capsys)
+
+
+def test_the_help_shows_each_default():
+    """The parser's own, where it has one; a method's where the parser leaves it to the method."""
+    methods = finetune.METHODS
+    shown = {action.dest: (action.help or "") % vars(action) for action in finetune.parser()._actions}
+    in_words = {"device": "cuda where there is one", "eval_split": "none", "target_modules": "all-linear"}
+    for name, default in vars(finetune.parser().parse_args(["--model=a", "--data=b", "--out=c"])).items():
+        if name not in ("model", "data", "out") and not (default is None or isinstance(default, bool)):
+            value = in_words.get(name) or (default if isinstance(default, str) else f"{default:g}")
+            assert re.search(rf"default(:|,) {re.escape(value)}\b", shown[name]), name
+    for name in ("zo_eps", "zo_directions"):
+        assert f"default: {methods['mezo'].options[name]:g}" in shown[name]
+    for name in ("reselection_steps", "selection_accumulation_steps", "initial_reselection_rate"):
+        assert f"default: {methods['spiel'].options[name]:g}" in shown[name]
 
 
 def test_an_encoder_is_no_causal_model(texts, tmp_path, capsys):

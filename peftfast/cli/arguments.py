@@ -73,6 +73,19 @@ def writable_directory(option: str, path: Path) -> Path:
     return path
 
 
+def creatable(option: str, path: Path) -> None:
+    """Whether ``path`` could be made, or replaced, tried by a directory in the nearest one above it that is there; nothing is left.
+
+    Raises:
+        UserError: it could not.
+    """
+    nearest = next(above for above in path.absolute().parents if above.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".peftfast-", dir=nearest))
+    except OSError as error:
+        raise UserError(f"{option}: cannot write into {nearest}: {error.strerror or error}") from None
+
+
 def first_line(error: BaseException) -> str:
     """An error's message as one line, for messages of other libraries that run over several."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -8,11 +8,10 @@ whole, of which step it is and of which command. Without that marker a checkpoin
 import argparse
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from . import atomic
+from . import arguments, atomic
 from .errors import UserError
 
 FOLDER, MARKER = "checkpoint", "complete.json"
@@ -30,12 +29,11 @@ def check(out: Path, *, overwrite: bool, resume: bool) -> None:
     """
     atomic.recover(out)
     if not out.exists():
-        nearest = next(path for path in out.absolute().parents if path.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"--out: cannot write into {nearest}")
+        arguments.creatable("--out", out)
         return
     if not out.is_dir() or out.is_symlink():
         raise UserError(f"--out: {out} is not a directory")
+    arguments.creatable("--out", out)
     if _result(out):
         begun = (out / FOLDER).is_dir()
         if resume:

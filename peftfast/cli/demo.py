@@ -63,9 +63,11 @@ def parser() -> arguments.Parser:
         "--steps", type=at_least_one, help=f"training steps of each arm (default: {STEPS}; quick: {QUICK_STEPS})"
     )
     parse.add_argument(
-        "--quick", action="store_true", help="a few steps of each thing, in less than a minute; proves no speed"
+        "--quick",
+        action="store_true",
+        help="a few steps of each thing, in one to five minutes of two cores; proves no speed",
     )
-    parse.add_argument("--seed", type=arguments.integer(0), default=0)
+    parse.add_argument("--seed", type=arguments.integer(0), default=0, help="default: %(default)s")
     parse.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: cuda where there is one)")
     parse.add_argument("--batch-size", type=at_least_one, help=f"default: {BATCH_SIZE}; quick: {QUICK_BATCH_SIZE}")
     parse.add_argument(

@@ -22,7 +22,12 @@ COMMON: dict[str, Any] = {
 
 
 def option(group: argparse._ArgumentGroup, name: str, **settings: Any) -> None:
-    """An option that may be written --with_underscores, as transformers does, or --with-hyphens."""
+    """An option that may be written --with_underscores, as transformers does, or --with-hyphens. Its help ends with the default, unless
+    it says that itself."""
+    default, said = settings.get("default"), settings.get("help", "")
+    if not (default is None or isinstance(default, bool) or "default" in said):
+        shown = "default: %(default)g" if isinstance(default, float) else "default: %(default)s"
+        settings["help"] = f"{said} ({shown})" if said else shown
     spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
     group.add_argument(*spellings, dest=name, **settings)
 

@@ -45,7 +45,7 @@ def add_options(parse: argparse.ArgumentParser) -> None:
     adapter = parse.add_argument_group("adapter")
     listed = "; ".join(f"{name}: {method.help}" for name, method in METHODS.items())
     listed += "; or any that `python -m peftfast methods` lists, with its own learning rate"
-    adapter.add_argument("--method", metavar="NAME", default="lora", help=listed)
+    adapter.add_argument("--method", metavar="NAME", default="lora", help=f"{listed} (default: %(default)s)")
     option(
         adapter,
         "method_option",

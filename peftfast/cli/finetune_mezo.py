@@ -60,7 +60,12 @@ class MeZOMethod(LoRA):
             f"(default learning rate: {FULL_MODEL_RATE:g})",
         )
         option(group, "zo_eps", type=above_zero, help=f"size of the perturbation (default: {cls.options['zo_eps']:g})")
-        option(group, "zo_directions", type=arguments.integer(1), help="directions a step (default: 1)")
+        option(
+            group,
+            "zo_directions",
+            type=arguments.integer(1),
+            help=f"directions a step (default: {cls.options['zo_directions']})",
+        )
         option(group, "zo_clip", type=above_zero, help="largest projected gradient (default: none)")
 
     @classmethod

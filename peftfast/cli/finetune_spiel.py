@@ -35,18 +35,24 @@ class SpIELMethod(Method):
     @classmethod
     def add_options(cls, parse: argparse.ArgumentParser) -> None:
         group = parse.add_argument_group("spiel")
-        option(group, "reselection_steps", type=arguments.integer(2), help="from one move to the next (default: 20)")
+        own = cls.options
+        option(
+            group,
+            "reselection_steps",
+            type=arguments.integer(2),
+            help=f"from one move to the next (default: {own['reselection_steps']})",
+        )
         option(
             group,
             "selection_accumulation_steps",
             type=arguments.integer(1),
-            help="steps over which candidates' gradients are summed (default: 5)",
+            help=f"steps over which candidates' gradients are summed (default: {own['selection_accumulation_steps']})",
         )
         option(
             group,
             "initial_reselection_rate",
             type=arguments.number(0, 1, above_lowest=True),
-            help="part of the weights that moves, falling to 0 at the end (default: 0.2)",
+            help=f"part of the weights that moves, falling to 0 at the end (default: {own['initial_reselection_rate']})",
         )
 
     def check(self, options: argparse.Namespace, extra: Any) -> None:
