@@ -159,7 +159,9 @@ def text(changes: Sequence[Change], everything: bool = False) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parse.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="OLD, or OLD and NEW")
     parse.add_argument("--base", metavar="REV", help="a git revision to measure this tree against")

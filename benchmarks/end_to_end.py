@@ -38,7 +38,7 @@ DEFAULTS = {"cpu": ("small", 1, 256), "cuda": ("llama3-8b", 1, 2048)}
 
 
 def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__)
+    parse = argparse.ArgumentParser(prog=f"python -m {__package__}.end_to_end", description=__doc__)
     parse.add_argument("--model", choices=tuple(llama.SIZES), help="default: small on a CPU, llama3-8b on a GPU")
     parse.add_argument("--layers", type=int, help="fewer blocks than the model has")
     parse.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))

@@ -402,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 where a stage failed or was stopped; 2 for bad arguments."""
     names = [stage.name for stage in STAGES]
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parse.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if it is missing")
     parse.add_argument(

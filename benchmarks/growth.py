@@ -143,7 +143,9 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}.growth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parse.add_argument("file", nargs="?", type=Path, metavar="FILE.json")
     parse.add_argument("--over", choices=tuple(SIZES), required=True)

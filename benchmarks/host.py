@@ -10,8 +10,9 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -169,8 +170,10 @@ def added(found: list[dict[str, Any]], row: dict[str, Any], column: str) -> floa
     return float((row[column] - of["frozen"]) / (of["peft"] - of["frozen"]))
 
 
-def main(argv: list[str] | None = None) -> None:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parse = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parse.add_argument("--out", metavar="FILE.json", type=Path, help="write the rows")
     args = parse.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{row['arm']:26s} {row['dropout']:7.1f} {row['forward_us']:8.1f} {row['step_us']:13.1f} {shares}")
     if args.out:
         args.out.write_text(json.dumps({"device": device, "rows": found}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

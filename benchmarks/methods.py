@@ -17,8 +17,9 @@ from typing import Any
 from . import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results" / "methods.json"
-PAGE = ROOT / "docs" / "methods.md"
+_CHECKOUT = (ROOT / "docs").is_dir()  # from a wheel: where one stands
+RESULTS = Path(__file__).resolve().parent / "results" / "methods.json" if _CHECKOUT else Path("methods.json")
+PAGE = ROOT / "docs" / "methods.md" if _CHECKOUT else Path("methods.md")
 STEPS, BATCH_SIZE, HELD_OUT, PROBE_STEPS = 20, 16, 300, 2
 
 
@@ -194,7 +195,7 @@ def _section(one: dict[str, Any], row: dict[str, Any] | None) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
+    parse = argparse.ArgumentParser(prog=f"python -m {__package__}.methods", description=__doc__)
     parse.add_argument("--out", type=Path, default=RESULTS, help="results file, continued if it is there (%(default)s)")
     parse.add_argument("--page", type=Path, default=PAGE, help="what is written from it (%(default)s)")
     parse.add_argument("--only", help="names with commas between")

@@ -81,7 +81,7 @@ def runners(batch: int, length: int, dtype: torch.dtype, device: str) -> tuple[d
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parse = argparse.ArgumentParser(prog="python -m benchmarks.mezo", description=__doc__)
+    parse = argparse.ArgumentParser(prog=f"python -m {__package__}.mezo", description=__doc__)
     parse.add_argument("--batch", type=int, default=1)
     parse.add_argument("--length", type=int, default=64)
     parse.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

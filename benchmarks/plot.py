@@ -192,7 +192,7 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parse = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
+    parse = argparse.ArgumentParser(prog=f"python -m {__package__}.plot", description=__doc__)
     parse.add_argument("file", type=Path, metavar="FILE.json")
     parse.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside the file")
     args = parse.parse_args(argv)

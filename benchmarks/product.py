@@ -236,7 +236,9 @@ def renew(path: Path, found: Sequence[Verdict]) -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.product", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}.product",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parse.add_argument(
         "--from", dest="source", type=Path, metavar="FILE.json", help="rows of a run that was made before"

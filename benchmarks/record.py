@@ -180,7 +180,9 @@ def renew_readme(readme: Path, results: Path) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parse = argparse.ArgumentParser(
-        prog="python -m benchmarks.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}.record",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parse.add_argument("source", type=Path, metavar="FILE.json|FOLDER")
     parse.add_argument("--results", type=Path, default=RESULTS)

@@ -43,8 +43,8 @@ SELF_PAIR = " again"
 BETWEEN_PROCESSES = {("cpu", True): 0.05, ("cpu", False): 0.02, ("cuda", True): 0.02, ("cuda", False): 0.01}
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+def parser(step: str = "run", description: str | None = __doc__) -> argparse.ArgumentParser:
+    parse = argparse.ArgumentParser(prog=f"python -m {__package__}.{step}", description=description)
     parse.add_argument("--op", nargs="+", metavar="NAME", help="operators; default: all (see --list)")
     parse.add_argument(
         "--provider", nargs="+", metavar="NAME", help="providers, with * and ?; default: all that are here"
@@ -90,8 +90,8 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parse = parser()
+def parse_arguments(argv: Sequence[str] | None, parse: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    parse = parse or parser()
     args = parse.parse_args(argv)
     ops = registry.load()
     defaults = DEFAULTS["quick" if args.quick else torch.device(args.device).type]
@@ -401,13 +401,13 @@ def terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, parse: argparse.ArgumentParser | None = None) -> int:
     """Exit status: 0; 1 where a provider of peftfast's is over its budget or fails; 2 for bad arguments; 130 where it was stopped, the
     rows until then written."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # bitsandbytes asks for a kernel from the hub when it is imported on a CPU with AVX512-BF16, and warns that it has none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, parse)
     if args.list:
         print_list(registry.OPS, args)
         return 0

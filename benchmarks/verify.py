@@ -91,7 +91,8 @@ class Gate:
 def main(argv: Sequence[str] | None = None) -> int:
     from . import run
 
-    return run.main([*(sys.argv[1:] if argv is None else argv), "--verify-only"])
+    given = sys.argv[1:] if argv is None else argv
+    return run.main([*given, "--verify-only"], run.parser("verify", __doc__))
 
 
 if __name__ == "__main__":

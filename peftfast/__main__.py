@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .cli import UserError
+from .cli import UserError, bench
 from .cli.arguments import Parser
 
 COMMANDS = {
@@ -14,7 +14,7 @@ COMMANDS = {
     "merge": "base + adapter as one model, in bf16 or 4 bits, checked by reading it back",
     "methods": "the methods of the literature that peftfast.adapt puts on a model, or all of one",
     "doctor": "what is installed, which kernel serves each operator here, and whether each is right",
-    "bench": "the benchmarks of the kernels: run, verify, plot, growth, record, compare",
+    "bench": f"the benchmarks of the kernels: {', '.join(bench.STEPS)}",
 }
 BAD_INPUT, INTERRUPTED = 2, 130
 

@@ -419,6 +419,24 @@ def test_from_the_root_and_from_the_package(tmp_path: Path) -> None:
     assert importlib.util.find_spec("peftfast.benchmarks.compare") is not None
 
 
+def test_steps_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each has a help of its own name; what is none is named with those that there are."""
+    from peftfast.__main__ import main
+    from peftfast.cli import bench
+
+    for step in bench.STEPS:
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", step, "--help"])
+        assert stopped.value.code == 0
+        assert f"usage: python -m peftfast.benchmarks.{step} " in capsys.readouterr().out
+    assert main(["bench", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {step} " in said for step in bench.STEPS)
+    assert main(["bench", "nope"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "got 'nope'" in line and all(step in line for step in bench.STEPS)
+
+
 def test_table_shows_no_speed_over_budget() -> None:
     row = copy.deepcopy(report_of(None, 0.0, within_budget=False)["rows"][0]) | {
         **{"provider": "planted", "error": 1.0, "budget": 0.5, "saved_bytes": None},
