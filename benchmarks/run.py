@@ -73,7 +73,9 @@ def parser(step: str = "run", description: str | None = __doc__) -> argparse.Arg
     )
     parse.add_argument("--seconds", type=float, help="spent on one row (default 0.2; 0.05 with --quick)")
     parse.add_argument(
-        "--quick", action="store_true", help="one small shape, few rounds, no torch.compile: a minute or two of one core"
+        "--quick",
+        action="store_true",
+        help="one small shape, few rounds, no torch.compile: a minute or two of one core",
     )
     parse.add_argument("--dram", action="store_true", help="count the bytes that each row moves, with ncu (CUDA)")
     parse.add_argument(
