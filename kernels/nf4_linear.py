@@ -70,7 +70,9 @@ def _nf4_linear_kernel(
             absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested + offset
         index = indices_of(units, False)
         values = tl.gather(code, index.reshape(BLOCK_N * BLOCK_K), 0).reshape(BLOCK_N, BLOCK_K)
-        x = convert(tl.load(x_row + (k + tl.full((), 0, tl.int64)) * stride_xk, mask=mask_m[:, None], other=0.0), COMPUTE)
+        x = convert(
+            tl.load(x_row + (k + tl.full((), 0, tl.int64)) * stride_xk, mask=mask_m[:, None], other=0.0), COMPUTE
+        )
         accumulator = multiply_add(narrow(values * absmax[:, None], COMPUTE), tl.trans(x), accumulator)
     if bias_ptr is not None:
         accumulator += widen(tl.load(bias_ptr + offs_n, mask=mask_n & (part == 0), other=0.0))[:, None]

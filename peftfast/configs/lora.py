@@ -229,7 +229,9 @@ def _weight_grad(case: Case, device: Device) -> LoraConfig:
         # Three products of each tile of ds. By the model of _shrink, of 64 x 64 and of 32 x 128 (eight warps), and under dropout: rank
         # 16 0.91 and 0.70, 64 0.37, 0.30 and 0.51, 0.40; outside of tensor cores it was 0.29 and 0.18 without.
         if case.rows == 16 or case.rank <= 32:
-            rows = case.rows if case.rank == 16 or _roomy(device) else min(case.rows, 32)  # sm_80 and sm_89 spill with 64
+            rows = (
+                case.rows if case.rank == 16 or _roomy(device) else min(case.rows, 32)
+            )  # sm_80 and sm_89 spill with 64
             return LoraConfig(rows, 64, min(case.rank, 64))
         return LoraConfig(32, 128, 64, num_warps=8)
     if case.rows == 64 and _roomy(device):

@@ -135,6 +135,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"directory: {folder / CONFIG} is not JSON ({error})") from None
+    imported("safetensors", "load_adapter")  # before the files are looked at
     _check_modules(config, folder)
     if isinstance(config, dict) and config.get("peft_type") != "LORA":
         from ..methods.saved import restore, serving
