@@ -177,6 +177,7 @@ def test_merge_4bit_restores_its_bytes() -> None:
 
 
 def test_rslora_scaling_and_inits() -> None:
+    assert LoRALinear(8, 8, r=16, lora_alpha=-8).scaling == -0.5 and LoRALinear(8, 8, r=16, lora_alpha=0).scaling == 0.0
     assert LoRALinear(8, 8, r=16, lora_alpha=8).scaling == 0.5
     assert LoRALinear(8, 8, r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
     assert LoRALinear(8, 8, init_lora_weights=False).lora_B.abs().sum() > 0
@@ -209,7 +210,7 @@ class Doubled(nn.Linear):
 
 BAD_OPTIONS = {
     "lora_dropout": ("0.1", None, 1.0, math.nan, torch.tensor(0.1)),
-    "lora_alpha": ("16", None, math.nan, math.inf, 0, True, torch.tensor(16.0)),
+    "lora_alpha": ("16", None, math.nan, math.inf, True, torch.tensor(16.0)),
     "r": (8.0, True, None),
     "init_lora_weights": (None, 1, torch.tensor(True)),
 }
@@ -244,7 +245,7 @@ def test_bad_input_names_the_argument() -> None:
                 LoRALinear(4, 4, **{name: value})
             with pytest.raises(ValueError, match=f"^{name}: expected"):
                 LoRALinear.from_linear(nn.Linear(4, 4), **{name: value})
-    with pytest.raises(ValueError, match="^lora_alpha: expected a number above 0, got '16'"):
+    with pytest.raises(ValueError, match="^lora_alpha: expected a finite number, got '16'"):
         RoSALinear.from_linear(nn.Linear(4, 4), lora_alpha="16")
     with pytest.raises(TypeError, match="NF4Linear is made by from_linear, .*; got int"):
         NF4Linear(64, 32)

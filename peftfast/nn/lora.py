@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..reference.lora import weight_norm
 from .nf4 import NF4Linear, check_base, is_bitsandbytes_4bit
-from .options import above_zero, at_least_one, one_of, probability
+from .options import at_least_one, finite, one_of, probability
 
 
 class LoRALinear(nn.Linear):
@@ -25,7 +25,7 @@ class LoRALinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in nn.Linear.
         r: rank, at least 1.
-        lora_alpha: above 0; scaling is lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora`` (arXiv 2312.03732).
+        lora_alpha: finite; scaling is lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora`` (arXiv 2312.03732).
         lora_dropout: probability in [0, 1).
         lora_bias: a trained bias on B's side, scaled like B.
         use_dora: DoRA (arXiv 2402.09353).
@@ -304,6 +304,6 @@ def moved_like(parameter: nn.Parameter, other: Tensor) -> nn.Parameter:
 
 def _check_options(r: Any, lora_alpha: Any, lora_dropout: Any = 0.0, init_lora_weights: Any = True) -> None:
     at_least_one("r", r)
-    above_zero("lora_alpha", lora_alpha)
+    finite("lora_alpha", lora_alpha)
     probability("lora_dropout", lora_dropout)
     one_of("init_lora_weights", init_lora_weights, (True, False, "gaussian"))

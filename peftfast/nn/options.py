@@ -23,6 +23,12 @@ def above_zero(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
 
 
+def finite(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float("-inf") < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
 def one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
     """Raises ValueError unless ``value`` is one of ``valid``."""
     if not any(value is one or (type(value) is type(one) and value == one) for one in valid):
