@@ -34,10 +34,10 @@ def run_compiler(*arguments: str | Path) -> None:
         raise RuntimeError(done.stderr[-4000:])
 
 
-def _compile(sources: list[Path], target: Path) -> Path:
+def _compile(sources: list[Path], target: Path, level: int = 1) -> Path:
     # A misaligned wide access or an index past an array of known size traps.
     checks = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w", *checks, f"-I{HERE}", f"-I{CSRC}"]
+    flags = ["-std=c++17", f"-O{level}", "-ffp-contract=off", "-fPIC", "-w", *checks, f"-I{HERE}", f"-I{CSRC}"]
     kind = ["-c"] if target.suffix == ".o" else ["-shared"]
     run_compiler(*flags, *kind, *sources, "-o", target)
     return target
@@ -47,7 +47,8 @@ def build(family: str, folder: Path, edit: tuple[str, str] | None = None, base: 
     """A library of the family's launch functions under the names of its harness.
 
     Args:
-        edit: a text in the sources and what replaces it. base: the folder of a build without, whose other objects are taken.
+        edit: a text in the sources and what replaces it; the source is compiled unoptimised, since a fault shows at once and compiling
+            is what takes the time. base: the folder of a build without, whose other objects are taken.
 
     Raises:
         RuntimeError: what the compiler says. ValueError: the text to edit is in no source.
@@ -64,7 +65,7 @@ def build(family: str, folder: Path, edit: tuple[str, str] | None = None, base: 
         source = folder / f"{stem}.cpp"
         text = text.replace(*edit) if edit is not None and stem in edited else text
         source.write_text(translated(text).replace('#include "../', '#include "'))
-        objects.append(_compile([source], folder / f"{stem}.o"))
+        objects.append(_compile([source], folder / f"{stem}.o", level=0 if stem in edited else 1))
     harness = base / "harness.o" if base is not None else _compile([HERE / f"{family}.cpp"], folder / "harness.o")
     library = folder / f"{family}.so"
     _compile([*objects, harness], library)

@@ -1,9 +1,13 @@
 // CUDA kernels on a CPU, one block after the other: each thread is a fiber, and a fiber that reaches a barrier or a
 // warp's collective hands on to the next until all have come. Slow and exact; what it cannot show is timing and races
 // between barriers. Takes the place of CUDA's own header, for the tests.
+//
+// A fiber is begun once, by makecontext, and serves the thread of its number in every block; from then on it is left and
+// entered by _setjmp and _longjmp, which make no system call where swapcontext makes one for the mask of signals.
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -63,26 +67,22 @@ inline dim3 thread_index, block_index;
 
 class Block {
   public:
-    explicit Block(unsigned threads) : threads_(threads), warps_((threads + 31) / 32), fibers_(threads) {}
+    explicit Block(unsigned threads) : threads_(threads), warps_((threads + 31) / 32) {
+        while (fibers().size() < threads) fibers().push_back(new Fiber);
+    }
 
     void run(const std::function<void()>& body) {
         body_ = &body;
         current_ = this;
         alive_ = threads_;
-        for (unsigned i = 0; i < threads_; ++i) {
-            Fiber& fiber = fibers_[i];
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = stack_of(i);
-            fiber.context.uc_stack.ss_size = kStack;
-            fiber.context.uc_link = &scheduler_;
-            makecontext(&fiber.context, &Block::enter, 0);
-        }
+        for (unsigned i = 0; i < threads_; ++i) fibers()[i]->done = false;
         while (alive_ > 0) {
             const uint64_t before = events_;
             for (running_ = 0; running_ < threads_; ++running_) {
-                if (fibers_[running_].done) continue;
+                Fiber& fiber = *fibers()[running_];
+                if (fiber.done) continue;
                 thread_index = dim3(running_);
-                swapcontext(&scheduler_, &fibers_[running_].context);
+                leave(scheduler_, fiber);
             }
             if (events_ == before) fail("threads wait for each other for ever");
         }
@@ -119,28 +119,50 @@ class Block {
 
   private:
     static constexpr size_t kSlot = 32, kStack = 64 * 1024;
-    static char* stack_of(unsigned thread) {  // kept from block to block
-        static std::vector<char*> stacks;
-        while (stacks.size() <= thread) stacks.push_back(static_cast<char*>(aligned_alloc(64, kStack)));
-        return stacks[thread];
-    }
     struct Warp {
         uint64_t generation = 0;
         unsigned arrived = 0;
         alignas(16) char values[2][32 * kSlot];
     };
     struct Fiber {
-        ucontext_t context;
+        jmp_buf at;
+        char* stack = nullptr;
         bool done = false;
     };
+    static std::vector<Fiber*>& fibers() {  // kept from block to block
+        static std::vector<Fiber*> all;
+        return all;
+    }
 
-    static void enter() {
-        Block& block = *current_;
-        (*block.body_)();
-        block.fibers_[block.running_].done = true;
-        --block.alive_;
-        ++block.events_;
-        block.release();
+    // From here to where the fiber was left, or to its beginning.
+    __attribute__((noinline)) static void leave(jmp_buf& here, Fiber& fiber) {
+        if (_setjmp(here) != 0) return;
+        if (fiber.stack != nullptr) _longjmp(fiber.at, 1);
+        fiber.stack = static_cast<char*>(aligned_alloc(64, kStack));
+        ucontext_t context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = fiber.stack;
+        context.uc_stack.ss_size = kStack;
+        context.uc_link = nullptr;
+        makecontext(&context, &Block::serve, 0);
+        setcontext(&context);
+    }
+
+    __attribute__((noinline)) void yield_from(Fiber& fiber) {
+        if (_setjmp(fiber.at) == 0) _longjmp(scheduler_, 1);
+    }
+
+    static void serve() {  // a thread of one block after the other
+        while (true) {
+            Block& block = *current_;
+            (*block.body_)();
+            Fiber& fiber = *fibers()[block.running_];
+            fiber.done = true;
+            --block.alive_;
+            ++block.events_;
+            block.release();
+            block.yield_from(fiber);
+        }
     }
 
     void release() {  // those that have returned are not waited for
@@ -152,7 +174,7 @@ class Block {
 
     void yield() {
         const unsigned mine = running_;
-        swapcontext(&fibers_[mine].context, &scheduler_);
+        yield_from(*fibers()[mine]);
         thread_index = dim3(mine);
     }
 
@@ -161,8 +183,7 @@ class Block {
     unsigned threads_, running_ = 0, alive_ = 0, arrived_ = 0;
     uint64_t generation_ = 0, events_ = 0;
     std::vector<Warp> warps_;
-    std::vector<Fiber> fibers_;
-    ucontext_t scheduler_;
+    jmp_buf scheduler_;
 };
 
 inline void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const std::function<void()>& body) {
