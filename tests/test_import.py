@@ -15,15 +15,18 @@ from peftfast.ops import native
 from tests.support.forked import Forked, forking
 
 ROOT = Path(__file__).resolve().parents[1]
-BEYOND_TORCH = 0.3  # seconds of processor time
+OF_TORCH = 0.35  # of the processor time that importing torch takes: a machine that others keep busy is slow at both
 
 TIMED = """
-import sys, time, torch
+import sys, time
+began = time.process_time()
+import torch
+torch_took = time.process_time() - began
 sys.pycache_prefix = BYTECODE
 began = time.process_time()
 import peftfast
 peftfast.patch, peftfast.nn.LoRALinear, peftfast.functional.lora_linear, peftfast.save_adapter, peftfast.adapt
-print(time.process_time() - began)
+print((time.process_time() - began) / torch_took)
 print([name for name in ("triton", "peft", "bitsandbytes", "transformers", "safetensors") if name in sys.modules])
 """
 
@@ -130,13 +133,13 @@ def run(code: str, **variables: str) -> str:
 
 def test_import_is_quick_and_lazy(tmp_path: Path) -> None:
     """Of an installed package, whose bytecode the installer has written; here the first of a few runs writes it (0.22 s; 0.14 s
-    after that, of which 0.09 s are a collection of torch's garbage). The least of them is what the import costs."""
-    seconds = []
-    while not seconds or (min(seconds) >= BEYOND_TORCH and len(seconds) < 5):
+    after that, of which 0.09 s are a collection of torch's garbage; torch itself 1.2 s). The least of them is what the import costs."""
+    shares: list[float] = []
+    while not shares or (min(shares) >= OF_TORCH and len(shares) < 5):
         said, loaded = run(f"BYTECODE = {str(tmp_path)!r}\n{TIMED}", OMP_NUM_THREADS="1").splitlines()
         assert loaded == "[]"
-        seconds.append(float(said))
-    assert min(seconds) < BEYOND_TORCH, seconds
+        shares.append(float(said))
+    assert min(shares) < OF_TORCH, shares
 
 
 def test_import_without_triton_and_posix() -> None:
