@@ -178,7 +178,8 @@ def _lora_terms_expand_kernel(
         delta = multiply_add(s_tile, convert(w_tile, s_ptr.dtype.element_ty), tl.zeros((BLOCK_M, BLOCK_C), tl.float32))
         if BIAS is not None:
             address = tl.load(entry + 7)
-            bias = tl.load(address.to(tl.pointer_type(BIAS)) + offs_n, mask=mask_n & (address != 0), other=0.0)
+            there = offs_n < tl.where(address != 0, N, 0)  # see sparse_delta.py: no comparison of numbers is part of a mask
+            bias = tl.load(address.to(tl.pointer_type(BIAS)) + offs_n, mask=there, other=0.0)
             delta += widen(bias)[None, :]
         delta *= tl.load(scaling_ptr + block)
         if seeds_ptr is not None:

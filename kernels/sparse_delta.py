@@ -153,7 +153,8 @@ def _block_kernel(
         dy_ptrs += dy_step
         x_ptrs += x_step
     out_ptrs = out_ptr + start + (top + offs)[:, None] * stride + (left + offs)[None, :]
-    tl.store(out_ptrs, narrow(sums, out_ptr.dtype.element_ty), mask=inside)
+    # A mask of its rows: a number alone is none in the interpreter of Triton 3.9.
+    tl.store(out_ptrs, narrow(sums, out_ptr.dtype.element_ty), mask=offs[:, None] < tl.where(inside, BLOCK, 0))
 
 
 @triton.jit(do_not_specialize=["M", "count", "steps"])

@@ -89,7 +89,7 @@ def _zo_linear_kernel(
         plus = multiply_add(x_plus, tl.trans(narrow(w_plus, weight_ptr.dtype.element_ty)), plus)
         minus = multiply_add(x_minus, tl.trans(narrow(w_minus, weight_ptr.dtype.element_ty)), minus)
     if bias_plus_ptr is not None:
-        mask_first = mask_n & (part == 0)
+        mask_first = offs_n < tl.where(part == 0, N, 0)
         plus += widen(tl.load(bias_plus_ptr + offs_n, mask=mask_first, other=0.0))[None, :]
         minus += widen(tl.load(bias_minus_ptr + offs_n, mask=mask_first, other=0.0))[None, :]
     at_y = (part.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
@@ -243,7 +243,7 @@ def _zo_nf4_linear_kernel(
         plus = multiply_add(x_plus, tl.trans(narrow(w_plus, DTYPE)), plus)
         minus = multiply_add(x_minus, tl.trans(narrow(w_minus, DTYPE)), minus)
     if bias_plus_ptr is not None:
-        mask_first = mask_n & (part == 0)
+        mask_first = offs_n < tl.where(part == 0, N, 0)
         plus += widen(tl.load(bias_plus_ptr + offs_n, mask=mask_first, other=0.0))[None, :]
         minus += widen(tl.load(bias_minus_ptr + offs_n, mask=mask_first, other=0.0))[None, :]
     at_y = (part.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]

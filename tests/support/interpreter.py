@@ -40,6 +40,7 @@ def quicken() -> None:
     """
     _patch_once()
     _remember_types()
+    _refuse_masks_of_integers()
     builder = interpreter.interpreter_builder
     assert not builder.options.debug  # device_assert, which the answer goes to, is nothing without
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -114,3 +115,16 @@ def _remember_types() -> None:
 
     interpreter._get_np_dtype = known_np_dtype
     tl.block_type.__init__, tl.tensor.__init__ = make_known_type, make_known_tensor
+
+
+def _refuse_masks_of_integers() -> None:
+    """As Triton 3.9 does: its interpreter calls what compares two numbers an integer, and a mask that such a number is part of too."""
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        plain = getattr(interpreter.InterpreterBuilder, name)
+
+        def checked(self: Any, *args: Any, plain: Any = plain, place: int = place) -> Any:
+            if args[place].data.dtype != bool:
+                raise ValueError(f"a mask of {args[place].data.dtype}, expected bool")
+            return plain(self, *args)
+
+        setattr(interpreter.InterpreterBuilder, name, checked)
