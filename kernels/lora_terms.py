@@ -178,7 +178,7 @@ def _lora_terms_expand_kernel(
         delta = multiply_add(s_tile, convert(w_tile, s_ptr.dtype.element_ty), tl.zeros((BLOCK_M, BLOCK_C), tl.float32))
         if BIAS is not None:
             address = tl.load(entry + 7)
-            there = offs_n < tl.where(address != 0, N, 0)  # see sparse_delta.py: no comparison of numbers is part of a mask
+            there = offs_n < tl.where(address != 0, N, 0)  # no part of a mask by itself: see sparse_delta.py
             bias = tl.load(address.to(tl.pointer_type(BIAS)) + offs_n, mask=there, other=0.0)
             delta += widen(bias)[None, :]
         delta *= tl.load(scaling_ptr + block)
