@@ -75,7 +75,8 @@ def _nf4_linear_kernel(
         )
         accumulator = multiply_add(narrow(values * absmax[:, None], COMPUTE), tl.trans(x), accumulator)
     if bias_ptr is not None:
-        accumulator += widen(tl.load(bias_ptr + offs_n, mask=mask_n & (part == 0), other=0.0))[:, None]
+        mask_first = offs_n < tl.where(part == 0, N, 0)
+        accumulator += widen(tl.load(bias_ptr + offs_n, mask=mask_first, other=0.0))[:, None]
     offs = (part.to(tl.int64) * M + offs_m)[None, :] * N + offs_n[:, None]
     tl.store(y_ptr + offs, narrow(accumulator, y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
