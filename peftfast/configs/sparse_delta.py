@@ -112,7 +112,7 @@ def tile(dtype: str, block_n: int, block_k: int, device: Device) -> TileConfig:
         return found
     # float32 sums are formed by plain multiply-adds: half the tile, or registers spill.
     if dtype == "float32":
-        return TileConfig(block_n, block_k, 32, num_warps=8, num_stages=2)
+        return TileConfig(block_n, block_k, 32, picks=128, num_warps=8, num_stages=2)
     return TileConfig(block_n, block_k, num_stages=3 if device.shared_memory > 128 * 1024 else 2)
 
 
