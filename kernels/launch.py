@@ -16,7 +16,10 @@ def freed(tensor) -> bool:
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """``kernel[grid](*args, **constants)``: the ordinary arguments in the kernel's order, then by name its constexprs and the
-    compiler's options. A recording holds no call with a tensor whose memory was freed; a call that is not recorded asks here."""
+    compiler's options. A recording holds no call with a tensor whose memory was freed; a call that is not recorded asks here.
+
+    Products and sums are contracted unless the launch says otherwise: left out, Triton 3.9 warns, and 3.10 is to decide differently."""
+    constants.setdefault("enable_fp_fusion", True)
     for place, one in enumerate(args):
         if isinstance(one, torch.Tensor) and freed(one):
             raise RuntimeError(

@@ -2,6 +2,7 @@
 measured facts): narrowing outside numerics.narrow, and products without a stated precision."""
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,18 @@ def test_every_launch_can_be_recorded() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and path.name != "launch.py":
                 assert not ast.unparse(node.func.value).endswith("_kernel"), f"{path.name}:{node.lineno}"
+
+
+def test_every_launch_says_whether_products_and_sums_are_contracted() -> None:
+    """Triton's default is another one from version 3.10 on, and of the environment."""
+    from peftfast.kernels.launch import launch
+
+    seen: list[dict[str, object]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **constants: seen.append(constants)
+
+    launch(Kernel(), (1,), BLOCK=8)
+    launch(Kernel(), (1,), enable_fp_fusion=False)
+    assert seen == [{"BLOCK": 8, "enable_fp_fusion": True}, {"enable_fp_fusion": False}]
