@@ -1,6 +1,7 @@
 """csrc/cuda run on the CPU, thread by thread, against the definitions: what compiling alone cannot show where there is no GPU."""
 
 import ctypes
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from peftfast.reference import nf4 as definition
 from tests.support.budget import assert_within_budget
-from tests.support.cuda_emulator.build import build, translated
+from tests.support.cuda_emulator.build import build, fails_apart, translated
 from tests.test_nf4_linear import Case, arguments_of, expected_of
 from tests.test_nf4_quantize import awkward
 
@@ -232,8 +233,7 @@ def test_a_planted_fault_is_found(
     name: str, edit: tuple[str, str], library: ctypes.CDLL, folder: Path, tmp_path: Path
 ) -> None:
     faulty = build("nf4", tmp_path, edit, base=folder)
-    with pytest.raises(AssertionError):
-        CHECKS[name](faulty)
+    assert fails_apart(lambda: CHECKS[name](faulty), AssertionError)
 
 
 def test_translation() -> None:
@@ -241,3 +241,12 @@ def test_translation() -> None:
     assert translated(source) == "emulated::launch(grid, 128, 0, stream, [&] { kernel<T, true>(a, b + (c), d); });"
     with pytest.raises(ValueError, match="no source has"):
         build("nf4", Path("/nonexistent"), ("no such text", ""))
+
+
+def test_what_a_faulty_kernel_does_stays_apart() -> None:
+    def wrong() -> None:
+        raise ValueError
+
+    assert fails_apart(wrong, ValueError) and fails_apart(os.abort) and not fails_apart(lambda: None)
+    with pytest.raises(RuntimeError, match="another error"):
+        fails_apart(wrong, AssertionError)

@@ -1,11 +1,16 @@
 """csrc/cuda compiled for the CPU: launches become calls of the emulator."""
 
 import ctypes
+import faulthandler
 import os
 import re
 import shutil
 import subprocess
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -73,3 +78,30 @@ def build(family: str, folder: Path, edit: tuple[str, str] | None = None, base: 
     for name in FUNCTIONS[family]:
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
+
+
+def fails_apart(check: Callable[[], None], *errors: type[Exception]) -> bool:
+    """Whether ``check`` raises one of ``errors``, or is killed, in a process of its own: a kernel with a fault in it may write
+    anywhere, which the process that runs the tests would not survive, or only until its memory is given back.
+
+    Raises:
+        RuntimeError: it ended in another way, which it has printed.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            faulthandler.disable()
+            torch.set_num_threads(1)  # the threads of this pool stay behind
+            check()
+            status = 0
+        except errors:
+            status = 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 1:
+        raise RuntimeError("another error than expected: see what is printed")
+    return status != 0
