@@ -10,6 +10,8 @@ import os
 from typing import Any
 
 import pytest
+import triton
+from packaging.version import Version
 
 from peftfast.configs import lora, nf4, zeroth_order
 from peftfast.configs.device import Device
@@ -249,12 +251,14 @@ def test_a_counter_is_computed_once_for_the_columns_a_thread_owns(findings: list
     """A thread owns the 8 columns of a counter where x is of two bytes; of a float32 x it owns 4 and two threads share
     a counter.
 
-    sm_100 is left out: there the compiler peels a step off the loop, and calls in straight-line code count twice.
+    sm_100 is left out: there the compiler peels a step off the loop, and calls in straight-line code count twice. So are products of
+    float32 with Triton 3.9, whose threads own two rows by two columns and which draws in that layout.
     """
+    plain = Version(triton.__version__) >= Version("3.8")
     tiles = {}
     for arch, capability in CAPABILITY.items():
         for case, config in lora.launch_matrix(Device("", capability, 132)):
-            if not case.ragged:
+            if not case.ragged and not (plain and case.compute == "float32"):
                 tiles[_label(_case_request(case, arch)), arch] = config, BYTES[case.wide]
     seen = 0
     for finding in findings:

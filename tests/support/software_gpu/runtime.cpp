@@ -581,6 +581,9 @@ EXPORT CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfun
 }
 EXPORT CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
 EXPORT CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
+EXPORT CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
+    return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
 EXPORT CUresult cuGetErrorString(CUresult error, const char** text) {
     return *text = cudaGetErrorString(static_cast<cudaError_t>(error)), CUDA_SUCCESS;
 }
