@@ -122,9 +122,10 @@ def _refuse_masks_of_integers() -> None:
     for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
         plain = getattr(interpreter.InterpreterBuilder, name)
 
-        def checked(self: Any, *args: Any, plain: Any = plain, place: int = place) -> Any:
-            if args[place].data.dtype != bool:
-                raise ValueError(f"a mask of {args[place].data.dtype}, expected bool")
-            return plain(self, *args)
+        def checked(self: Any, *args: Any, _plain: Any = plain, _place: int = place, **named: Any) -> Any:
+            mask = args[_place] if len(args) > _place else named["mask"]
+            if mask.data.dtype != bool:
+                raise ValueError(f"a mask of {mask.data.dtype}, expected bool")
+            return _plain(self, *args, **named)
 
         setattr(interpreter.InterpreterBuilder, name, checked)
