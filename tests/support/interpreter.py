@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -123,9 +124,9 @@ def _refuse_masks_of_integers() -> None:
         plain = getattr(interpreter.InterpreterBuilder, name)
 
         def checked(self: Any, *args: Any, _plain: Any = plain, _place: int = place, **named: Any) -> Any:
-            mask = args[_place] if len(args) > _place else named["mask"]
-            if mask.data.dtype != bool:
-                raise ValueError(f"a mask of {mask.data.dtype}, expected bool")
+            mask = np.asarray((args[_place] if len(args) > _place else named["mask"]).data)
+            if mask.dtype != bool:
+                raise ValueError(f"a mask of {mask.dtype}, expected bool")
             return _plain(self, *args, **named)
 
         setattr(interpreter.InterpreterBuilder, name, checked)
