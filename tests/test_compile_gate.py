@@ -254,11 +254,11 @@ def test_a_counter_is_computed_once_for_the_columns_a_thread_owns(findings: list
     sm_100 is left out: there the compiler peels a step off the loop, and calls in straight-line code count twice. So are products of
     float32 with Triton 3.9, whose threads own two rows by two columns and which draws in that layout.
     """
-    plain = Version(triton.__version__) >= Version("3.8")
+    two_rows = Version(triton.__version__) >= Version("3.8")
     tiles = {}
     for arch, capability in CAPABILITY.items():
         for case, config in lora.launch_matrix(Device("", capability, 132)):
-            if not case.ragged and not (plain and case.compute == "float32"):
+            if not case.ragged and not (two_rows and case.compute == "float32"):
                 tiles[_label(_case_request(case, arch)), arch] = config, BYTES[case.wide]
     seen = 0
     for finding in findings:

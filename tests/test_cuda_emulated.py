@@ -236,6 +236,22 @@ def test_a_planted_fault_is_found(
     assert fails_apart(lambda: CHECKS[name](faulty), AssertionError)
 
 
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("dequantize", ("target += rows.wrap", "target += rows.wrap + 0")),
+        ("linear", ("part < p.splits", "part < p.splits + 0")),
+    ],
+    ids=["dequantize", "linear"],
+)
+def test_an_edit_that_changes_nothing_is_no_fault(
+    name: str, edit: tuple[str, str], library: ctypes.CDLL, folder: Path, tmp_path: Path
+) -> None:
+    """Unoptimised code and the other process alone are not what the planted faults are found by."""
+    same = build("nf4", tmp_path, edit, base=folder)
+    assert not fails_apart(lambda: CHECKS[name](same), AssertionError)
+
+
 def test_translation() -> None:
     source = "kernel<T, true>\n    <<<grid, 128, 0, stream>>>(a, b + (c), d);"
     assert translated(source) == "emulated::launch(grid, 128, 0, stream, [&] { kernel<T, true>(a, b + (c), d); });"
