@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from peftfast.__main__ import main
-from peftfast.cli import UserError, arguments, arms, atomic, demo, docstrings, measure
+from peftfast.cli import UserError, arguments, arms, atomic, demo, docstrings, finetune, measure, merge
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCSTRINGS = ROOT / "peftfast" / "cli" / "docstrings.py"
@@ -356,6 +356,19 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(capsys, mo
         "the demo needs no-such-package-here, which is not installed: pip install no-such-package-here"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("packages", [finetune.PACKAGES, merge.PACKAGES], ids=["finetune", "merge"])
+def test_a_package_that_is_too_old_is_named_with_its_version(packages, monkeypatch):
+    """With transformers 4 a head is not kept in full precision and a merged 4-bit model's configuration cannot be written."""
+    found = {"transformers": "4.57.3"}
+    monkeypatch.setattr("importlib.metadata.version", lambda name: found[name])
+    with pytest.raises(UserError) as caught:
+        arguments.require("finetune", packages)
+    told = "finetune needs transformers>=5 (4.57.3 is installed): pip install 'transformers>=5'"
+    assert str(caught.value) == told
+    found["transformers"] = "5.0.0"
+    arguments.require("finetune", packages)
 
 
 def test_a_package_without_its_model_is_named(monkeypatch, tmp_path):

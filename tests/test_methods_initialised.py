@@ -258,8 +258,10 @@ def test_lora_ga_says_how_far_from_a_4_bit_base_it_begins() -> None:
     ],
 )
 def test_lora_ga_is_pefts(direction: str, scale: str) -> None:
+    preprocess_loraga = pytest.importorskip(
+        "peft.tuners.lora.loraga", reason="PEFT has LoRA-GA from 0.19 on"
+    ).preprocess_loraga
     from peft.tuners.lora import LoraGAConfig
-    from peft.tuners.lora.loraga import preprocess_loraga
 
     data = batches(3, torch.float32)
     config = peft.LoraConfig(

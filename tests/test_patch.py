@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import sys
 import warnings
 
 import bitsandbytes as bnb
@@ -14,7 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftfast
-from peftfast.integrations import peft_call, peft_guards
+from peftfast.integrations import patch_report
+from peftfast.integrations.peft_versions import TESTED_PEFT
 
 K, N = 64, 128  # multiples of 64: elsewhere bitsandbytes 0.50.2 dequantises wrongly on a CPU
 
@@ -287,7 +289,7 @@ def expect_stock(
     with pytest.raises(RuntimeError, match="would stay stock"):
         peftfast.patch(model, strict=True)
     if x is not None:
-        peft_call.logged.clear()
+        patch_report.logged.clear()
         caplog.clear()
         name = next(name for name, reason in report.stock.items() if pattern in reason)
         layer = model.get_submodule(name)
@@ -407,14 +409,22 @@ def test_guard_input_dtype_raises_as_stock_does() -> None:
 
 
 def test_guard_peft_version(caplog, monkeypatch) -> None:
-    monkeypatch.setattr(peft, "__version__", "0.99.0")
-    peft_guards.peft_version_reason.cache_clear()
+    """Nothing of PEFT is asked for that another version may have renamed."""
     model = stir(adapted())
+    monkeypatch.setattr(peft, "__version__", "0.99.0")
+    for module in ("lora.dora", "lora.variants", "shira.layer"):
+        monkeypatch.setitem(sys.modules, f"peft.tuners.{module}", None)
+    for module in [name for name in sys.modules if name.startswith("peftfast.integrations.")]:
+        if not module.endswith((".peft_versions", ".patch_report", ".unsloth")):
+            monkeypatch.delitem(sys.modules, module)
+            monkeypatch.delattr(peftfast.integrations, module.split(".")[2])
     report = peftfast.patch(model)
-    assert list(report.reasons) == ["PEFT 0.99.0 is outside the tested versions >=0.21,<0.22"]
+    assert list(report.reasons) == [f"PEFT 0.99.0 is outside the tested versions {TESTED_PEFT}"]
+    assert [row.layer for row in report.layers] == ["lora.Linear"] * len(report.layers)
+    with pytest.raises(RuntimeError, match="0.99.0"):
+        peftfast.patch(model, strict=True)
+    peftfast.unpatch(model)
     assert type(layer_of(model)) is peft_lora.Linear
-    monkeypatch.undo()
-    peft_guards.peft_version_reason.cache_clear()
 
 
 def test_guard_not_quantised_yet() -> None:

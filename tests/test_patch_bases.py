@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfast
-from peftfast.integrations import peft_call
+from peftfast.integrations import patch_report
 from tests.test_patch import Block, K, N, X, adapted, expect_stock, layer_of, relative, stir
 
 
@@ -53,7 +53,7 @@ def test_guard_packed_bases(kind: type, caplog) -> None:
     stir(model)
     expected = layer_of(model)(X)
     reason = f"no fused form of PEFT's lora.{kind.__name__}"
-    peft_call.logged.clear()
+    patch_report.logged.clear()
     with caplog.at_level(logging.WARNING, "peftfast"):
         report = peftfast.patch(model)
         peftfast.patch(model)
@@ -98,7 +98,7 @@ def test_guard_hqq_bases(hqq_installed: types.ModuleType, caplog) -> None:
     expected = layer(X)
     assert not torch.equal(expected, layer.base_layer(X))
     reason = "no fused form of PEFT's lora.HqqLoraLinear"
-    peft_call.logged.clear()
+    patch_report.logged.clear()
     with caplog.at_level(logging.WARNING, "peftfast"):
         report = peftfast.patch(model)
     assert [r.message for r in caplog.records] == [f"an adapter layer runs stock: {reason}"]

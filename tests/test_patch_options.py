@@ -2,6 +2,7 @@
 the guards follows what changes."""
 
 import copy
+import inspect
 import threading
 from typing import Any
 
@@ -196,7 +197,11 @@ def changes() -> dict[str, Any]:
         layer.set_scale("default", 5.0)
 
     def add_variant(layer: LoraLayer) -> None:
-        layer.update_layer("default", 4, lora_alpha=8, config=peft.LoraConfig(use_dora=True, r=4))
+        if "config" in inspect.signature(LoraLayer.update_layer).parameters:
+            layer.update_layer("default", 4, lora_alpha=8, config=peft.LoraConfig(use_dora=True, r=4))
+        else:  # PEFT 0.18
+            options = {"lora_dropout": 0.0, "init_lora_weights": True, "use_rslora": False, "use_dora": True}
+            layer.update_layer("default", 4, lora_alpha=8, **options)
 
     return {
         "hook on the base": lambda layer: layer.base_layer.register_forward_hook(lambda m, a, y: y * 2),

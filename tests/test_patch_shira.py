@@ -4,8 +4,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, ShiraConfig, get_peft_model
 from peft.tuners.shira.layer import Linear as StockLinear
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from tests.support.counting import Calls, saved_tensors, storages
 from tests.support.lora_checks import BF16, F32
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+FOUR_BIT = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"), reason="PEFT's SHiRA takes no 4-bit base before 0.20"
+)
 
 
 class Net(nn.Module):
@@ -56,7 +61,10 @@ def step(net: Any, dtype: torch.dtype) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize(("dtype", "four_bit"), [(F32, False), (BF16, False), (F32, True), (BF16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "four_bit"),
+    [(F32, False), (BF16, False), pytest.param(F32, True, marks=FOUR_BIT), pytest.param(BF16, True, marks=FOUR_BIT)],
+)
 def test_patched_is_stock(dtype: torch.dtype, four_bit: bool) -> None:
     net = model(dtype, four_bit)
     stock = step(net, dtype)
@@ -94,7 +102,7 @@ def test_no_dense_gradient_and_no_kept_clone() -> None:
     assert calls.compute["sparse_delta_product_"] == 2 and calls.compute["sparse_delta_patch"] == 0
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=FOUR_BIT)])
 def test_the_report_names_the_kernels_of_few_rows(four_bit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     net = model(BF16, four_bit)
     peftfast.patch(net)

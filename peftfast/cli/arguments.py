@@ -1,10 +1,12 @@
 """What the commands share in reading their arguments: one-line errors, checked numbers, packages and devices."""
 
 import argparse
+import importlib.metadata
 import importlib.util
 import logging
 import math
 import os
+import shlex
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -54,12 +56,34 @@ def number(lowest: float, below: float = math.inf, *, above_lowest: bool = False
 
 
 def require(command: str, packages: Mapping[str, str]) -> None:
-    """Every importable name in ``packages`` (name -> what to ask pip for) is installed, or a UserError names all that are not."""
-    missing = [distribution for name, distribution in packages.items() if importlib.util.find_spec(name) is None]
+    """Every importable name in ``packages`` (name -> what to ask pip for) is installed, of a version that this admits, or a UserError
+    names all that are not."""
+    missing = [asked for name, asked in packages.items() if importlib.util.find_spec(name) is None]
     if missing:
-        names = " ".join(missing)
         verb = "is" if len(missing) == 1 else "are"
-        raise UserError(f"{command} needs {', '.join(missing)}, which {verb} not installed: pip install {names}")
+        raise UserError(f"{command} needs {', '.join(missing)}, which {verb} not installed: {_pip_install(missing)}")
+    others = {asked: found for asked in packages.values() if (found := _other_version(asked))}
+    if others:
+        told = ", ".join(f"{asked} ({found} is installed)" for asked, found in others.items())
+        raise UserError(f"{command} needs {told}: {_pip_install(list(others))}")
+
+
+def _other_version(asked: str) -> str:
+    """The version that is installed where ``asked``, as in "transformers>=5", does not admit it; else an empty string."""
+    from packaging.requirements import Requirement
+
+    requirement = Requirement(asked)
+    if not requirement.specifier:
+        return ""
+    try:
+        found = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:  # on the path, and not by pip
+        return ""
+    return "" if requirement.specifier.contains(found, prereleases=True) else found
+
+
+def _pip_install(packages: list[str]) -> str:
+    return shlex.join(["pip", "install", *packages])
 
 
 def writable_directory(option: str, path: Path) -> Path:

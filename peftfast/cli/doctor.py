@@ -188,7 +188,7 @@ def _probe_peft(diagnosis: Diagnosis) -> None:
     try:
         from packaging.specifiers import SpecifierSet
 
-        result["tested"] = str(importlib.import_module("peftfast.integrations.peft").TESTED_PEFT)
+        result["tested"] = str(importlib.import_module("peftfast.integrations.peft_versions").TESTED_PEFT)
         result["inside"] = SpecifierSet(result["tested"]).contains(version, prereleases=True)
     except Exception as error:
         result["reason"] = f"the tested range cannot be read: {describe(error)}"

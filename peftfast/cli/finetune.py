@@ -17,7 +17,7 @@ __all__ = ["LABEL_NAMES", "METHODS", "PLOT", "Job", "main", "parser"]
 
 PACKAGES = {
     "torch": "torch",
-    "transformers": "transformers",
+    "transformers": "transformers>=5",
     "peft": "peft",
     "accelerate": "accelerate",
     "safetensors": "safetensors",

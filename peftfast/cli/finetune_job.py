@@ -69,6 +69,8 @@ class Job:
             config = AutoConfig.from_pretrained(self.directory, local_files_only=True)
         with models.named("--model", self.directory, "tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+            if set(self.tokenizer.get_vocab()) <= set(self.tokenizer.all_special_tokens):
+                raise ValueError("its vocabulary is empty")  # transformers 5.0 makes one of no files
         self._pad()
         if options.chat_template_path is not None:
             self.tokenizer.chat_template = options.chat_template_path.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from .finetune_job import LABEL_NAMES
 
 PACKAGES = {
     "torch": "torch",
-    "transformers": "transformers",
+    "transformers": "transformers>=5",
     "peft": "peft",
     "accelerate": "accelerate",
     "safetensors": "safetensors",

@@ -9,7 +9,7 @@ import warnings
 from torch import nn
 
 from . import unsloth
-from .patch_report import LayerReport, MLPReport, PatchReport
+from .patch_report import LayerReport, MLPReport, PatchReport, log_once
 
 __all__ = ["LayerReport", "MLPReport", "PatchReport", "patch", "report", "unpatch"]
 
@@ -17,6 +17,13 @@ __all__ = ["LayerReport", "MLPReport", "PatchReport", "patch", "report", "unpatc
 def _peft_is_loaded() -> bool:
     # A model can hold PEFT layers only if PEFT made them in this process.
     return "peft.tuners.tuners_utils" in sys.modules
+
+
+def _unknown_version() -> str:
+    """Why no layer of the installed PEFT is known, or an empty string."""
+    from .peft_versions import peft_version_reason
+
+    return peft_version_reason()
 
 
 def patch(model: nn.Module, *, strict: bool = False, groups: bool = True, gated: bool = True) -> PatchReport:
@@ -55,15 +62,15 @@ def patch(model: nn.Module, *, strict: bool = False, groups: bool = True, gated:
     if reason:
         warnings.warn(f"peftfast.patch: {reason}", UserWarning, stacklevel=2)
         return before
-    from . import peft, peft_gated_mlp, shira
-    from .peft_call import log_once
+    if not _unknown_version():
+        from . import peft, peft_gated_mlp, shira
 
-    peft.patch(model, groups)
-    shira.patch(model)
-    if gated:
-        peft_gated_mlp.patch(model)
-    else:
-        peft_gated_mlp.unpatch(model)
+        peft.patch(model, groups)
+        shira.patch(model)
+        if gated:
+            peft_gated_mlp.patch(model)
+        else:
+            peft_gated_mlp.unpatch(model)
     after = report(model)
     for row in after.layers:
         # A layer whose class is not exchanged asks no guards when it is called.
@@ -76,7 +83,7 @@ def unpatch(model: nn.Module) -> None:
     """Give every layer that :func:`patch` exchanged its stock class back, and undo what patch set beside it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if _peft_is_loaded():
+    if _peft_is_loaded() and not _unknown_version():
         from . import peft, peft_gated_mlp, shira
 
         peft_gated_mlp.unpatch(model)
@@ -91,6 +98,11 @@ def report(model: nn.Module) -> PatchReport:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not _peft_is_loaded():
         return PatchReport(())
+    unknown = _unknown_version()
+    if unknown:
+        from .peft_versions import report_of_stock
+
+        return report_of_stock(model, unknown)
     from . import peft, peft_gated_mlp, shira
 
     rows = shira.report_rows(model)

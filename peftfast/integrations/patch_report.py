@@ -1,10 +1,20 @@
-"""What patch tells: one row a layer, and a table of them."""
+"""What patch tells: one row a layer, a table of them, and each reason once in the log."""
 
 from __future__ import annotations
 
 import collections
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
+
+logger = logging.getLogger("peftfast")
+logged: set[str] = set()
+
+
+def log_once(reason: str) -> None:
+    if reason not in logged:
+        logged.add(reason)
+        logger.warning("an adapter layer runs stock: %s", reason)
 
 
 @dataclass(frozen=True)

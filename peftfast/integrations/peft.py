@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners import lora as peft_lora
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..functional.dora import forget_norms
@@ -20,8 +19,8 @@ from . import bitsandbytes as bnb
 from . import peft_groups, peft_merge
 from .patch_report import LayerReport, PatchReport
 from .peft_call import VERDICT, active_names
-from .peft_guards import FSDP, forget_backends, kernel_name, peft_version_reason, why_stock
-from .peft_guards import TESTED_PEFT as TESTED_PEFT
+from .peft_guards import FSDP, forget_backends, kernel_name, why_stock
+from .peft_versions import adapter_layers, name_of
 
 logger = logging.getLogger("peftfast")
 
@@ -93,10 +92,6 @@ if hasattr(peft_lora, "Linear4bit"):
 _UNSWAPS = {fused: stock for stock, fused in _SWAPS.items()}
 
 
-def _adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-
-
 def _fused_class(module: nn.Module) -> type | None:
     """The fused class a layer has now. Not its type alone: fully_shard derives a class of its own from it."""
     return next((kind for kind in type(module).__mro__ if kind in _UNSWAPS), None)
@@ -108,15 +103,14 @@ def _why_not_swapped(module: nn.Module) -> str:
         return "forward is overridden on the layer itself" if "forward" in module.__dict__ else ""
     if isinstance(module, FSDP):
         return "wrapped by fully_shard before patching: patch first"
-    family = type(module).__module__.removeprefix("peft.tuners.").split(".")[0]
-    return f"no fused form of PEFT's {family}.{type(module).__name__}"
+    return f"no fused form of PEFT's {name_of(type(module))}"
 
 
 def patch(model: nn.Module, groups: bool = True) -> None:
     """Exchange the class of every layer that has a fused one. A layer whose guards hold is exchanged too: they are asked again at
     each call, and may have gone by then. With ``groups`` layers that get the same tensor run together."""
-    for _, module in _adapter_layers(model):
-        if type(module) not in _SWAPS or _why_not_swapped(module) or peft_version_reason():
+    for _, module in adapter_layers(model):
+        if type(module) not in _SWAPS or _why_not_swapped(module):
             continue
         base = module.base_layer
         forget_norms(base.weight)  # what PEFT did to it before
@@ -132,7 +126,7 @@ def patch(model: nn.Module, groups: bool = True) -> None:
 
 def unpatch(model: nn.Module) -> None:
     peft_groups.remove(model)
-    for _, module in _adapter_layers(model):
+    for _, module in adapter_layers(model):
         fused, base = _fused_class(module), getattr(module, "base_layer", None)
         if fused is None:
             continue
@@ -149,7 +143,7 @@ def unpatch(model: nn.Module) -> None:
 def report(model: nn.Module) -> PatchReport:
     forget_backends()
     rows = []
-    layers = _adapter_layers(model)
+    layers = adapter_layers(model)
     named = {id(module): name for name, module in layers}
     beside: dict[int, tuple[str, ...]] = {}
     for members in peft_groups.groups_of(model):
@@ -160,14 +154,13 @@ def report(model: nn.Module) -> PatchReport:
     for name, module in layers:
         fused = _fused_class(module)
         stock = type(module) if fused is None else _UNSWAPS[fused]
-        family = stock.__module__.removeprefix("peft.tuners.").split(".")[0]
         reason = _why_not_swapped(module)
         names = [] if reason else active_names(module)
         reason = reason or why_stock(module, names)
         rows.append(
             LayerReport(
                 name=name,
-                layer=f"{family}.{stock.__name__}",
+                layer=name_of(stock),
                 kernel="" if reason else kernel_name(module, names),
                 reason=reason,
                 patched=fused is not None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +18,10 @@ from ..functional.lora_multi import apply_group
 from ..functional.precision import compute_dtype_of
 from ..nn.nf4 import is_bitsandbytes_4bit
 from . import bitsandbytes as bnb
+from .patch_report import log_once
 from .peft_guards import has_dora, hooked_globally, plain_layout, scaled_by_tensors, why_stock, why_stock_for
 
-logger = logging.getLogger("peftfast")
-
 VERDICT = "_peftfast_verdict"  # in a patched layer's __dict__: the last verdict of its guards
-logged: set[str] = set()
 
 
 _FORWARD = itertools.repeat("forward")
@@ -125,12 +122,6 @@ class Verdict:
             known, address = self.statistics
             return all(map(operator.is_, known, _statistics(self.state))) and self.state.absmax.data_ptr() == address
         return True
-
-
-def log_once(reason: str) -> None:
-    if reason not in logged:
-        logged.add(reason)
-        logger.warning("an adapter layer runs stock: %s", reason)
 
 
 def _remembered(layer: Any) -> Verdict | None:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..configs import lora as configs
 from ..functional.derivatives import transformed
-from .peft_call import VERDICT, fused_or_stock, log_once
+from .patch_report import log_once
+from .peft_call import VERDICT, fused_or_stock
 from .peft_group_call import Shared, numbers_of
 from .peft_guards import TRANSFORMED
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import peft
 import torch
-from packaging.specifiers import SpecifierSet
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
@@ -24,7 +22,6 @@ from ..ops.backends import FLOAT_DTYPES, constant_when_compiled
 from ..optim.discovery import WATCHES_ONLY
 from . import bitsandbytes as bnb
 
-TESTED_PEFT = ">=0.21,<0.22"
 TRANSFORMED = "a transform of torch.func, forward-mode differentiation or torch.jit's tracer"
 
 if torch.distributed.is_available():
@@ -59,14 +56,6 @@ def hooked_globally() -> bool:
 def plain_layout(x: Tensor) -> bool:
     """Whether a tensor's elements lie at strides; not sparse, not nested."""
     return x.layout is torch.strided and not x.is_nested
-
-
-@constant_when_compiled
-@functools.cache
-def peft_version_reason() -> str:
-    if SpecifierSet(TESTED_PEFT, prereleases=True).contains(peft.__version__):
-        return ""
-    return f"PEFT {peft.__version__} is outside the tested versions {TESTED_PEFT}"
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -131,8 +120,6 @@ def scaled_by_tensors(layer: Any) -> bool:
 
 def why_stock(layer: Any, names: list[str]) -> str:
     """Why this layer runs PEFT's forward for these adapters, whatever its input is. Ordered from the layer inwards."""
-    if peft_version_reason():
-        return peft_version_reason()
     base = layer.base_layer
     four_bit = is_bitsandbytes_4bit(base)
     if not four_bit and type(base) is not nn.Linear:

@@ -20,8 +20,8 @@ from ..functional.nf4_merging import merged_weight
 from ..nn.nf4 import is_bitsandbytes_4bit
 from ..ops.backends import FLOAT_DTYPES
 from . import bitsandbytes as bnb
-from .peft_call import log_once
-from .peft_guards import _parameter_reason, peft_version_reason
+from .patch_report import log_once
+from .peft_guards import _parameter_reason
 
 UNMERGED = "_peftfast_unmerged"  # in a merged layer's __dict__: what unmerging puts back
 
@@ -47,7 +47,7 @@ class Unmerged:
 def _why_stock(layer: Any, names: list[str]) -> str:
     """Why PEFT's own merge has to serve these adapters, or an empty string."""
     base = layer.base_layer
-    reason = peft_version_reason() or ("" if is_bitsandbytes_4bit(base) else "the base layer is no 4-bit layer")
+    reason = "" if is_bitsandbytes_4bit(base) else "the base layer is no 4-bit layer"
     reason = reason or _parameter_reason("the base weight", base.weight) or bnb.why_not_served(base)
     if reason:
         return reason

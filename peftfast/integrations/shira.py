@@ -24,10 +24,10 @@ from ..ops import native, sparse_dequantize
 from ..ops import sparse_delta as sparse_ops
 from ..ops.backends import FLOAT_DTYPES
 from . import bitsandbytes as bnb
-from .patch_report import LayerReport
-from .peft import _RESTORE, _adapter_layers
-from .peft_call import log_once
-from .peft_guards import DTENSOR, FSDP, TRANSFORMED, _hooked, _parameter_reason, dense_reason, peft_version_reason
+from .patch_report import LayerReport, log_once
+from .peft import _RESTORE
+from .peft_guards import DTENSOR, FSDP, TRANSFORMED, _hooked, _parameter_reason, dense_reason
+from .peft_versions import adapter_layers
 
 logger = logging.getLogger("peftfast")
 
@@ -84,8 +84,6 @@ def _pattern(layer: Any, name: str) -> SparsePattern | str:
 
 def _why_stock(layer: Any) -> str:
     """Why this layer runs PEFT's forward whatever its input is, or an empty string."""
-    if peft_version_reason():
-        return peft_version_reason()
     names = _names(layer)
     if len(names) > 1:
         return "several active adapters"
@@ -219,8 +217,8 @@ def _why_not_swapped(module: nn.Module) -> str:
 
 def patch(model: nn.Module) -> None:
     """Exchange the class of every SHiRA layer. One whose guards hold is exchanged too: they are asked again at each call."""
-    for _, module in _adapter_layers(model):
-        if type(module) is not StockLinear or _why_not_swapped(module) or peft_version_reason():
+    for _, module in adapter_layers(model):
+        if type(module) is not StockLinear or _why_not_swapped(module):
             continue
         base: Any = module.base_layer
         if getattr(base, bnb.REPACK_FLAG, False):
@@ -230,7 +228,7 @@ def patch(model: nn.Module) -> None:
 
 
 def unpatch(model: nn.Module) -> None:
-    for _, module in _adapter_layers(model):
+    for _, module in adapter_layers(model):
         if not isinstance(module, FusedLinear):
             continue
         if type(module) is not FusedLinear:
@@ -246,7 +244,7 @@ def report_rows(model: nn.Module) -> dict[str, LayerReport]:
     """Path of each SHiRA layer -> its row."""
     _backend_reason.cache_clear()
     rows = {}
-    for name, module in _adapter_layers(model):
+    for name, module in adapter_layers(model):
         if _is_shira(module):
             reason = _why_not_swapped(module) or _why_stock(module)
             rows[name] = LayerReport(

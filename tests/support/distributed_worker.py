@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfast
 from peftfast.functional.lora import LoRALinearFunction
-from peftfast.integrations.peft_call import logged
+from peftfast.integrations.patch_report import logged
 from peftfast.ops.dispatch import Operator
 from tests.support.functions_ran import calls_by_library
 
