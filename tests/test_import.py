@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from peftfast import extras
+from peftfast.integrations.peft_versions import TESTED_PEFT
 from peftfast.ops import native
 from tests.support.forked import Forked, forking
 
@@ -188,8 +191,13 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:
 
 def test_the_extras_bring_what_their_errors_say() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = {
+        extra: {one.name: one.specifier for one in map(Requirement, brought)} for extra, brought in declared.items()
+    }
     for package, names in extras.EXTRAS.items():
-        assert names == tuple(sorted(name for name, brought in declared.items() if package in brought)), package
+        assert names == tuple(sorted(name for name, brought in asked.items() if package in brought)), package
+    oldest = SpecifierSet(TESTED_PEFT.split(",")[0])
+    assert all(asked[extra]["peft"] == oldest for extra in extras.EXTRAS["peft"])
     for page in ("README.md", "docs/installing.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert all(re.search(rf"`\W*{name}\W*`", text) for name in declared), page
