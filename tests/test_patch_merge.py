@@ -164,9 +164,10 @@ def test_one_adapter_after_the_other() -> None:
     assert_same(stored(layer_of(patched).base_layer), stored(layer_of(stock).base_layer))
     patched.unmerge_adapter()
     assert_same(stored(layer_of(patched).base_layer), before)
-    for model in (stock, patched):
-        with pytest.raises((TypeError, ValueError), match="adapter_names should be a list"):
-            layer_of(model).merge(adapter_names="first")
+    with pytest.raises((TypeError, ValueError), match="adapter_names should be a list") as theirs:  # by PEFT's version
+        layer_of(stock).merge(adapter_names="first")
+    with pytest.raises(theirs.type, match="adapter_names should be a list"):
+        layer_of(patched).merge(adapter_names="first")
 
 
 def test_disabling_unmerges() -> None:

@@ -23,28 +23,29 @@ NEEDED = ("attr", "datasets", "diffusers", "parameterized", "scipy", "sklearn")
 
 
 class Release(NamedTuple):
-    """Of a release of PEFT: its source distribution, the tests that pass of what is run here and of what ``--full`` runs, and the calls
-    of peftfast's operators in the first, a call by the autograd library being one."""
+    """Of a release of PEFT: its source distribution, the fewest tests that must pass of what is run here and of what ``--full`` runs,
+    and the fewest calls of peftfast's operators in the first, a call by the autograd library being one. Seen were 1 to 5 % more."""
 
     sha256: str
-    passed: int
-    passed_full: int
-    fused_calls: int
+    fewest: int
+    fewest_full: int
+    fewest_fused: int
 
 
 RELEASES = {
-    "0.18.1": Release("2dd0d6bfce936d1850e48aaddbd250941c5c02fc8ef3237cd8fd5aac35e0bae2", 1640, 2166, 1486),
-    "0.19.1": Release("0d97542fe96dcdaa20d3b81c06f26f988618f416a73544ab23c3618ccb674a40", 2018, 3714, 1557),
-    "0.20.0": Release("4769c8093a4ca145fd6fb3fd4dd50449675f5fe46434ad1e98b285a132d4b1d0", 2650, 5107, 1632),
-    "0.21.2": Release("b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e", 3139, 5988, 1825),
+    "0.18.1": Release("2dd0d6bfce936d1850e48aaddbd250941c5c02fc8ef3237cd8fd5aac35e0bae2", 1620, 2140, 1425),
+    "0.19.1": Release("0d97542fe96dcdaa20d3b81c06f26f988618f416a73544ab23c3618ccb674a40", 1990, 3660, 1490),
+    "0.20.0": Release("4769c8093a4ca145fd6fb3fd4dd50449675f5fe46434ad1e98b285a132d4b1d0", 2615, 5030, 1565),
+    "0.21.2": Release("b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e", 3100, 5900, 1750),
 }
-LEAST = 0.96  # of those, in another release of the same line or on another machine
 INSTALLED = Version(peft.__version__)
-# PEFT 0.18 asks the hub for a data set where its tests of initialisations are collected.
+INITIALISATIONS = (
+    Version("0.19") <= INSTALLED
+)  # PEFT 0.18 asks the hub for a data set where its tests of these are collected
 FILES = tuple(
     f"tests/test_{name}.py"
     for name in ("custom_models", "initialization", "lora_variants", "lorafa", "mixed", "shira")
-    if name != "initialization" or Version("0.19") <= INSTALLED
+    if name != "initialization" or INITIALISATIONS
 )
 HUB_TESTS = 16  # tests in exceptions.txt that need the hub
 PATCHED_TESTS = 0  # tests in exceptions.txt that fail patched
@@ -61,7 +62,7 @@ OF_OTHERS = (
 NOT_LINEAR = "(test_adapter_dtype_autocast and not (MLP- or Shira))"
 LESS = f"{WORDS} and (not {OTHERS} or {OF_OTHERS}) and not kpm and not {NOT_LINEAR}"
 # One of those of initialisations is run once more with a fused layer that computes something else.
-PLANTED = ("--planted", "test_lora_pissa_linear_init_default") if Version("0.19") <= INSTALLED else ()
+PLANTED = ("--planted", "test_lora_pissa_linear_init_default") if INITIALISATIONS else ()
 
 
 def exceptions() -> dict[str, str]:
@@ -130,12 +131,12 @@ def test_peft_s_own_tests(source: Path, tmp_path: Path, full: bool) -> None:
     left_out = tmp_path / "left_out.txt"
     left_out.write_text("".join(f"{test}\n" for test, kind in known.items() if kind == "hub"))
     release = RELEASES[max((name for name in RELEASES if Version(name) <= INSTALLED), key=Version)]
-    words, passed = (WORDS, release.passed_full) if full else (LESS, release.passed)
+    words, fewest = (WORDS, release.fewest_full) if full else (LESS, release.fewest)
     more = ("--leave-out", str(left_out))
     patched = run(source, tmp_path / "patched.json", words, *more, *PLANTED)
     assert set(patched["failed"]) <= {test for test, kind in known.items() if kind == "patched"}, patched["said"]
-    assert patched["passed"] >= LEAST * passed, patched["said"]
-    assert patched["fused_calls"] >= LEAST * release.fused_calls
+    assert patched["passed"] >= fewest, patched["said"]
+    assert patched["fused_calls"] >= release.fewest_fused
     if PLANTED:
         unseen = "a fused layer that computes something else was not seen"
         assert patched["planted"] == ["failed"], f"{unseen}: {patched['said']}"
