@@ -28,6 +28,7 @@ BUILD_VARIABLE = "PEFTFAST_BUILD"
 ARCHITECTURES_VARIABLE = "PEFTFAST_CUDA_ARCHITECTURES"
 # sm_90a is Hopper with its architecture-specific instructions; the PTX of the last serves what comes later.
 DEFAULT_ARCHITECTURES = "80;90a;100"
+OLDEST_ARCHITECTURE = 80  # csrc/cuda uses its conversions of two values at once and its matrix instruction
 STABLE_ABI_VERSION = "0x020b000000000000"  # torch 2.11
 AUTOGRAD = "peftfast._autograd"
 
@@ -135,6 +136,10 @@ def architectures() -> list[str]:
     for name in names:
         if not re.fullmatch(r"\d{2,3}[af]?", name):
             raise ValueError(f"{ARCHITECTURES_VARIABLE}: expected such as {DEFAULT_ARCHITECTURES}, got {text!r}")
+        if int(name.rstrip("af")) < OLDEST_ARCHITECTURE:
+            raise ValueError(
+                f"{ARCHITECTURES_VARIABLE}: expected {OLDEST_ARCHITECTURE} or newer, got {name!r} in {text!r}"
+            )
     return names
 
 

@@ -85,7 +85,7 @@ def _build(context: Context) -> list[list[str]]:
 
 def _build_environment(context: Context) -> dict[str, str]:
     compiles = context.cuda and torch.version.cuda is not None and shutil.which("nvcc") is not None
-    if not compiles:
+    if not compiles or torch.cuda.get_device_capability() < (8, 0):  # setup.py's oldest
         return {"PEFTFAST_BUILD": "cpu"}
     return {"PEFTFAST_BUILD": "cpu,cuda", "PEFTFAST_CUDA_ARCHITECTURES": architecture()}
 

@@ -119,6 +119,12 @@ def test_the_stages_as_they_are(context: Context, monkeypatch: pytest.MonkeyPatc
     assert gpu.architecture() == "90a"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     assert gpu.architecture() == "86"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    both = {"PEFTFAST_BUILD": "cpu,cuda", "PEFTFAST_CUDA_ARCHITECTURES": "86"}
+    assert gpu._build_environment(on_gpu) == both
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert gpu._build_environment(on_gpu) == {"PEFTFAST_BUILD": "cpu"}
 
 
 def test_what_uses_a_gpu_is_tested_first() -> None:

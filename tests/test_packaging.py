@@ -270,4 +270,6 @@ def test_cuda_sources_are_compiled_side_by_side(checkout: Path, tmp_path: Path) 
     assert build(FAILS="sparse_delta.cu").returncode != 0
     refused = build(PEFTFAST_CUDA_ARCHITECTURES="80,90").stderr
     assert "PEFTFAST_CUDA_ARCHITECTURES: expected such as 80;90a;100, got '80,90'" in refused
+    refused = build(PEFTFAST_CUDA_ARCHITECTURES="75;90a").stderr
+    assert "PEFTFAST_CUDA_ARCHITECTURES: expected 80 or newer, got '75' in '75;90a'" in refused
     assert "MAX_JOBS: expected a whole number of at least 1, got '0'" in build(MAX_JOBS="0").stderr

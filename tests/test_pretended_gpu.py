@@ -10,10 +10,15 @@ import pytest
 import torch
 from peftfast.kernels.device_tables import DeviceTables
 
+import peftfast
+import peftfast.functional as F
 from benchmarks import activity, dram, end_to_end, limits, memory, record, registry, run, timing
 from benchmarks.registry import Case, Work
+from peftfast import ops
 from peftfast.configs import nf4_product
+from peftfast.configs.device import Device
 from peftfast.functional import lora_multi, nf4_routes
+from peftfast.ops import backends
 from peftfast.optim.readback import Unread
 from tests import test_gpu, test_gpu_sparse_delta
 from tests.support import pretended_gpu
@@ -298,3 +303,59 @@ def test_the_ways_of_a_4_bit_product(name: str, gpu: None, monkeypatch: pytest.M
         (found,) = ways[0].build(case, inputs).forward().values()
         (expected,) = composed.values()
         torch.testing.assert_close(found.inner, expected.inner, rtol=2e-2, atol=5e-2)
+
+
+@pytest.fixture
+def turing(gpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU whose tensor cores Triton does not use."""
+    monkeypatch.setattr(backends, "cuda_device", lambda index: Device("NVIDIA Tesla T4", (7, 5), 2))
+    backends.gpu_multiplies.cache_clear()
+    yield
+    backends.gpu_multiplies.cache_clear()
+
+
+WITHOUT = "triton: cuda:0 is an sm_75, Triton multiplies on tensor cores from sm_80 on"
+
+
+def test_a_gpu_without_tensor_cores_leaves_lora_layers_stock(turing: None) -> None:
+    import peft
+
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)).to("cuda")
+    x = torch.randn(3, 16).to("cuda")
+    stock = model(x)
+    report = peftfast.patch(model)
+    assert len(report.stock) == 1 and not report.fused and WITHOUT in str(report)
+    assert torch.equal(model(x).cpu(), stock.cpu())
+
+
+def test_a_gpu_without_tensor_cores_runs_what_multiplies_nothing(turing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MeZO moves scratch weights and multiplies by the library; a sparse gradient gathers columns at any density; a few rows of a 4-bit
+    weight are multiplied with the dequantised one."""
+    asked: list[str] = []
+    for module in (ops.lora, ops.nf4, ops.nf4_linear, ops.sparse_delta, ops.zeroth_order, ops.zeroth_order_linear):
+        monkeypatch.setattr(module, "kernels", lambda name: asked.append(name) or backends.kernels(name))
+    dense, x = torch.randn(8, 64, dtype=torch.bfloat16), torch.randn(2, 64, dtype=torch.bfloat16)
+    packed, wide = F.nf4_quantize(dense), dense.float()
+    pattern = peftfast.SparsePattern(torch.arange(0, 512, 2), (8, 64))
+
+    def calls(on: str) -> list[torch.Tensor]:
+        here, rows, four = dense.to(on), x.to(on), packed.to(on)
+        sides = [F.zo_linear(rows, rows, w, 5, 0.5)[0] for w in (here, four)]
+        values = torch.ones(256, device=on, requires_grad=True)
+        F.sparse_delta_linear(rows.float(), wide.to(on), pattern.to(on), values).sum().backward()
+        moved = [wide.clone().to(on)]
+        F.perturb_(moved, 5, 0.5)
+        return [*sides, F.nf4_linear(rows, four), values.grad, *moved]
+
+    expected = calls("cpu")
+    asked.clear()
+    for got, want in zip(calls("cuda"), expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=2e-2, atol=2e-2)
+    assert {"zeroth_order", "nf4", "sparse_delta"} <= set(asked), asked
+    assert not {"zeroth_order_linear", "nf4_linear", "lora"} & set(asked), asked
+    one = torch.empty(1, 1, device="cuda")
+    blocks = (one, one, torch.zeros(1, 4, dtype=torch.int64).to("cuda"), 16, 1, torch.float32)
+    assert ops.sparse_delta.sparse_delta_blocks.select(*blocks).backend == "reference"
+    assert ops.sparse_delta.sparse_delta_dvalues.select(one, one, torch.zeros(1), torch.float32).backend == "triton"
+    assert backends.gpu_multiplies() == backends.gpu_multiplies(0) == (False, WITHOUT.removeprefix("triton: "))

@@ -35,6 +35,12 @@ class Device:
         return 1024 * known.get(self.capability, 99 if self.capability >= (8, 0) else 64)
 
     @property
+    def tensor_cores(self) -> bool:
+        """Whether Triton multiplies on tensor cores here. Below compute capability 8.0 it makes products of scalar multiply-adds, whose
+        operands do not fit into registers (triton 3.7.1, compiled for sm_75)."""
+        return self.capability >= (8, 0)
+
+    @property
     def slug(self) -> str:
         """The name of the device's table: lower case, everything else than letters and digits a hyphen."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")

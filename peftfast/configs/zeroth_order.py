@@ -60,8 +60,9 @@ def perturb(dtype: str, rademacher: bool, device: Device) -> PerturbConfig:
 
 def zo_linear(M: int, N: int, K: int, dtype: str, rademacher: bool, device: Device) -> ZoLinearConfig | None:
     """The tile for M rows a sign; None where scratch weights and the library's product serve better: many rows, rows of W that begin
-    inside a counter, and float32, whose exact products spill registers at any tile (3 KB a thread at 32 x 32 x 64)."""
-    if M > LARGEST_FUSED_ROWS or K % 4 or dtype == "float32":
+    inside a counter, and float32, whose exact products spill registers at any tile (3 KB a thread at 32 x 32 x 64), as all do without
+    tensor cores."""
+    if M > LARGEST_FUSED_ROWS or K % 4 or dtype == "float32" or not device.tensor_cores:
         return None
     rows = bucket(M, (16, 32, 64, 128))
     key = f"{dtype} {'rademacher' if rademacher else 'gaussian'} M{rows}"
@@ -75,7 +76,7 @@ def zo_nf4_linear(
     """The tile for M rows a sign of a 4-bit weight; ``distribution`` is gaussian, rademacher, or scales where z moves those. None:
     more rows, which spill registers where a thread loads 16 bytes (280 bytes a thread at 128 rows). A step has one maximum a row, so
     it is at most a block."""
-    if M > 64:
+    if M > 64 or not device.tensor_cores:
         return None
     rows = bucket(M, (16, 32, 64))
     # A tile has 16 packed bytes for each thread, which loads them at once and draws z of their 32 elements by 8 counters.

@@ -114,7 +114,7 @@ def _slab_dvalues(dy: Tensor, x: Tensor, pattern: SparsePattern, sliced: bool, d
 def _tile_sides(index: int, dtype: str, density: float) -> tuple[int, int] | None:
     """The tiles by which a GPU forms the gradient of a support of this density; None where it gathers columns."""
     device = cuda_device(index)
-    if not triton_available()[0] or density < configs.crossover(dtype, device):
+    if not (triton_available()[0] and device.tensor_cores) or density < configs.crossover(dtype, device):
         return None
     return configs.tile_sides(dtype, device)
 

@@ -126,6 +126,15 @@ def takes_triton(*tensors: Tensor | None) -> Verdict:
     return True, ""
 
 
+def multiplies_on_triton(*tensors: Tensor | None) -> Verdict:
+    """:func:`takes_triton` for a kernel that forms products: on a GPU whose tensor cores Triton uses."""
+    ok, reason = takes_triton(*tensors)
+    if ok:
+        index = next((one.get_device() for one in tensors if one is not None and one.is_cuda), None)
+        return (True, "") if index is None else gpu_multiplies(index)
+    return ok, reason
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """How the configurations, which import no torch, name a dtype."""
     return str(dtype).removeprefix("torch.")
@@ -135,6 +144,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 def cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     return Device(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+
+
+@constant_when_compiled
+@functools.cache
+def gpu_multiplies(index: int | None = None) -> Verdict:
+    """Whether Triton forms products on a GPU's tensor cores; without an index, on those of every GPU at hand."""
+    for number in range(torch.cuda.device_count()) if index is None else (index,):
+        device = cuda_device(number)
+        if not device.tensor_cores:
+            version = "".join(map(str, device.capability))
+            return False, f"cuda:{number} is an sm_{version}, Triton multiplies on tensor cores from sm_80 on"
+    return True, ""
 
 
 _INTERPRETED_DEVICE = Device(capability=(9, 0), multiprocessors=2)  # few: the interpreter runs every program of a grid

@@ -15,9 +15,9 @@ from .backends import (
     device_of,
     dtype_name,
     kernels,
+    multiplies_on_triton,
     on_device,
     takes_cpu,
-    takes_triton,
     triton_available,
 )
 from .dispatch import Implementation, Operator, Verdict, reference, require
@@ -277,7 +277,7 @@ def _cpu_accepts(*arguments: object) -> Verdict:
 
 
 def _triton_accepts(*arguments: object) -> Verdict:
-    ok, reason = takes_triton(*_tensors(arguments))
+    ok, reason = multiplies_on_triton(*_tensors(arguments))
     return _accepts_dtype(arguments) if ok else (ok, reason)
 
 

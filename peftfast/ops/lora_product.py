@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..configs import lora_product as configs
 from ..reference import lora as definition
-from .backends import device_of, dtype_name, kernels, on_device, takes_triton, triton_available
+from .backends import device_of, dtype_name, kernels, multiplies_on_triton, on_device, triton_available
 from .dispatch import Implementation, Operator, Verdict, reference, requested_backend, require
 from .lora import _check_dropout, _check_dtype, _check_matrix
 
@@ -115,7 +115,7 @@ def _triton_accepts(
     scaling: float,
     dtype: torch.dtype,
 ) -> Verdict:
-    ok, reason = takes_triton(x, w, bias, s, b, lora_bias)
+    ok, reason = multiplies_on_triton(x, w, bias, s, b, lora_bias)
     if ok and x.dtype not in TENSOR_CORE_DTYPES:
         ok, reason = False, f"the product multiplies on tensor cores in bfloat16 and float16, got {x.dtype}"
     if ok and dtype not in (torch.float32, *TENSOR_CORE_DTYPES):
@@ -165,7 +165,7 @@ def chosen(x: Tensor, shape: tuple[int, int], by_rows: bool, R: int, masked: boo
         return False, f"no GPU's table is for a tensor on {x.device.type}"
     if dtype not in TENSOR_CORE_DTYPES:
         return False, f"the product multiplies on tensor cores in bfloat16 and float16, not in {dtype}"
-    if requested_backend() not in (None, "triton") or not triton_available()[0] or not takes_triton(x)[0]:
+    if requested_backend() not in (None, "triton") or not triton_available()[0] or not multiplies_on_triton(x)[0]:
         return False, "Triton does not serve this call"
     if not x.shape[0] or not R:
         return False, "nothing to add"

@@ -17,11 +17,12 @@ from .backends import (
     cuda_available,
     device_of,
     dtype_name,
+    gpu_multiplies,
     kernels,
+    multiplies_on_triton,
     on_device,
     takes_cpu,
     takes_cuda,
-    takes_triton,
     triton_available,
     undisturbed,
 )
@@ -255,7 +256,7 @@ def cuda_serves(rows: int, k: int, block_size: int, compute: torch.dtype) -> Ver
 
 
 def _triton_accepts(x: Tensor, *rest: Any) -> Verdict:
-    ok, reason = takes_triton(x, *(one for one in rest if isinstance(one, Tensor)))
+    ok, reason = multiplies_on_triton(x, *(one for one in rest if isinstance(one, Tensor)))
     if ok:
         ok, reason = _takes_dtypes(rest)
     if ok:
@@ -316,6 +317,8 @@ def _most_rows(device_type: str, k: int, block_size: int, compute: torch.dtype) 
         if row.backend == "cpu" and device_type != "cpu":
             continue
         if row.backend == "triton" and not triton_serves(k, block_size, compute)[0]:
+            continue
+        if row.backend == "triton" and device_type == "cuda" and not gpu_multiplies()[0]:
             continue
         if row.backend == "triton" and not (device_type == "cuda" or requested == "triton"):
             continue

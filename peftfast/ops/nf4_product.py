@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..configs import nf4_product as configs
 from ..reference import nf4 as definition
-from .backends import device_of, dtype_name, kernels, on_device, takes_triton, triton_available
+from .backends import device_of, dtype_name, kernels, multiplies_on_triton, on_device, takes_triton, triton_available
 from .dispatch import Implementation, Operator, Verdict, reference, requested_backend, require
 from .lora import _check_dropout, _check_dtype, _check_matrix
 from .lora_product import TENSOR_CORE_DTYPES, check_vector
@@ -111,7 +111,7 @@ def triton_serves(k: int, compute: torch.dtype) -> Verdict:
 
 
 def _triton_accepts(x: Tensor, *rest: Any) -> Verdict:
-    ok, reason = takes_triton(x, *(one for one in rest if isinstance(one, Tensor)))
+    ok, reason = multiplies_on_triton(x, *(one for one in rest if isinstance(one, Tensor)))
     if ok:
         ok, reason = triton_serves(rest[4][1], x.dtype)
     if ok and rest[-1] not in (torch.float32, *TENSOR_CORE_DTYPES):
@@ -263,7 +263,7 @@ def _takes(route: str, x: Tensor, k: int, dtype: torch.dtype) -> Verdict:
     if route == "overlapped" and not x.is_cuda:
         return False, f"overlapping is for the streams of a GPU, x is on {x.device.type}"
     if route == "fused":
-        if requested_backend() not in (None, "triton") or not triton_available()[0] or not takes_triton(x)[0]:
+        if requested_backend() not in (None, "triton") or not triton_available()[0] or not multiplies_on_triton(x)[0]:
             return False, "Triton does not serve this call"
         return triton_serves(k, dtype)
     return True, ""

@@ -20,6 +20,7 @@ from .backends import (
     device_of,
     dtype_name,
     kernels,
+    multiplies_on_triton,
     on_device,
     takes_cpu,
     takes_triton,
@@ -197,7 +198,7 @@ def _triton_tiled(
 
 
 def _triton_accepts_tiled(dy: Tensor, x: Tensor, indices: Tensor, *arguments: Any) -> Verdict:
-    return _triton_accepts_dvalues(dy, x, indices, arguments[-1])
+    return _with_dtype(multiplies_on_triton(dy, x), arguments[-1])
 
 
 sparse_delta_dvalues_tiled = Operator(
@@ -254,7 +255,7 @@ def _cpu_accepts_blocks(dy: Tensor, x: Tensor, *arguments: Any) -> Verdict:
 
 
 def _triton_accepts_blocks(dy: Tensor, x: Tensor, *arguments: Any) -> Verdict:
-    return _with_dtype(takes_triton(dy, x), arguments[-1])
+    return _with_dtype(multiplies_on_triton(dy, x), arguments[-1])
 
 
 sparse_delta_blocks = Operator(

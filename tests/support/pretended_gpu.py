@@ -465,7 +465,7 @@ def installed() -> Iterator[None]:
             module = importlib.import_module(f"peftfast.{name}")
             stack.enter_context(mock.patch.object(module, "type", _plain, create=True))
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", _unwrapped(GridExecutor.__call__)))
-        for cached in (backends.cuda_device, backends.triton_available):
+        for cached in (backends.cuda_device, backends.gpu_multiplies, backends.triton_available):
             cached.cache_clear()
             stack.callback(cached.cache_clear)
         swapped = torch.__future__.get_swap_module_params_on_conversion()
