@@ -1,4 +1,4 @@
-"""Every launch configuration as a cubin for sm_80, sm_89, sm_90 and sm_100, without a GPU: no spills, shared memory
+"""Every launch configuration as a cubin for sm_80, sm_89, sm_90, sm_100 and sm_120, without a GPU: no spills, shared memory
 within the limit, 16-byte accesses, tensor cores.
 
 The matrix is fixed here. PEFTFAST_FULL_GATE=1 compiles all that the heuristics can produce, on every architecture
@@ -20,7 +20,7 @@ from .support.compile_gate import SHARED_LIMIT, Finding, run_gate
 
 pytestmark = pytest.mark.slow
 FULL = bool(os.environ.get("PEFTFAST_FULL_GATE"))
-CAPABILITY = {80: (8, 0), 89: (8, 9), 90: (9, 0), 100: (10, 0)}
+CAPABILITY = {80: (8, 0), 89: (8, 9), 90: (9, 0), 100: (10, 0), 120: (12, 0)}
 WIDE = {
     "_lora_shrink_kernel": ("x_ptr", "w_ptr"),
     "_lora_expand_kernel": ("base_ptr", "w_ptr", "out_ptr"),
@@ -38,7 +38,8 @@ WIDE = {
     "_zo_linear_kernel": ("weight_ptr", "x_plus_ptr", "x_minus_ptr"),
     "_zo_nf4_linear_kernel": ("packed_ptr", "x_plus_ptr", "x_minus_ptr"),
 }
-QLORA, PEFT, HALF, SINGLE = lora.DTYPES[:4]
+QLORA, PEFT = lora.DTYPES[:2]
+DORA = lora.DTYPES[-1]  # norms, in float32 on tensor cores
 # x, compute and output dtype of a product of a few rows.
 FEW_ROWS = (("float32", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16"), ("float16", "float16", "float16"))
 WHOLE = {"lora_shrink": 2**20, "lora_weight_grad": 64, "lora_dy_grads": 64}  # rows at which no sum is cut
@@ -108,11 +109,24 @@ def _ragged_requests() -> list[dict[str, Any]]:
         for case, _ in lora.launch_matrix(Device("", capability, 132)):
             some = case.rows == 64 and (case.wide, case.narrow, case.compute) in (QLORA, PEFT)
             some &= case.dropout == (case.wide == "float32")
-            some &= case.rank in {80: (64,), 89: (), 90: (16, 64), 100: (64,)}[arch]
+            some &= case.rank in {80: (64,), 89: (), 90: (16, 64), 100: (64,), 120: ()}[arch]
             if case.ragged and (FULL or some):
                 width = "N" if case.op in ("lora_expand", "lora_dy_grads") else "K"
                 requests.append(_case_request(case, arch) | {"R": case.rank - 3, width: 4099})
-    return requests
+    case = lora.Case("lora_shrink", *PEFT, 128, 64, True, True)
+    return [*requests, _case_request(case, 120) | {"R": 125, "K": 4099}]
+
+
+def _crowded_requests() -> list[dict[str, Any]]:
+    """What sm_120 alone spilled."""
+    cases = [
+        lora.Case("lora_shrink", *DORA, 16, 64, True),
+        lora.Case("lora_shrink", *DORA, 32, 64, False),
+        lora.Case("lora_weight_grad", *DORA, 16, 64, False),
+        lora.Case("lora_weight_grad", *DORA, 128, 16, False),
+    ]
+    cases += [lora.Case(op, *QLORA, 64, 64, False) for op in ("lora_shrink", "lora_weight_grad")]
+    return [_case_request(case, 120) for case in cases]
 
 
 def _other_requests() -> list[dict[str, Any]]:
@@ -167,8 +181,10 @@ def _zeroth_order_requests() -> list[dict[str, Any]]:
     # Rows a sign, distribution, nested maxima, by architecture; sm_90 in full.
     packed = [(16, "gaussian", True), (64, "gaussian", False)]
     more = [(rows, name, False) for rows in (16, 32, 64) for name in ("gaussian", "rademacher", "scales")]
+    low = [(64, "scales", False)]  # where shared memory is little
     for arch in CAPABILITY:
-        for rows, distribution, nested in sorted({*packed, *(more if FULL or arch == 90 else [])}):
+        others = more if FULL or arch == 90 else low if arch in (89, 120) else []
+        for rows, distribution, nested in sorted({*packed, *others}):
             few = {"M": rows, "dtype": "bfloat16", "distribution": distribution, "nested": nested, "arch": arch}
             requests.append({"launcher": "zo_nf4_linear", **few})
     return requests
@@ -176,7 +192,7 @@ def _zeroth_order_requests() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def findings() -> list[Finding]:
-    return run_gate(_lora_requests() + _other_requests() + _zeroth_order_requests())
+    return run_gate(_lora_requests() + _crowded_requests() + _other_requests() + _zeroth_order_requests())
 
 
 def test_ragged_sizes_do_not_spill() -> None:

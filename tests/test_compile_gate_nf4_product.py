@@ -1,4 +1,4 @@
-"""The 4-bit product of many rows as cubins for sm_80, sm_89, sm_90 and sm_100: tensor cores, 16-byte accesses of both operands, no
+"""The 4-bit product of many rows as cubins for every architecture of the gate: tensor cores, 16-byte accesses of both operands, no
 spills, programs that fit beside each other. PEFTFAST_FULL_GATE=1 compiles all that the heuristics can produce."""
 
 import os
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 FULL = bool(os.environ.get("PEFTFAST_FULL_GATE"))
 # Of one multiprocessor: CUDA programming guide, table of compute capabilities. A program takes 1 KiB beside its own.
 REGISTERS, RESERVED = 65536, 1024
-SHARED = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+SHARED = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
 
 
 def _options(M: int, rank: int, transposed: bool) -> dict[str, Any]:
@@ -29,6 +29,7 @@ CHOSEN = {
     89: {(64, True, 0)},
     90: {(64, False, 0), (64, False, 1), (1024, False, 1), (1024, True, 2)},
     100: {(1024, True, 1)},
+    120: {(64, True, 0), (1024, True, 1)},
 }
 
 

@@ -178,7 +178,7 @@ def candidates(M: int, R: int, transposed: bool, device: Device) -> list[Product
     of both operands, registers and shared memory for as many programs as stand there. No GPU has timed them.
     """
     block_r = min(bucket(R, RANK_BUCKETS), 32)
-    hopper = device.capability >= (9, 0)
+    hopper = device.capability >= (9, 0) and device.shared_memory >= 160 * 1024  # sm_120 multiplies as sm_89 does
     if M <= 64:
         found = [ProductConfig("fused", 1, 64, 64, 64, block_r, programs=3 if hopper else 2)]
         if hopper and not transposed:
