@@ -239,6 +239,46 @@ def test_an_error_inside_leaves_the_old_directory(tmp_path, monkeypatch, exchang
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_control_c_at_any_line_leaves_one_whole_directory_and_nothing_beside_it(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    target = tmp_path / "adapter"
+    target.mkdir()
+    (target / "a").write_text("0")
+    files = (atomic.__file__, shutil.__file__)
+    line = last = 0
+    interrupted = True
+    while interrupted:
+        line, left, interrupted = line + 1, line + 1, False
+
+        def trace(frame, event, _):
+            nonlocal left, interrupted
+            if frame.f_code.co_filename not in files:
+                return None
+            left -= event == "line"
+            if event == "line" and left == 0:
+                interrupted = True
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        try:
+            with atomic.replace_directory(target) as new:
+                (new / "a").write_text(str(line))
+                sys.settrace(trace)
+                sys._getframe().f_trace = None
+        except (KeyboardInterrupt, OSError):  # interrupted, shutil.rmtree may close a handle twice
+            pass
+        finally:
+            sys.settrace(before)
+        now = int((target / "a").read_text())
+        assert now in (line, last), line
+        last = now
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"], line
+    assert line > 20
+
+
 def test_a_file_is_never_replaced_by_a_directory(tmp_path):
     target = tmp_path / "adapter"
     target.write_text("precious")

@@ -114,8 +114,8 @@ def replace_directory(target: Path) -> Iterator[Path]:
     if target.exists() and (target.is_symlink() or not target.is_dir()):
         raise NotADirectoryError(errno.ENOTDIR, "expected a directory that can be replaced", str(target))
     new, old = _sibling(target, "new", os.getpid()), _sibling(target, "old", os.getpid())
-    new.mkdir(parents=True)
     try:
+        new.mkdir(parents=True)
         yield new
         flush(new)
         if not target.exists():
@@ -124,14 +124,17 @@ def replace_directory(target: Path) -> Iterator[Path]:
             os.rename(target, old)
             os.rename(new, target)
         _flush_one(target.parent)
-    except BaseException:
+        _remove(new, old)  # after an exchange the old directory bears the new one's hidden name
+    except BaseException:  # Ctrl+C also while they are removed
         if old.exists() and not target.exists():
             os.rename(old, target)
-        shutil.rmtree(new, ignore_errors=True)
+        _remove(new, old)
         raise
-    # After an exchange the old directory bears the new one's hidden name.
-    for path in (old, new):
-        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def replace_file(target: Path, contents: bytes) -> None:
