@@ -77,7 +77,7 @@ def launches(case: Case, columns: int, depth: int) -> list[configs.ProductConfig
     probe = torch.empty(0, device=case.device)
     device = device_of(probe)
     aligned = columns * case.itemsize % 16 == 0 and depth * case.itemsize % 16 == 0
-    tma = aligned and device.capability >= (9, 0)
+    tma = aligned and configs.uses_copy_engine(device)
     return configs.candidates(case.rank, dtype_name(case.torch_dtype), tma, device)
 
 

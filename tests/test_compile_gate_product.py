@@ -25,7 +25,7 @@ def _chosen(arch: int, rank: int, out: str, dropout: bool, by_rows: bool, tma: b
     if arch == 90:
         hardest = dropout and tma and (rank, out) == (64, "bfloat16")
         return hardest or (tma and number < 2 and by_rows and rank == 16 and (out == "bfloat16" or number == 1))
-    return dropout and rank == 64 and out == "bfloat16" and number == 0 and tma == (arch >= 100)
+    return dropout and rank == 64 and out == "bfloat16" and number == 0 and tma == (arch == 100)
 
 
 def _requests() -> list[dict[str, Any]]:

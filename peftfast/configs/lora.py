@@ -269,7 +269,8 @@ def _dy_grads(case: Case, device: Device) -> LoraConfig:
         return LoraConfig(64, 64, min(case.rank, 32), num_warps=8, num_stages=2)
     # The wider the strip, the fewer partial sums of ds.
     narrow = device.shared_memory < 131072
-    return LoraConfig(64, 128 if narrow else 256, case.rank, num_warps=8, num_stages=2)
+    stages = 1 if _crowded(device) else 2  # with two triton 3.6 spills 8 bytes of rank 32 to stay at 128 registers
+    return LoraConfig(64, 128 if narrow else 256, case.rank, num_warps=8, num_stages=stages)
 
 
 _HEURISTICS = dict(zip(OPS, (_shrink, _expand, _weight_grad, _dy_grads), strict=True))

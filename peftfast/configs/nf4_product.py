@@ -186,10 +186,10 @@ def candidates(M: int, R: int, transposed: bool, device: Device) -> list[Product
             found.append(ProductConfig("fused", 1, 64, 32, 128, block_r, programs=3))
         return found
     if not hopper:
-        return [
-            ProductConfig("fused", 1, 128, 64, 64, block_r, programs=2),
-            ProductConfig("fused", 1, 128, 128, 64, block_r, 8, 2),
-        ]
+        found = [ProductConfig("fused", 1, 128, 128, 64, block_r, 8, 2)]
+        if device.capability < (10, 0):  # sm_120 spills with triton 3.6 and 3.8
+            found.insert(0, ProductConfig("fused", 1, 128, 64, 64, block_r, programs=2))
+        return found
     found = [ProductConfig("fused", 1, 128, 64, 64, block_r, 4, 4, programs=2)]
     if device.capability >= (
         10,

@@ -80,7 +80,7 @@ def copied_by_descriptors(x: Tensor, w: Tensor, out: torch.dtype) -> Verdict:
 
 def _config(x: Tensor, w: Tensor, R: int, masked: bool, dtype: torch.dtype) -> configs.ProductConfig:
     device = device_of(x)
-    tma = device.capability >= (9, 0) and copied_by_descriptors(x, w, dtype)[0]
+    tma = configs.uses_copy_engine(device) and copied_by_descriptors(x, w, dtype)[0]
     sizes = (x.shape[0], w.shape[0], x.shape[1], R)
     return configs.lora_product(*sizes, dtype_name(x.dtype), dtype_name(dtype), w.stride(1) == 1, masked, tma, device)
 
