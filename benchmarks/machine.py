@@ -48,10 +48,10 @@ def _version(package: str) -> str | None:
 
 def _cpu_name() -> str:
     try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()
+        from peftfast.cli.processor import processor_name
+    except ImportError:  # compare measures an older peftfast with this file
+        return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def _cuda(device: str) -> dict[str, Any]:

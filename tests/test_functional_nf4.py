@@ -238,7 +238,9 @@ def test_linear_under_autocast() -> None:
     with torch.autocast(DEVICE.type, BF16):
         y = F.nf4_linear(x, nf4)
         assert y.dtype == BF16
-        assert torch.equal(y, torch.nn.functional.linear(x, F.nf4_dequantize(nf4, BF16)))
+        composed = torch.nn.functional.linear(x, F.nf4_dequantize(nf4, BF16))
+        # A few rows meet the weight unrounded, but where the processor multiplies bfloat16.
+        assert_within_budget("y", y, composed, x.to(BF16).double() @ dense_weight(nf4, F32).double().T)
         assert F.nf4_linear(x, nf4, compute_dtype=BF16).dtype == F32
     assert torch.autograd.grad(y.sum(), x)[0].dtype == F32
 

@@ -150,7 +150,10 @@ assert torch.equal(model(torch.arange(10).repeat(4)[None]), torch.load({str(tmp_
     script = script.replace("from tests.test_nf4_checkpoint_model import Model\n", head + model)
     command = [sys.executable, "-c", script]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     assert done.returncode == 0, done.stderr
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import arguments, atomic, docstrings
 from .errors import UserError
+from .processor import processor_name
 
 if TYPE_CHECKING:
     from .arms import Arm, Batch
@@ -447,11 +448,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-def processor_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

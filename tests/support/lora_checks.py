@@ -130,11 +130,11 @@ FEW, DATA_SETS = 64, 16
 
 def check_results(case: Any, results_of: Callable[[Any], Results], values: int = 0) -> None:
     """Every result of a case within the budget. Where a result has few values, the roundings of the composed one may by luck cancel
-    in all of them; sixteen data sets, or as many as give ``values`` of each, are then one comparison, of the largest error of all.
+    in all of them; sixteen data sets are then one comparison, of the largest error of all. So are as many as give ``values`` of each.
     Interpreted, where a data set takes seconds, as many as give few values no longer, and the others where those were without luck."""
     results = [results_of(case)]
     fewest = min((actual.numel() for actual, _, _ in results[0].values() if actual.numel()), default=FEW)
-    sets = max(DATA_SETS, -(-values // fewest)) if fewest < FEW else 1
+    sets = max(DATA_SETS if fewest < FEW else 1, -(-values // fewest))
 
     def compare(count: int) -> None:
         results.extend(
