@@ -41,6 +41,22 @@ class Device:
         return self.capability >= (8, 0)
 
     @property
+    def small(self) -> bool:
+        """Whether a multiprocessor has sm_89's shared memory, as sm_86 and sm_120, or less: a program of 64 KiB is alone there."""
+        return self.shared_memory < 160 * 1024
+
+    @property
+    def roomy(self) -> bool:
+        """sm_90 and sm_100: sums of a warp group's products stay in its registers, and shared memory holds the tiles of many programs,
+        which the copy engine may bring."""
+        return self.capability >= (9, 0) and not self.small
+
+    @property
+    def crowded(self) -> bool:
+        """sm_120, where ptxas spills 8 or 16 bytes of tiles that fit everywhere else (triton 3.7.1, 2026-11-22)."""
+        return self.capability >= (10, 0) and self.small
+
+    @property
     def slug(self) -> str:
         """The name of the device's table: lower case, everything else than letters and digits a hyphen."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")

@@ -166,16 +166,6 @@ def launch_matrix(device: Device) -> Iterator[tuple[Case, LoraConfig]]:
                             yield one, tile(one, device)
 
 
-def _roomy(device: Device) -> bool:
-    """Sums of a warp group's products stay in its registers, and shared memory holds the tiles of many programs."""
-    return device.capability >= (9, 0) and device.shared_memory >= 160 * 1024
-
-
-def _crowded(device: Device) -> bool:
-    """sm_120, with sm_89's shared memory: ptxas spills 8 or 16 bytes of tiles that fit everywhere else (triton 3.7.1, 2026-11-22)."""
-    return device.capability >= (10, 0) and not _roomy(device)
-
-
 # Chosen by what the compiler shows on sm_80, sm_89, sm_90 and sm_100 with triton 3.7.1 (2026-11-20): no spills, at
 # most 190 registers, 16-byte loads. ptxas spills 8 bytes to stay at 64, 96 or 128 registers a thread, so that
 # neighbours of these blocks often fail. No GPU has timed them yet.
@@ -183,21 +173,19 @@ def _shrink(case: Case, device: Device) -> LoraConfig:
     if case.plain:
         return LoraConfig(16, 32, min(case.rank, 64), num_stages=2)
     if case.ragged:
-        return LoraConfig(
-            case.rows, 32, 16, num_warps=8 if case.rows == 64 and not _crowded(device) else 4, num_stages=1
-        )
+        return LoraConfig(case.rows, 32, 16, num_warps=8 if case.rows == 64 and not device.crowded else 4, num_stages=1)
     if case.rows == 16:  # x is small here: reading it once for every 64 ranks costs less than registers for 128
         return LoraConfig(16, 64, min(case.rank, 64))
     if case.compute == "float32":
         # Three products of each tile of w, whose parts are cut anew in every program: the taller the tile, the fewer. By the model
         # below, of 64 x 32, 64 x 64 and 128 x 64 (eight warps): rank 16 0.87, 0.87, 0.78, 32 0.64, 0.77, 0.68, 64 0.43, 0.31, 0.45.
         # In float32 outside of tensor cores it was 0.10 of rank 16 and 0.07 of 64.
-        if case.rank <= 32 and _crowded(device):
+        if case.rank <= 32 and device.crowded:
             return LoraConfig(64, 32, 16) if case.rank == 16 else LoraConfig(64, 64, 32, num_warps=8)
         if case.rank <= 32:
             return LoraConfig(64, 64, case.rank)
-        return LoraConfig(128, 64, 64, num_warps=8) if _roomy(device) else LoraConfig(64, 32, 64)
-    if _roomy(device):
+        return LoraConfig(128, 64, 64, num_warps=8) if device.roomy else LoraConfig(64, 32, 64)
+    if device.roomy:
         # Many programs of few registers at once. The part of the memory's speed that a model of a multiprocessor reaches with the
         # machine code for sm_90 (tests/support/throughput.py, dropout, float32 w, 8192 x 4096, 512 programs of four warps, triton
         # 3.7.1, 2026-11-22), of tiles of 64 x 32, 64 x 64 and 128 x 64 (x 32 of float32): bfloat16 x of rank 16 0.89, 0.90, 0.66
@@ -209,7 +197,7 @@ def _shrink(case: Case, device: Device) -> LoraConfig:
         return LoraConfig(64, 32, 128, num_warps=4 if case.narrow != "float32" else 8)
     if case.rank == 64:
         # 64 columns of float32 x take 65 KiB a program: sm_86, sm_89 and sm_120 would hold one at a time.
-        return LoraConfig(64, 32 if device.shared_memory < 160 * 1024 else 64, 64, num_warps=8)
+        return LoraConfig(64, 32 if device.small else 64, 64, num_warps=8)
     return LoraConfig(64, 64, case.rank)
 
 
@@ -218,7 +206,7 @@ def _expand(case: Case, device: Device) -> LoraConfig:
         return LoraConfig(16, 64, 16, num_stages=2)
     if case.ragged:
         return LoraConfig(case.rows, 64, 16, num_warps=8 if case.rows == 64 else 4, num_stages=1)
-    if case.rows == 16 or device.shared_memory < 160 * 1024:
+    if case.rows == 16 or device.small:
         # Eight warps: the tile of float32 sums, the base and the mask words take 180 registers a thread of four. The wide tiles below
         # spill on sm_89.
         return LoraConfig(case.rows, 128, min(case.rank, 32), num_warps=8 if case.rows == 64 else 4, num_stages=2)
@@ -241,12 +229,12 @@ def _weight_grad(case: Case, device: Device) -> LoraConfig:
         # Three products of each tile of ds. By the model of _shrink, of 64 x 64 and of 32 x 128 (eight warps), and under dropout: rank
         # 16 0.91 and 0.70, 64 0.37, 0.30 and 0.51, 0.40; outside of tensor cores it was 0.29 and 0.18 without.
         if case.rows == 16 or case.rank <= 32:
-            crowded = _crowded(device)
-            tall = _roomy(device) or (case.rank == 16 and not crowded)  # of rank 32 sm_80 and sm_89 spill with 64 rows
-            stages = 2 if crowded and case.rows == 16 else 3
+            # Of rank 32 sm_80 and sm_89 spill with 64 rows.
+            tall = device.roomy or (case.rank == 16 and not device.crowded)
+            stages = 2 if device.crowded and case.rows == 16 else 3
             return LoraConfig(case.rows if tall else min(case.rows, 32), 64, min(case.rank, 64), num_stages=stages)
         return LoraConfig(32, 128, 64, num_warps=8)
-    if case.rows == 64 and _roomy(device):
+    if case.rows == 64 and device.roomy:
         # By the model of _shrink, of 32 and of 64 rows, under dropout: bfloat16 of rank 16 0.82 and 0.87, 32 0.75 and 0.83, 64 0.70 and
         # 0.72, 128 0.41 and 0.46 (in 194 registers); float32 0.93 and 0.91, 0.92 and 0.76, 0.88 and 0.78, 0.62 (in 199) and 0.59.
         # Without dropout they differ by 0.01 at most but for bfloat16 of rank 128, 0.68 and 0.63. Tiles of 32 columns gain 0.04 at most
@@ -255,7 +243,7 @@ def _weight_grad(case: Case, device: Device) -> LoraConfig:
             return LoraConfig(64, 128, 128, num_warps=8)
         short = not case.dropout or case.rank < 128 if case.wide == "float32" else case.rank == 128
         return LoraConfig(32 if short else 64, 64, case.rank)
-    low = case.rank == 64 and device.shared_memory < 160 * 1024  # three programs in the shared memory of one
+    low = case.rank == 64 and device.small  # three programs in the shared memory of one
     warps = 8 if case.rows == 64 and case.rank >= 64 else 4
     return LoraConfig(min(case.rows, 32) if low else case.rows, 64, case.rank, num_warps=warps)
 
@@ -268,9 +256,8 @@ def _dy_grads(case: Case, device: Device) -> LoraConfig:
     if case.ragged:
         return LoraConfig(64, 64, min(case.rank, 32), num_warps=8, num_stages=2)
     # The wider the strip, the fewer partial sums of ds.
-    narrow = device.shared_memory < 131072
-    stages = 1 if _crowded(device) else 2  # with two triton 3.6 spills 8 bytes of rank 32 to stay at 128 registers
-    return LoraConfig(64, 128 if narrow else 256, case.rank, num_warps=8, num_stages=stages)
+    stages = 1 if device.crowded else 2  # with two triton 3.6 spills 8 bytes of rank 32 to stay at 128 registers
+    return LoraConfig(64, 128 if device.small else 256, case.rank, num_warps=8, num_stages=stages)
 
 
 _HEURISTICS = dict(zip(OPS, (_shrink, _expand, _weight_grad, _dy_grads), strict=True))

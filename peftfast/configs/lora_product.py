@@ -123,8 +123,8 @@ def on(config: ProductConfig, device: Device) -> ProductConfig:
 
 
 def uses_copy_engine(device: Device) -> bool:
-    """Of the GPUs that have one sm_120 goes without: triton 3.6 spills 8 bytes there with any tile."""
-    return device.capability >= (9, 0) and device.shared_memory >= 160 * 1024
+    """sm_120 has one and goes without: triton 3.6 spills 8 bytes there with any tile."""
+    return device.roomy
 
 
 def candidates(R: int, out: str, tma: bool, device: Device) -> list[ProductConfig]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .device import Device, blocks, bucket, measured, parts, require_at_least, require_powers_of_two
-from .lora import ROW_BUCKETS, LoraConfig, _crowded, _roomy
+from .lora import ROW_BUCKETS, LoraConfig
 
 OPS = ("lora_terms_shrink", "lora_terms_expand", "lora_terms_weight_grad", "lora_dora_expand")
 RANK_BUCKETS = (16, 32, 64)
@@ -126,12 +126,12 @@ def _heuristic(case: Case, device: Device) -> LoraConfig:
         # Four warps, for four programs at once. By the model of configs/lora.py's _shrink three terms reach, with eight warps and with
         # four, of the memory's speed: rank 16 0.49 and 0.58, under dropout 0.21 and 0.32, 64 0.23 and 0.26, 0.11 and 0.15.
         if case.rows == 16:
-            return LoraConfig(16, 64, 16, num_stages=2 if _crowded(device) else 1)
-        warps = 4 if _roomy(device) or _crowded(device) else 8
+            return LoraConfig(16, 64, 16, num_stages=2 if device.crowded else 1)
+        warps = 4 if device.roomy or device.crowded else 8
         # Of float32 sm_100 spills 8 bytes of ranks from 32 on with one stage.
         stages = 2 if case.wide == "float32" and case.rank > 16 and device.capability[0] == 10 else 1
         return LoraConfig(64, 64, min(case.rank, 32), num_warps=warps, num_stages=stages)
-    if case.rows == 64 and _roomy(device):
+    if case.rows == 64 and device.roomy:
         # Every term reads x anew, from the second cache: what binds is the processor's part. The busiest unit works, counted on sm_90
         # (tests/support/throughput.py, triton 3.7.1, 2026-11-22), of the time in which the memory would bring bfloat16 x once: S of
         # rank 16 0.82 with tiles of 32 rows and 0.35 with 64, under dropout 1.08 and 0.79. By the model, with 32 columns and with 64,
@@ -140,6 +140,6 @@ def _heuristic(case: Case, device: Device) -> LoraConfig:
     shrink = case.op == "lora_terms_shrink"
     rank = min(case.rank, 32) if shrink and case.rows == 16 else case.rank
     # With two stages 8 bytes of S of rank 64 under dropout are spilled on sm_80, to stay at 128 registers (triton 3.8 and 3.9).
-    deep = shrink and case.dropout and rank == 64 and device.shared_memory >= 160 * 1024
-    shallow = case.rows == 16 and not shrink and _crowded(device)
+    deep = shrink and case.dropout and rank == 64 and not device.small
+    shallow = case.rows == 16 and not shrink and device.crowded
     return LoraConfig(min(case.rows, 32), 64, rank, num_stages=3 if deep else 1 if shallow else 2)

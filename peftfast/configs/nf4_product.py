@@ -178,7 +178,7 @@ def candidates(M: int, R: int, transposed: bool, device: Device) -> list[Product
     of both operands, registers and shared memory for as many programs as stand there. No GPU has timed them.
     """
     block_r = min(bucket(R, RANK_BUCKETS), 32)
-    hopper = device.capability >= (9, 0) and device.shared_memory >= 160 * 1024  # sm_120 multiplies as sm_89 does
+    hopper = device.roomy
     if M <= 64:
         found = [ProductConfig("fused", 1, 64, 64, 64, block_r, programs=3 if hopper else 2)]
         if hopper and not transposed:
@@ -187,7 +187,7 @@ def candidates(M: int, R: int, transposed: bool, device: Device) -> list[Product
         return found
     if not hopper:
         found = [ProductConfig("fused", 1, 128, 128, 64, block_r, 8, 2)]
-        if device.capability < (10, 0):  # sm_120 spills with triton 3.6 and 3.8
+        if not device.crowded:  # which spills with triton 3.6 and 3.8
             found.insert(0, ProductConfig("fused", 1, 128, 64, 64, block_r, programs=2))
         return found
     found = [ProductConfig("fused", 1, 128, 64, 64, block_r, 4, 4, programs=2)]

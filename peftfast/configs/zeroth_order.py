@@ -81,8 +81,8 @@ def zo_nf4_linear(
     rows = bucket(M, (16, 32, 64))
     # A tile has 16 packed bytes for each thread, which loads them at once and draws z of their 32 elements by 8 counters.
     warps, columns = (4 if rows >= 64 else 2), min(64, block_size)
-    # With sm_89's shared memory the compiler holds what it reads ahead in registers, and spills 8 to 32 bytes of 64 rows.
-    stages = 1 if rows == 64 and device.shared_memory < 160 * 1024 else 2
+    # With little shared memory the compiler holds what it reads ahead in registers, and spills 8 to 32 bytes of 64 rows.
+    stages = 1 if rows == 64 and device.small else 2
     default = ZoLinearConfig(
         rows, block_n=warps * 32 * 32 // columns, block_k=columns, num_warps=warps, num_stages=stages
     )
