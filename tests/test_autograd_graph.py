@@ -294,3 +294,37 @@ def test_a_group_s_unused_projection_has_no_gradient() -> None:
                 for one, other in zip(outcome(used), wanted_grads, strict=True):
                     assert (one is None and other is None) or torch.equal(one, other)
     assert lora_group.by_library is not lora.by_library
+
+
+class _Stopped(torch.autograd.Function):
+    """Gives its first argument no gradient at all."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(one.clone() for one in args)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, *dys[1:])
+
+
+@pytest.mark.parametrize("way", ["library", "python"])
+@pytest.mark.parametrize("kind", ["layer", "gated layer", "gated product"])
+def test_a_result_without_a_gradient_gives_none(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's own operators: an optimiser moves a parameter whose gradient is zeros, by its decay and its moments."""
+    monkeypatch.setenv("PEFTFAST_AUTOGRAD", "auto" if way == "library" else "python")
+    a, b = factors()
+    gate, up = fresh(5, K), fresh(5, K, seed=6)
+    run: dict[str, Callable[[], Tensor]] = {
+        "layer": lambda: F.lora_linear(gate, WEIGHT, a, b),
+        "gated layer": lambda: F.lora_gated_linear(gate, up, WEIGHT, a, b),
+        "gated product": lambda: F.gated_activation(gate, up),
+    }
+    for _ in range(4):
+        other = torch.ones(2, requires_grad=True)
+        stopped, kept = _Stopped.apply(run[kind](), other)
+        (stopped.sum() + kept.sum()).backward()
+        assert other.grad is not None
+        assert [one.grad for one in (gate, up, a, b)] == [None] * 4
+    (run[kind]() * 2).sum().backward()
+    assert gate.grad is not None

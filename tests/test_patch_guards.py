@@ -222,3 +222,25 @@ def test_norms_of_a_weight_that_peft_writes(way: str) -> None:
         return results(again)
 
     check(run, use_dora=True)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_parameters_that_are_swapped(use_dora: bool) -> None:
+    """torch swaps a parameter's tensor only where nothing refers to it weakly; patch keeps norms of DoRA's weight."""
+
+    def run(model: Any) -> list[Tensor | None]:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            found = results(model)
+            model.double()
+            model.float()
+            found += results(model)
+            state = {name: value * 1.5 for name, value in model.state_dict().items()}
+            for assign in (False, True):
+                model.load_state_dict(state, assign=assign)
+                found += results(model)
+            return found
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+
+    check(run, use_dora=use_dora)

@@ -208,6 +208,57 @@ def test_guards_are_asked_at_each_call() -> None:
     assert "expected ascending" in peftfast.report(net).stock["base_model.model.first"]
 
 
+class Tripled(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        return made * 3 if func is nn.functional.linear else made
+
+
+INPUTS: dict[str, Any] = {
+    "a subclass": lambda: torch.ones(3, 64).as_subclass(Tripled),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3, 64), torch.ones(5, 64)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(3, 64), torch.ones(5, 64)], layout=torch.jagged),
+    "sparse": lambda: torch.eye(64).to_sparse(),
+    "of another width": lambda: torch.ones(3, 63),
+    "of no dimension": lambda: torch.ones(()),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_an_input_that_is_not_served_gets_stock_s_result_or_error(name: str) -> None:
+    found: list[Any] = []
+    for patched in (False, True):
+        net = model()
+        if patched:
+            peftfast.patch(net)
+        try:
+            y = net.base_model.model.first(INPUTS[name]())
+        except Exception as error:
+            found.append((type(error), str(error)))
+            continue
+        (sum(one.sum() for one in y.unbind()) if y.is_nested else y.sum()).backward()
+        found.append([*y.unbind(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    if isinstance(found[0], tuple):
+        assert found[0] == found[1]
+    else:
+        assert len(found[0]) == len(found[1]) > 1
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_base_weight_that_is_trained_has_no_gradient_as_in_stock() -> None:
+    """PEFT's forward reads weight.data; the bias is read as it is."""
+    for patched in (False, True):
+        net = model()
+        if patched:
+            peftfast.patch(net)
+        for parameter in net.parameters():
+            parameter.requires_grad_(True)
+        step(net, F32)
+        with_gradient = {name.split(".", 3)[-1] for name, p in net.named_parameters() if p.grad is not None}
+        assert with_gradient == {"base_layer.bias", "shira_weight.default"}, patched
+
+
 def test_beside_lora_layers() -> None:
     from peft import LoraConfig
 

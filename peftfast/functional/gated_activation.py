@@ -22,12 +22,15 @@ class GatedActivationFunction(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
+        ctx.set_materialize_grads(False)
         h = ops.gated_activation.gated_activation(as_rows(gate), as_rows(up), activation)
         return h if gate.dim() == 2 else torch.ops.aten._unsafe_view.default(h, gate.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dh is None:
+            return None, None, None
         gate, up = ctx.saved_tensors
         given = (as_rows(dh), as_rows(gate), as_rows(up), ctx.activation)
         grads = ops.gated_activation.gated_activation_backward(*given)

@@ -161,11 +161,16 @@ class LoRALinearFunction(torch.autograd.Function):
         )
         # One attribute: each costs as much as a check.
         ctx.plan = (p, scaling, dtype, rank, x.dtype, weight.dtype, lora_a.dtype, quantisation[2:4], bias_dtypes)
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if (
+            dy is None
+        ):  # as torch's own operators: a parameter keeps no gradient, where an optimiser would act on one of zeros
+            return (None,) * len(ctx.needs_input_grad)
         needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias, *rest = ctx.needs_input_grad
         p, scaling, dtype, rank, x_dtype, weight_dtype, a_dtype, _, _ = ctx.plan
         rest = (None,) * len(rest)

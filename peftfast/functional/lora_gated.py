@@ -41,6 +41,9 @@ class _Layer:
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved = tensors
 
+    def set_materialize_grads(self, value: bool) -> None:
+        pass  # the Function around it has done so
+
 
 class LoRAGatedFunction(torch.autograd.Function):
     """y = h Wᵀ + b + scaling (dropout(h) Aᵀ Bᵀ + lora_bias) with h = act(gate) * up: as :class:`LoRALinearFunction` has it of an x.
@@ -84,11 +87,14 @@ class LoRAGatedFunction(torch.autograd.Function):
         used = needs_h or needs_weight or needs_a
         ctx.save_for_backward(gate if used else None, up if used else None, *saved)
         ctx.activation, ctx.inner = activation, inner
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         inner = ctx.inner
         needs_h, needs_weight, needs_a, needs_b, *needs_biases = inner.needs_input_grad[:6]
         p, scaling, dtype, rank, h_dtype, weight_dtype, a_dtype, _, _ = inner.plan

@@ -169,19 +169,27 @@ def why_stock(layer: Any, names: list[str]) -> str:
 _INPUTS = (Tensor, nn.Parameter, FakeTensor)
 
 
-def why_stock_for(layer: Any, x: Any) -> str:
-    """Why this input is not served, or an empty string."""
+def input_reason(base: Any, x: Any) -> str:
+    """Why this input is not served on this base layer, whatever the adapter is, or an empty string."""
     if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
         return f"an input of {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
     if not torch.compiler.is_compiling() and type(x) not in _INPUTS:
         return f"an input that is a {type(x).__module__.partition('.')[0]}.{type(x).__name__}, not a plain tensor"
     if not plain_layout(x):
         return f"an input that is {'nested' if x.is_nested else x.layout}"
+    if not x.dim() or x.shape[-1] != base.in_features:
+        return f"an input of shape {tuple(x.shape)}, the layer's width is {base.in_features}"
+    if x.device != base.weight.device:
+        return f"an input on {x.device}, the base weight on {base.weight.device}"
+    return ""
+
+
+def why_stock_for(layer: Any, x: Any) -> str:
+    """Why this input is not served, or an empty string."""
+    reason = input_reason(layer.base_layer, x)
+    if reason:
+        return reason
     weight = layer.base_layer.weight
-    if not x.dim() or x.shape[-1] != layer.base_layer.in_features:
-        return f"an input of shape {tuple(x.shape)}, the layer's width is {layer.base_layer.in_features}"
-    if x.device != weight.device:
-        return f"an input on {x.device}, the base weight on {weight.device}"
     if not is_bitsandbytes_4bit(layer.base_layer):
         if not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype:
             return f"an input of {x.dtype} on a weight of {weight.dtype}"

@@ -26,7 +26,7 @@ from ..ops.backends import FLOAT_DTYPES
 from . import bitsandbytes as bnb
 from .patch_report import LayerReport, log_once
 from .peft import _RESTORE
-from .peft_guards import DTENSOR, FSDP, TRANSFORMED, _hooked, _parameter_reason, dense_reason
+from .peft_guards import DTENSOR, FSDP, TRANSFORMED, _hooked, _parameter_reason, dense_reason, input_reason
 from .peft_versions import adapter_layers
 
 logger = logging.getLogger("peftfast")
@@ -128,11 +128,10 @@ def _weight_dtype(base: Any) -> torch.dtype:
 
 def _why_stock_for(layer: Any, x: Tensor) -> str:
     """Why this input is not served, or an empty string."""
-    if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES:
-        return f"an input of {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
     base = layer.base_layer
-    if x.device != base.weight.device:
-        return f"an input on {x.device}, the base weight on {base.weight.device}"
+    reason = input_reason(base, x)
+    if reason:
+        return reason
     dtype = _weight_dtype(base)
     if not torch.is_autocast_enabled(x.device.type) and x.dtype != dtype:
         return f"an input of {x.dtype} on a weight of {dtype}"
@@ -194,7 +193,8 @@ def _fused_forward(layer: Any, x: Tensor) -> Tensor:
     values, scale = layer.shira_weight[name], layer.scaling[name]
     return F.sparse_delta_linear(
         x,
-        bnb.weight_of(base) if is_bitsandbytes_4bit(base) else base.weight,
+        # PEFT takes the weight's data: the weight has no gradient, be it trained or not.
+        bnb.weight_of(base) if is_bitsandbytes_4bit(base) else base.weight.detach(),
         pattern,
         values if scale == 1.0 else values * scale,
         base.bias if base.bias is None or base.bias.dtype == x.dtype else base.bias.to(x.dtype),
