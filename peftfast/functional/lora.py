@@ -167,9 +167,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if (
-            dy is None
-        ):  # as torch's own operators: a parameter keeps no gradient, where an optimiser would act on one of zeros
+        if dy is None:  # an optimiser would act on gradients of zeros
             return (None,) * len(ctx.needs_input_grad)
         needs_x, needs_weight, needs_a, needs_b, needs_bias, needs_lora_bias, *rest = ctx.needs_input_grad
         p, scaling, dtype, rank, x_dtype, weight_dtype, a_dtype, _, _ = ctx.plan
