@@ -42,6 +42,7 @@ def quicken() -> None:
     _patch_once()
     _remember_types()
     _refuse_masks_of_integers()
+    _count_to_a_tensor()
     builder = interpreter.interpreter_builder
     assert not builder.options.debug  # device_assert, which the answer goes to, is nothing without
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -130,3 +131,14 @@ def _refuse_masks_of_integers() -> None:
             return _plain(self, *args, **named)
 
         setattr(interpreter.InterpreterBuilder, name, checked)
+
+
+def _count_to_a_tensor() -> None:
+    """As Triton 3.7 does: the number at which a loop of 3.6 ends is an array of one element, which numpy 2.4 no longer calls a number."""
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
