@@ -33,9 +33,11 @@ class _Kept:
         return set, ()
 
 
-def forget_norms(weight: Tensor) -> None:
-    """Called where a weight changes behind its version counter (``.data``): its row norms are computed anew at the next call."""
-    weight.__dict__.pop(_KEPT, None)
+def forget_norms(weight: Tensor | None) -> None:
+    """Called where a weight changes behind its version counter (``.data``): its row norms are computed anew at the next call. None, the
+    weight of a layer that keeps its own in another form, has none."""
+    if weight is not None:
+        weight.__dict__.pop(_KEPT, None)
 
 
 def _unrounded(weight: Tensor | NF4Weight, dense: Tensor) -> Tensor:
