@@ -34,9 +34,9 @@ class _Kept:
 
 
 def forget_norms(weight: Tensor | None) -> None:
-    """Called where a weight changes behind its version counter (``.data``): its row norms are computed anew at the next call. None, the
-    weight of a layer that keeps its own in another form, has none."""
-    if weight is not None:
+    """Called where a weight changes behind its version counter (``.data``): its row norms are computed anew at the next call. A layer
+    that keeps its weight in another form may have None here; and a compiler, which neither reads nor keeps norms, sees nothing."""
+    if weight is not None and not torch.compiler.is_compiling():
         weight.__dict__.pop(_KEPT, None)
 
 
