@@ -1,6 +1,8 @@
 """Groups of projections, several adapters in one batch, and DoRA: values, gradients, what they save and what they call."""
 
+import copy
 import dataclasses
+import io
 from typing import Any
 
 import pytest
@@ -354,8 +356,8 @@ def test_norms_of_a_trained_weight_are_not_kept() -> None:
 
 def test_kept_norms_follow_the_weight() -> None:
     columns = 2 * dora.SHORT_ROW  # of shorter rows nothing is kept
-    weight, a, b = torch.randn(8, columns), torch.randn(2, columns), torch.randn(8, 2)
-    magnitude = torch.ones(8)
+    weight, a, b = torch.randn(columns, columns), torch.randn(2, columns), torch.randn(columns, 2)
+    magnitude = torch.ones(columns)
 
     def check() -> None:
         exact = 1 / definition.weight_norm(weight, a, b, 1.0)
@@ -364,13 +366,61 @@ def test_kept_norms_follow_the_weight() -> None:
     check()
     weight.mul_(3.0)  # another version
     check()
-    weight.data = torch.randn(8, columns)  # another address
+    weight.data = torch.randn(columns, columns)  # another address
     check()
+    weight.data = weight.data.T  # in another order
+    check()
+    weight.data = weight.data.view(torch.int32).add(1 << 23).view(F32)
+    check()
+    memory = bytearray(4 * columns * columns)
+    for _ in range(2):  # other memory of the same address, as an allocator gives what has been freed
+        weight.data = torch.frombuffer(memory, dtype=F32).view(columns, columns)
+        weight.data.copy_(torch.randn(columns, columns))
+        check()
     weight.data.mul_(2.0)  # neither
     with pytest.raises(AssertionError):
         check()
+    weight = torch.nn.Parameter(weight.data, requires_grad=False)  # which counts its versions anew
+    check()
+    weight.data.mul_(2.0)
     dora.forget_norms(weight)
     check()
+
+
+def test_kept_norms_follow_a_4bit_weight() -> None:
+    columns = 2 * dora.SHORT_ROW
+    a, b, magnitude = torch.randn(2, columns), torch.randn(8, 2), torch.ones(8)
+    quantised = F.nf4_quantize(torch.randn(8, columns), double_quant=False)
+
+    def check(quantised: F.NF4Weight) -> None:
+        exact = 1 / definition.weight_norm(F.nf4_dequantize(quantised), a, b, 1.0)
+        torch.testing.assert_close(dora.row_gain(quantised, a, b, 1.0, magnitude, F32), exact)
+
+    check(quantised)
+    quantised.absmax.mul_(2.0)
+    check(quantised)
+    check(dataclasses.replace(quantised, absmax=quantised.absmax * 3.0))
+    check(dataclasses.replace(quantised, code=quantised.code.flip(0) * 5.0))
+    check(dataclasses.replace(quantised, dtype=BF16))
+    check(quantised)
+
+
+def test_kept_norms_stay_with_the_tensor() -> None:
+    """Copies and files do not hold them, and what is written names nothing of ours."""
+    columns = 2 * dora.SHORT_ROW
+    weight = torch.nn.Parameter(torch.randn(8, columns), requires_grad=False)
+    a, b, magnitude = torch.randn(2, columns), torch.randn(8, 2), torch.ones(8)
+    first = dora.row_gain(weight, a, b, 1.0, magnitude, F32)
+    file = io.BytesIO()
+    torch.save({"weight": weight}, file)
+    assert b"peftfast" not in file.getvalue() and len(file.getvalue()) < weight.nbytes + 2048
+    file.seek(0)
+    for other in (torch.load(file, weights_only=True)["weight"], copy.deepcopy(weight), copy.deepcopy(weight.detach())):
+        with torch.no_grad():
+            other.data.mul_(2.0)
+        exact = 1 / definition.weight_norm(other, a, b, 1.0)
+        torch.testing.assert_close(dora.row_gain(other, a, b, 1.0, magnitude, F32), exact)
+    assert torch.equal(dora.row_gain(weight, a, b, 1.0, magnitude, F32), first)
 
 
 @pytest.mark.parametrize("group", ["qkv", "several active"])

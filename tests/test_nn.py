@@ -13,6 +13,7 @@ from torch import nn
 import peftfast
 import peftfast.functional as F
 from peftfast.nn import LoRALinear, LoRANF4Linear, NF4Linear, RoSALinear, SparseDeltaLinear
+from peftfast.optim import SparseAdamW
 
 
 def linear4bit(n: int, k: int, bias: bool = True, **options) -> bnb.nn.Linear4bit:
@@ -272,3 +273,49 @@ def test_bad_input_names_the_argument() -> None:
 def test_public_surface() -> None:
     assert {"patch", "unpatch", "report", "nn", "functional"} <= set(peftfast.__all__)
     assert peftfast.nn.LoRALinear is LoRALinear
+
+
+KINDS = {
+    "lora": lambda linear: LoRALinear.from_linear(linear, r=4),
+    "dora": lambda linear: LoRALinear.from_linear(linear, r=4, use_dora=True),
+    "nf4 dora": lambda linear: LoRALinear.from_linear(NF4Linear.from_linear(linear), r=4, use_dora=True),
+    "sparse": lambda linear: SparseDeltaLinear.from_linear(linear, density=0.1),
+    "resident": lambda linear: SparseDeltaLinear.from_linear(linear, density=0.1, resident=True),
+    "rosa": lambda linear: RoSALinear.from_linear(linear, r=4, density=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_that_are_swapped(kind: str) -> None:
+    """torch swaps a parameter's tensor only where nothing refers to it weakly."""
+
+    def run(swap: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer, x, found = KINDS[kind](nn.Linear(96, 128)), torch.randn(3, 96), []
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        try:
+            for assign in (False, True):
+                layer(x).square().sum().backward()
+                found += [p.grad for p in layer.parameters() if p.grad is not None]
+                layer.zero_grad()
+                layer.to(torch.bfloat16)
+                found.append(layer(x.bfloat16()).detach())
+                layer.to(torch.float32)
+                state = {
+                    name: value * 2 if value.is_floating_point() else value
+                    for name, value in layer.state_dict().items()
+                }
+                layer.load_state_dict(state, assign=assign)
+                optimizer = SparseAdamW(
+                    [p for name, p in layer.named_parameters() if name == "delta_values"] or [nn.Parameter(x)]
+                )
+                layer(x).square().sum().backward()
+                optimizer.step()
+                layer.zero_grad()
+                found.append(layer(x).detach())
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        return found
+
+    for one, other in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, other)

@@ -119,6 +119,28 @@ def test_guard_an_unknown_linear(caplog) -> None:
     expect_stock(model, "Doubled", caplog, X)
 
 
+def test_a_base_without_a_weight(caplog) -> None:
+    """A subclass of nn.Linear that keeps its weight in another form, and None in its place."""
+
+    class Packed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(K, N)
+            self.register_buffer("qweight", self.weight.detach().half())
+            self.weight = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.qweight.to(x.dtype), self.bias)
+
+    block = Block()
+    block.up = Packed()
+    model = stir(peft.get_peft_model(block, peft.LoraConfig(target_modules=["up", "down"])))
+    expect_stock(model, "Packed", caplog, X)
+    peftfast.patch(model)
+    model.add_adapter("other", peft.LoraConfig(target_modules=["up"]))
+    model.set_adapter("other")
+    assert torch.equal(layer_of(model)(X), block.up.base_layer(X))
+
+
 class Scaled(torch.Tensor):
     """As torchao's weights: a tensor whose storage is not what F.linear multiplies by."""
 

@@ -385,6 +385,18 @@ def test_compiles_fullgraph(option: str) -> None:
         assert relative(graph[f"_orig_mod.{name}" if name not in ("x", "y") else name], value) < 1e-4, name
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("option", ["dora", "two active"])
+def test_a_merged_model_compiles_fullgraph(option: str) -> None:
+    model = stir(OPTIONS[option]())
+    peftfast.patch(model)
+    expected = model(X)
+    model.merge_adapter()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(X), model(X))
+    model.unmerge_adapter()
+    assert relative(model(X), expected) < 1e-5
+
+
 def test_block_is_what_the_names_say() -> None:
     assert isinstance(layer_of(adapted()).base_layer, nn.Linear) and Block().up.in_features == K
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import ops
 from ..reference.lora import weight_norm
@@ -13,13 +13,31 @@ from .nf4 import NF4Weight, nf4_dequantize
 # In rows this short, or no longer than twice the rank, B A may cancel most of a row of W, and a difference of squares would lose the
 # digits of what is left; there the sum itself is small.
 SHORT_ROW = 64
-# weight -> (version, address, its row norms): computed once where W is frozen.
-_norms = WeakTensorKeyDictionary()
+_KEPT = "_row_norms"  # in the __dict__ of a weight that is frozen: what was computed of it
 
 
-def forget_norms(weight: Tensor) -> None:
-    """Called where a weight changes behind its version counter (``.data``): its row norms are computed anew at the next call."""
-    _norms.pop(weight, None)
+class _Kept:
+    """A weight's row norms, and all by which a change of it shows.
+
+    They lie on the tensor itself and not in a table of weak references: torch.utils.swap_tensors, by which a module is moved, cast or
+    loaded where torch.__future__ asks for it, refuses a tensor to which anything refers weakly, and hands what lies on a tensor on
+    with its contents. Storages are referred to weakly, so that the address of one that is freed is not taken for it again.
+    """
+
+    def __init__(self, tensors: list[Tensor], key: tuple[object, ...], norms: Tensor) -> None:
+        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        self.key, self.norms = key, norms
+
+    def __reduce__(self) -> tuple[type[set[object]], tuple[()]]:
+        # A copy or a pickle of the weight is another tensor: it gets what any loader reads and nobody takes for norms.
+        return set, ()
+
+
+def forget_norms(weight: Tensor | None) -> None:
+    """Called where a weight changes behind its version counter (``.data``): its row norms are computed anew at the next call. A layer
+    that keeps its weight in another form may have None here; and a compiler, which neither reads nor keeps norms, sees nothing."""
+    if weight is not None and not torch.compiler.is_compiling():
+        weight.__dict__.pop(_KEPT, None)
 
 
 def _unrounded(weight: Tensor | NF4Weight, dense: Tensor) -> Tensor:
@@ -29,16 +47,28 @@ def _unrounded(weight: Tensor | NF4Weight, dense: Tensor) -> Tensor:
     return dense
 
 
+def _shown(tensor: Tensor) -> tuple[object, ...]:
+    """Which memory a tensor shows, in which version, and how."""
+    address = tensor.untyped_storage()._cdata, tensor.data_ptr()
+    return *address, tensor._version, tensor.dtype, tensor.shape, tensor.stride()
+
+
 def _row_norms(weight: Tensor | NF4Weight, dense: Tensor, dtype: torch.dtype) -> Tensor:
-    held = weight.packed if isinstance(weight, NF4Weight) else weight
+    read_as: tuple[object, ...] = (dtype,)
+    tensors = (
+        [weight] if isinstance(weight, Tensor) else [part for part in weight.storage() if isinstance(part, Tensor)]
+    )
+    if isinstance(weight, NF4Weight):
+        read_as += weight.block_size, weight.shape, weight.dtype
     # A weight that is trained has other norms after every step, of which no version need tell: FSDP gathers behind it.
-    if torch.compiler.is_compiling() or held.is_inference() or held.requires_grad:
+    if torch.compiler.is_compiling() or any(part.requires_grad or part.is_inference() for part in tensors):
         return torch.linalg.vector_norm(dense.to(dtype), dim=1)
-    key = (held._version, held.data_ptr(), dtype)
-    known = _norms.get(held)
-    if known is None or known[0] != key:
-        known = _norms[held] = (key, torch.linalg.vector_norm(_unrounded(weight, dense).to(dtype), dim=1))
-    return known[1]
+    key = (*read_as, *map(_shown, tensors))
+    known = tensors[0].__dict__.get(_KEPT)
+    if not isinstance(known, _Kept) or known.key != key:
+        norms = torch.linalg.vector_norm(_unrounded(weight, dense).to(dtype), dim=1)
+        known = tensors[0].__dict__[_KEPT] = _Kept(tensors, key, norms)
+    return known.norms
 
 
 def row_gain(

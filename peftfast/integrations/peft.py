@@ -55,17 +55,6 @@ class _Fused:
         with _norms_forgotten(self):
             super().update_layer(*args, **kwargs)  # type: ignore[misc]
 
-    # Kept norms refer to the weight weakly, and torch swaps no tensor to which anything does: where a move, a cast or a loaded state
-    # swaps parameters (torch.__future__.set_swap_module_params_on_conversion), they are in the way.
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        forget_norms(self.get_base_layer().weight)  # type: ignore[attr-defined]
-        return super()._apply(*args, **kwargs)  # type: ignore[misc]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        forget_norms(self.get_base_layer().weight)  # type: ignore[attr-defined]
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
-
 
 @contextlib.contextmanager
 def _norms_forgotten(layer: Any) -> Iterator[None]:

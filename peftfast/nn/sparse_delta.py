@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import functional as F
 from .. import ops
@@ -22,13 +21,14 @@ from ..reference import sparse_delta as definition
 from ..reference.sparse_delta import wide_dtype
 from .nf4 import NF4Linear, check_base, is_bitsandbytes_4bit
 
-_layers: Any = WeakTensorKeyDictionary()  # parameter -> weak reference to the layer whose values it is
+# id of a parameter -> the layer whose values it is. The parameter itself is not referred to: torch swaps no tensor that is, where a
+# move, a cast or a loaded state swaps (torch.__future__.set_swap_module_params_on_conversion).
+_layers: weakref.WeakValueDictionary[int, SparseDeltaLinear] = weakref.WeakValueDictionary()
 
 
 def layer_of(parameter: Tensor) -> SparseDeltaLinear | None:
     """The layer whose delta a parameter is, or None."""
-    found = _layers.get(parameter)
-    layer = found() if found is not None else None
+    layer = _layers.get(id(parameter))
     return layer if layer is not None and layer.delta_values is parameter else None
 
 
@@ -154,7 +154,7 @@ class SparseDeltaLinear(nn.Linear):
         self._enabled = True
         self._seen: tuple[int, int, int] | None = None
         self._observer: layer_functions.Observer | None = None
-        _layers[self.delta_values] = weakref.ref(self)
+        _layers[id(self.delta_values)] = self
 
     def _weight_dtype(self) -> torch.dtype:
         return self.weight.dtype
@@ -357,7 +357,7 @@ class SparseDeltaLinear(nn.Linear):
         dtype = wide_dtype(self._weight_dtype())
         if self.delta_values.dtype != dtype or self.delta_values.dtype != values.dtype:
             self.delta_values.data = values.to(self.delta_values.device, dtype)
-        _layers[self.delta_values] = weakref.ref(self)
+        _layers[id(self.delta_values)] = self
         if was_merged:
             self.merge()
         return self
@@ -369,7 +369,7 @@ class SparseDeltaLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_checked", -1)
-        _layers[self.delta_values] = weakref.ref(self)
+        _layers[id(self.delta_values)] = self
         if self.merged:
             self._note()
 
