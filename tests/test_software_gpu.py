@@ -9,12 +9,6 @@ import torch
 
 from tests.support.software_gpu import build
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-]
-
 PROGRAM = """
 import sys
 import torch
@@ -88,6 +82,23 @@ print("all of it")
 """
 
 
+def test_headers_that_are_a_part_are_passed_over(tmp_path, monkeypatch) -> None:
+    """As NVIDIA's packages have them beside a torch from PyPI, where no toolkit is installed."""
+    (tmp_path / "include").mkdir()
+    for name in ("cuda.h", "cuda_runtime.h"):
+        (tmp_path / "include" / name).touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(build.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="not all of them: set CUDA_HOME"):
+        build._headers()
+    (tmp_path / "include" / "crt").mkdir()
+    (tmp_path / "include" / "crt" / "host_config.h").touch()
+    assert build._headers() == tmp_path / "include"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_layer_runs_and_what_a_driver_refuses_is_refused(tmp_path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -17,13 +17,13 @@ _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # as setup.py has it
 
 
 def _headers() -> Path:
-    """CUDA's own headers: the toolkit's, or those of NVIDIA's packages."""
+    """CUDA's own headers: the toolkit's, or those of NVIDIA's packages, which torch brings without what a compiler includes first."""
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     packages = Path(torch.__file__).parents[1] / "nvidia"
     for folder in (Path(home, "include"), *sorted(packages.glob("cu*/include"))):
-        if (folder / "cuda_runtime.h").is_file() and (folder / "cuda.h").is_file():
+        if all((folder / name).is_file() for name in ("cuda.h", "cuda_runtime.h", "crt/host_config.h")):
             return folder
-    raise FileNotFoundError("CUDA's headers were not found: set CUDA_HOME")
+    raise FileNotFoundError("CUDA's headers were not found, or not all of them: set CUDA_HOME")
 
 
 def _emulated(folder: Path, cuda: Path, torch_includes: list[str], torch_library: Path) -> None:
