@@ -17,7 +17,7 @@ from benchmarks.registry import Case, Work
 from peftfast import ops
 from peftfast.configs import nf4_product
 from peftfast.configs.device import Device
-from peftfast.functional import lora_multi, nf4_routes
+from peftfast.functional import dora, lora_multi, nf4_routes
 from peftfast.ops import backends
 from peftfast.optim.readback import Unread
 from tests import test_gpu, test_gpu_sparse_delta
@@ -85,6 +85,24 @@ def test_the_tests_of_a_4_bit_products_ways(gpu: None, monkeypatch: pytest.Monke
     test_gpu.test_every_way_of_a_4_bit_product_keeps_the_budget((33, 32, 64, 3), "overlapped", monkeypatch)
     with pytest.raises(AssertionError, match="same"):
         test_gpu.test_every_way_of_a_4_bit_product_in_a_graph_and_on_two_streams("overlapped", monkeypatch)
+
+
+def test_norms_of_a_captured_graph_are_not_kept(gpu: None) -> None:
+    """They are there once it is replayed; who asks before would read memory that nothing has written."""
+    weight = torch.randn(8, 2 * dora.SHORT_ROW, device="cuda")
+    a, b, magnitude = torch.randn(2, weight.shape[1]).cuda(), torch.randn(8, 2).cuda(), torch.ones(8).cuda()
+
+    def gain() -> torch.Tensor:
+        return dora.row_gain(weight, a, b, 1.0, magnitude, torch.float32)
+
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        gain()
+    assert not hasattr(weight, dora._KEPT)
+    gain()
+    kept = getattr(weight, dora._KEPT)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        gain()
+    assert getattr(weight, dora._KEPT) is kept
 
 
 @pytest.mark.parametrize("tensor", [False, True])

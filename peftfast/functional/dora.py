@@ -67,6 +67,8 @@ def _row_norms(weight: Tensor | NF4Weight, dense: Tensor, dtype: torch.dtype) ->
     known = tensors[0].__dict__.get(_KEPT)
     if not isinstance(known, _Kept) or known.key != key:
         norms = torch.linalg.vector_norm(_unrounded(weight, dense).to(dtype), dim=1)
+        if norms.is_cuda and torch.cuda.is_current_stream_capturing():
+            return norms  # which are there when the graph is replayed, and not before
         known = tensors[0].__dict__[_KEPT] = _Kept(tensors, key, norms)
     return known.norms
 

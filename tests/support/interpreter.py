@@ -134,7 +134,7 @@ def _refuse_masks_of_integers() -> None:
 
 
 def _count_to_a_tensor() -> None:
-    """As Triton 3.7 does: the number at which a loop of 3.6 ends is an array of one element, which numpy 2.4 no longer calls a number."""
+    """As Triton 3.7 does: the number at which a loop of 3.6 ends is an array of one element, no number to numpy 2.4."""
     patch_lang_tensor = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
