@@ -42,7 +42,7 @@ def quicken() -> None:
     _patch_once()
     _remember_types()
     _refuse_masks_of_integers()
-    _count_to_a_tensor()
+    count_to_a_tensor()
     builder = interpreter.interpreter_builder
     assert not builder.options.debug  # device_assert, which the answer goes to, is nothing without
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -133,7 +133,7 @@ def _refuse_masks_of_integers() -> None:
         setattr(interpreter.InterpreterBuilder, name, checked)
 
 
-def _count_to_a_tensor() -> None:
+def count_to_a_tensor() -> None:
     """As Triton 3.7 does: the number at which a loop of 3.6 ends is an array of one element, no number to numpy 2.4."""
     patch_lang_tensor = interpreter._patch_lang_tensor
 

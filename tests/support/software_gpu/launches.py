@@ -36,6 +36,9 @@ class _Launches:
         from triton.compiler import compiler
         from triton.runtime import interpreter, jit
 
+        from tests.support.interpreter import count_to_a_tensor
+
+        count_to_a_tensor()
         self.tl, self.interpreter, self.jit = tl, interpreter, jit
         self._driver = driver
         driver.software_gpu_allocated.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
