@@ -214,8 +214,8 @@ def test_copies_and_pickles() -> None:
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_takes_what_the_weight_does_not_hold_yet(way: Callable[[Any], Any]) -> None:
-    """A step of another optimiser is put into the weight at the next forward: the copy's too; and a weight that others wrote is an error
-    in the copy as well."""
+    """A step of another optimiser is put into the weight at the next forward, the copy's too; a weight that others wrote is an error in
+    the copy as well."""
     _, resident, _ = pair()
     train(resident, torch.optim.SGD([resident.delta_values], lr=1.0), 1)
     other = way(resident)
