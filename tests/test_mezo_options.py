@@ -337,6 +337,16 @@ def test_trained_block_scales_are_saved_moved_and_merged() -> None:
     assert torch.equal(adapted(x), before)
 
 
+def test_copied_parameters_that_are_cast_between_steps() -> None:
+    layer = nn.Linear(8, 4).to(DEVICE)
+    optimizer = MeZO(layer, lr=0.0, seed=1)
+    x = torch.randn(3, 8, device=DEVICE)
+    for dtype in (F32, BF16):
+        before = layer.to(dtype).weight.clone()
+        optimizer.step(lambda dtype=dtype: (x.to(dtype) @ layer.weight.T).float().square().mean())
+        assert optimizer.copied and torch.equal(layer.weight, before)
+
+
 def test_it_is_neither_copied_nor_pickled() -> None:
     optimiser = MeZO(nn.Linear(3, 2), lr=1e-3)
     for way in (copy.deepcopy, pickle.dumps):
