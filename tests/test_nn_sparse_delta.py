@@ -226,6 +226,16 @@ def test_a_copy_takes_what_the_weight_does_not_hold_yet(way: Callable[[Any], Any
         way(resident)(some_x())
 
 
+def test_values_written_by_others_are_noticed_when_compiled() -> None:
+    _, resident, _ = pair()
+    compiled = torch.compile(resident, backend="aot_eager")
+    for _ in range(3):
+        with torch.no_grad():
+            resident.delta_values.add_(1.0)
+        y = compiled(some_x())
+        assert torch.equal(y, resident(some_x()))
+
+
 def test_values_of_one_call() -> None:
     """torch.func.functional_call lends a layer other values: they count, get their gradient, and are in no later call."""
     plain, resident, _ = pair()

@@ -280,6 +280,7 @@ class SparseDeltaLinear(nn.Linear):
             "or unmerge() before writing to it"
         )
 
+    @torch.compiler.disable  # addresses and versions are asked at every call: a compiler would take those of its first for all
     def _check_merged(self) -> None:
         self.check_base()
         if self._seen is not None and self._seen[2] != self.delta_values._version:
