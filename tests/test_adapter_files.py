@@ -164,6 +164,44 @@ def test_training_goes_on_after_a_load(tmp_path: Path) -> None:
     }
 
 
+def test_a_factor_that_layers_share_is_written_twice(tmp_path: Path) -> None:
+    model = adapt(base(), {"parts.0.up": {"r": 4}, "parts.1.up": {"r": 4}})
+    model.parts[1].up.lora_A = model.parts[0].up.lora_A
+    peftfast.save_adapter(model, tmp_path)
+    x = torch.randn(5, K)
+    assert torch.equal(peftfast.load_adapter(base(), tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("method", ["sara", "id3", "rosa", "mos"])
+def test_a_base_of_another_shape_changes_nothing(method: str, tmp_path: Path) -> None:
+    """Flat positions of a sparse delta would fit into a larger weight, as others'; the message names the layer."""
+    model = base()
+    peftfast.adapt(model, method, target_modules=["down"])
+    peftfast.save_adapter(model, tmp_path)
+    other = base()
+    other.parts[1].down = nn.Linear(2 * N, K)
+    before = copy.deepcopy(other)
+    with pytest.raises(ValueError, match="^directory: parts.1.down: expected a layer of"):
+        peftfast.load_adapter(other, tmp_path)
+    assert [type(m) for m in other.modules()] == [type(m) for m in before.modules()]
+    for one, same in zip(other.parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, same) and one.requires_grad
+
+
+def test_options_beside_a_saved_head_are_refused_first(tmp_path: Path) -> None:
+    model = base()
+    peftfast.adapt(model, "lora", target_modules=["down"], modules_to_save=["up"])
+    peftfast.save_adapter(model, tmp_path)
+    x = torch.randn(5, K)
+    assert torch.equal(peftfast.load_adapter(base(), tmp_path)(x), model(x))  # "up" is a path here, not the end of one
+    edited(tmp_path, lora_alpha=0)
+    other = base()
+    with pytest.raises(ValueError, match="^lora_alpha: expected"):
+        peftfast.load_adapter(other, tmp_path)
+    assert not any(isinstance(module, LoRALinear) for module in other.modules())
+    assert all(parameter.requires_grad for parameter in other.parameters())
+
+
 def edited(folder: Path, **changes: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

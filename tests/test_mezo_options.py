@@ -305,6 +305,48 @@ def test_block_scales_of_a_4_bit_weight() -> None:
         trainable_scales(nn.Linear(2, 2))
 
 
+def test_trained_block_scales_are_saved_moved_and_merged() -> None:
+    """Scales that are parameters keep a layer's keys, its dtypes, and what a merge must give back."""
+    from safetensors.torch import load, save
+
+    from peftfast.nn import LoRALinear, NF4Linear
+
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 32), torch.randn(3, 64)
+    plain, scaled, other = (nn.Sequential(NF4Linear.from_linear(linear)) for _ in range(3))
+    ((_, absmax),) = trainable_scales(scaled)
+    with torch.no_grad():
+        absmax *= 1.5
+    saved = load(save(scaled.state_dict()))
+    plain.load_state_dict(saved)
+    ((_, kept),) = trainable_scales(other)
+    other.load_state_dict(saved)
+    assert torch.equal(plain(x), scaled(x)) and torch.equal(other(x), scaled(x))
+    assert other[0].absmax is kept and kept.data_ptr() != saved["0.weight.absmax"].data_ptr()
+    other.load_state_dict(nn.Sequential(NF4Linear.from_linear(linear)).state_dict())
+    assert torch.equal(other(x), NF4Linear.from_linear(linear)(x))
+
+    expected = F.nf4_dequantize(scaled[0].nf4)
+    assert torch.equal(F.nf4_dequantize(scaled.half()[0].nf4), expected) and scaled[0].absmax is absmax
+    adapted = LoRALinear.from_linear(NF4Linear.from_linear(linear), init_lora_weights=False)
+    trainable_scales(adapted)
+    before = adapted(x)
+    adapted.merge()
+    assert not torch.equal(adapted(x), before)
+    adapted.unmerge()
+    assert torch.equal(adapted(x), before)
+
+
+def test_copied_parameters_that_are_cast_between_steps() -> None:
+    layer = nn.Linear(8, 4).to(DEVICE)
+    optimizer = MeZO(layer, lr=0.0, seed=1)
+    x = torch.randn(3, 8, device=DEVICE)
+    for dtype in (F32, BF16):
+        before = layer.to(dtype).weight.clone()
+        optimizer.step(lambda dtype=dtype: (x.to(dtype) @ layer.weight.T).float().square().mean())
+        assert optimizer.copied and torch.equal(layer.weight, before)
+
+
 def test_it_is_neither_copied_nor_pickled() -> None:
     optimiser = MeZO(nn.Linear(3, 2), lr=1e-3)
     for way in (copy.deepcopy, pickle.dumps):

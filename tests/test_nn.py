@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import peftfast
 import peftfast.functional as F
@@ -91,6 +92,28 @@ def test_state_dict_errors() -> None:
         ours.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"weight\.absmax"):
         ours.load_state_dict({"weight": ours.weight, "bias": ours.bias})
+
+
+def test_a_state_assigned_on_the_meta_device() -> None:
+    ours = NF4Linear.from_linear(nn.Linear(96, 33))
+    other = copy.deepcopy(ours).to("meta")
+    other.load_state_dict(ours.state_dict(), assign=True)
+    x = torch.randn(3, 96)
+    assert torch.equal(other(x), ours(x))
+
+
+def test_a_weight_that_is_no_parameter() -> None:
+    """It would be in no state_dict and in no move of a layer that shares it."""
+    for make in (parametrizations.weight_norm, lambda one: prune.l1_unstructured(one, "weight", 0.5)):
+        linear = make(nn.Linear(64, 32).requires_grad_(False))
+        for kind in (LoRALinear, SparseDeltaLinear, RoSALinear):
+            with pytest.raises(TypeError, match="^linear: .* has no parameter weight"):
+                kind.from_linear(linear)
+        model = nn.Sequential(linear, nn.Linear(32, 8))
+        handle = peftfast.adapt(model, "lora")
+        assert list(handle.layers) == ["1"] and "has no parameter weight" in handle.skipped["0"]
+        weight = NF4Linear.from_linear(linear).nf4
+        assert torch.equal(weight.packed, F.nf4_quantize(linear.weight).packed)
 
 
 def test_dtype_moves_leave_the_quantisation_alone() -> None:

@@ -50,6 +50,21 @@ def test_keys_and_copies() -> None:
     assert all(torch.equal(one, other) for one, other in zip(layers(x), copy.deepcopy(layers)(x), strict=True))
 
 
+def test_hooks_of_a_layer_are_called() -> None:
+    layers, x, seen = group(), torch.randn(4, 96, requires_grad=True), []
+    handles = [
+        layers[0].register_forward_hook(lambda layer, given, y: y * 0),
+        layers[1].register_forward_pre_hook(lambda layer, given: seen.append("before")),
+        layers[2].register_full_backward_hook(lambda layer, dx, dy: seen.append("backward")),
+    ]
+    ys = layers(x)
+    sum(y.square().sum() for y in ys).backward()
+    assert ys[0].abs().max() == 0 and seen == ["before", "backward"]
+    for handle in handles:
+        handle.remove()
+    assert layers(x)[0].abs().max() > 0
+
+
 def test_merged_and_differing_layers_run_alone() -> None:
     layers, x = group(), torch.randn(4, 96)
     before = layers(x)

@@ -212,6 +212,68 @@ def test_copies_and_pickles() -> None:
     assert layer_of(resident.delta_values) is resident and resident.merged
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_takes_what_the_weight_does_not_hold_yet(way: Callable[[Any], Any]) -> None:
+    """A step of another optimiser is put into the weight at the next forward, the copy's too; a weight that others wrote is an error in
+    the copy as well."""
+    _, resident, _ = pair()
+    train(resident, torch.optim.SGD([resident.delta_values], lr=1.0), 1)
+    other = way(resident)
+    assert torch.equal(other(some_x()), resident(some_x()))
+    with torch.no_grad():
+        resident.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="written by others"):
+        way(resident)(some_x())
+
+
+def test_values_written_by_others_are_noticed_when_compiled() -> None:
+    _, resident, _ = pair()
+    compiled = torch.compile(resident, backend="aot_eager")
+    for _ in range(3):
+        with torch.no_grad():
+            resident.delta_values.add_(1.0)
+        y = compiled(some_x())
+        assert torch.equal(y, resident(some_x()))
+
+
+def test_values_of_one_call() -> None:
+    """torch.func.functional_call lends a layer other values: they count, get their gradient, and are in no later call."""
+    plain, resident, _ = pair()
+    before = resident(some_x())
+    for _ in range(2):  # the second are where the first were
+        values = {"delta_values": torch.randn(resident.delta_values.shape, requires_grad=True)}
+        y, expected = (torch.func.functional_call(layer, values, (some_x(),)) for layer in (resident, plain))
+        (dy,) = torch.autograd.grad(y.square().sum(), list(values.values()))
+        assert torch.equal(y, expected)
+        assert torch.equal(dy, torch.autograd.grad(expected.square().sum(), list(values.values()))[0])
+        del values, y, expected
+    assert torch.equal(resident(some_x()), before)
+
+
+def test_other_values_for_good() -> None:
+    """A parameter that is put in the place of delta_values, as by load_state_dict(assign=True), is the layer's."""
+    plain, resident, base = pair()
+    resident(some_x())
+    resident.delta_values = nn.Parameter(torch.randn_like(resident.delta_values))
+    plain.load_state_dict(resident.state_dict(), assign=True)
+    for layer in (plain, resident):
+        assert layer_of(layer.delta_values) is layer
+    assert torch.equal(resident(some_x()), plain(some_x()))
+    plain.merge()
+    assert torch.equal(resident.weight, plain.weight)
+    resident.unmerge()
+    assert torch.equal(resident.weight, base)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_from_the_meta_device(resident: bool) -> None:
+    layer = pair()[resident]
+    train(layer, SparseAdamW([layer.delta_values], lr=1e-2), 2)
+    other = pair()[resident].to("meta")
+    other.load_state_dict(layer.state_dict(), assign=True)
+    assert other.merged == resident and torch.equal(other(some_x()), layer(some_x()))
+
+
 def test_conversion_keeps_values_in_float32() -> None:
     _, resident, base = pair()
     train(resident, SparseAdamW([resident.delta_values], lr=1e-2), 3)

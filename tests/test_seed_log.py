@@ -205,6 +205,23 @@ def test_a_checkpoint_is_the_base_and_the_log(tmp_path: Path) -> None:
     assert same(whole, state(model))
 
 
+def test_what_a_log_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """Another decay, and the state of another step: a replay would not give the run's weights."""
+    model = net()
+    optimizer = run(model, tmp_path / "one", steps=2, weight_decay=0.1)
+    saved, before = copy.deepcopy(optimizer.state_dict()), state(model)
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(ValueError, match=r"^weight_decay: expected \[0.1\] of the groups, .* got \[0.5\]"):
+        optimizer.step(closure_of(model))
+    assert same(model, before)
+    other = MeZO(model, log=tmp_path / "two", seed=4)
+    with pytest.raises(ValueError, match="^log: expected none, or one at the state's step 2 .* got one at step 0"):
+        other.load_state_dict(saved)
+    assert other.steps == 0
+    optimizer.load_state_dict(saved)
+    optimizer.step(closure_of(model))
+
+
 def micro(model: Net, part: slice):  # type: ignore[no-untyped-def]
     return lambda: nn.functional.cross_entropy(model(TOKENS[part]).float(), LABELS[part])
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from ..nn import LoRALinear
 from ..nn.nf4 import why_no_base
 from ..nn.tensor_file import read_tensors
 from .adapter_start import STARTED_FROM, in_its_4_bits, started_from
+
+if TYPE_CHECKING:
+    from ..methods.lora import LoRAOptions
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -81,7 +84,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base_mo
             raise RuntimeError(f"save_adapter: {merged[0]} is merged; unmerge it first")
         config = _config_of(model, layers)
         tensors = {
-            f"{PREFIX}{path}.{part}": getattr(layer, attribute).detach().cpu().contiguous()
+            # Written twice where layers share it: safetensors refuses shared storage.
+            f"{PREFIX}{path}.{part}": getattr(layer, attribute)
+            .detach()
+            .cpu()
+            .clone(memory_format=torch.contiguous_format)
             for path, layer in layers.items()
             for part, attribute in PARTS.items()
             if getattr(layer, attribute) is not None
@@ -162,6 +169,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     # All is made ready before the first module is exchanged; from_linear freezes what it shares.
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
+        options = _options(config) if heads or started is not None else None
         ready = {path: _adapted(model, path, tensors, config, started) for path, tensors in grouped.items()}
     except BaseException:
         for parameter, flag in flags:
@@ -178,18 +186,24 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         setattr(model.get_submodule(parent), child, layer)
     for module, state in heads.items():
         model.get_submodule(module).load_state_dict(state)
-    if heads or started is not None:
-        _remember(model, ready, config, list(heads))
+    if options is not None:
+        _remember(model, ready, options, config, list(heads))
     return model
 
 
-def _remember(model: nn.Module, layers: dict[str, LoRALinear], config: dict[str, Any], heads: list[str]) -> None:
+def _options(config: dict[str, Any]) -> LoRAOptions:
+    from ..methods.lora import LoRAOptions
+
+    return LoRAOptions(int(config["r"]), float(config["lora_alpha"]), config.get("lora_dropout") or 0.0)
+
+
+def _remember(
+    model: nn.Module, layers: dict[str, LoRALinear], options: LoRAOptions, config: dict[str, Any], heads: list[str]
+) -> None:
     """A handle as :func:`peftfast.adapt` gives it, so that what is saved again holds the modules that were saved whole."""
     from ..methods.adapting import HANDLE, AdapterHandle, Runtime
-    from ..methods.lora import LoRAOptions
     from ..methods.registry import get
 
-    options = LoRAOptions(config["r"], float(config["lora_alpha"]), config.get("lora_dropout") or 0.0)
     method = get("dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora")
     handle = AdapterHandle(model, method, options, dict(layers), {}, heads, Runtime())
     handle.task_type = config.get("task_type")
@@ -203,6 +217,10 @@ def _taken_heads(
     heads: dict[str, dict[str, Tensor]] = {}
     for name in config.get("modules_to_save") or []:
         paths = [path for path, _ in model.named_modules() if path == name or path.endswith(f".{name}")]
+        # A name is the end of a path, as in PEFT; of adapt's files it is a path, and what else ends so is not in them.
+        others = tuple(f"{PREFIX}{path}." for path in paths if path != name)
+        if name in paths and not any(key.startswith(others) and not key.endswith(tuple(PARTS)) for key in tensors):
+            paths = [name]
         for path in paths:
             start = f"{PREFIX}{path}."
             state = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}

@@ -98,10 +98,17 @@ def own_contents(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tenso
         "peftfast_method": handle.method.name,
         "peftfast_options": dataclasses.asdict(handle.options),
         "target_modules": list(handle.layers),
+        "peftfast_shapes": {path: shape for path, layer in handle.layers.items() if (shape := _shape(layer))},
         "task_type": None,
         "inference_mode": True,
     }
     return config, tensors
+
+
+def _shape(layer: nn.Module) -> list[int] | None:
+    """Outputs and inputs of a linear layer: positions of a sparse delta are flat, and would be others' in a weight of another shape."""
+    sizes = [getattr(layer, name, None) for name in ("out_features", "in_features")]
+    return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
 
 
 def adapter_tensors(layer: nn.Module) -> dict[str, Tensor]:
@@ -153,6 +160,17 @@ def _own_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return dict(options or {}), names
 
 
+def _check_shapes(model: nn.Module, config: Mapping[str, Any]) -> None:
+    shapes = config.get("peftfast_shapes")  # which older files do not have
+    modules = dict(model.named_modules())
+    for name, expected in shapes.items() if isinstance(shapes, dict) else ():
+        module = modules.get(name)
+        if isinstance(module, nn.Linear) and (found := _shape(module)) != expected:
+            raise ValueError(
+                f"directory: {name}: expected a layer of [outputs, inputs] {expected}, the model has {found}"
+            )
+
+
 def restore(model: nn.Module, method: Method, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterHandle:
     """Adapt ``model`` as the files say and copy their tensors in.
 
@@ -164,6 +182,7 @@ def restore(model: nn.Module, method: Method, config: dict[str, Any], tensors: d
     kept = {name: tensors.pop(name) for name in list(tensors) if _module_of(name, saved)}
     if own:
         options, names = _own_config(config)
+        _check_shapes(model, config)
     elif method.files is not None:
         options, names = method.files.read(config, tensors)
     fill = fill_own if own else method.files.fill  # type: ignore[union-attr]
@@ -266,6 +285,6 @@ def fill_own(handle: AdapterHandle, tensors: Mapping[str, Tensor]) -> None:
         try:
             getattr(handle.model, SHARED).load_state_dict(shared)
         except RuntimeError as error:
-            raise ValueError(f"directory: {SHARED}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"directory: {SHARED}: {' '.join(str(error).split())}") from None
     for path, layer in known.items():
         _fill(layer, grouped[path], path)

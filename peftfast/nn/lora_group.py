@@ -16,7 +16,8 @@ class LoRALinears(nn.ModuleList):
     :func:`peftfast.functional.lora_linears`: one pass over x for all, and one dX that is never added up by autograd.
 
     A ModuleList, so that each layer stays what it is: its parameters lie under its index, and it can be called, merged or read alone.
-    Layers that differ in training or in compute dtype, and merged ones, are run alone.
+    Layers that differ in training or in compute dtype, and merged ones, are run alone; so are all where one has a hook or a forward of
+    its own.
 
     Args:
         layers: at least one, of the same in_features.
@@ -33,7 +34,7 @@ class LoRALinears(nn.ModuleList):
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         layers: list[Any] = list(self)
         kinds = {(layer.training, layer._compute_dtype()) for layer in layers}
-        if len(kinds) > 1 or any(layer.merged for layer in layers):
+        if len(kinds) > 1 or any(layer.merged or _called_otherwise(layer) for layer in layers):
             return tuple(layer(input) for layer in layers)
         ((training, compute_dtype),) = kinds
         projections = [
@@ -50,3 +51,9 @@ class LoRALinears(nn.ModuleList):
             for layer in layers
         ]
         return F.lora_linears(input, projections, training=training, compute_dtype=compute_dtype)
+
+
+def _called_otherwise(layer: LoRALinear) -> bool:
+    """Whether a call of the layer is more than its class's forward."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks) or type(layer).forward is not LoRALinear.forward or "forward" in layer.__dict__

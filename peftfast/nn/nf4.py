@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -52,8 +53,13 @@ class NF4Linear(nn.Linear):
     def _hold(self, nf4: F.NF4Weight) -> None:
         self.weight = nn.Parameter(nf4.packed, requires_grad=False)
         self.block_size, self.quant_type, self.weight_dtype = nf4.block_size, nf4.quant_type, nf4.dtype
+        scales = self._parameters.get("absmax")  # see peftfast.optim.trainable_scales
+        if scales is not None:
+            nf4 = unnested(nf4)
+            scales.data = nf4.absmax.clone()  # an optimiser keeps the parameter, and a merge what it held
         for name in (*_STATE_KEYS, "nested_offset"):
-            self.register_buffer(name, getattr(nf4, name), persistent=False)
+            if name not in self._parameters:
+                self.register_buffer(name, getattr(nf4, name), persistent=False)
 
     @classmethod
     def from_linear(
@@ -65,7 +71,7 @@ class NF4Linear(nn.Linear):
             TypeError: not a linear layer with a floating or a 4-bit weight, or one that computes more than that. ValueError: a 4-bit
                 weight not quantised yet.
         """
-        check_base(linear)
+        check_base(linear, copied=True)
         if isinstance(linear, NF4Linear):
             return cls(linear.nf4, linear.bias, linear.compute_dtype)
         if not isinstance(linear, nn.Linear):
@@ -83,7 +89,7 @@ class NF4Linear(nn.Linear):
     def nf4(self) -> F.NF4Weight:
         return F.NF4Weight(
             self.weight.detach(),
-            self.absmax,
+            self.absmax.detach() if "absmax" in self._parameters else self.absmax,
             self.code,
             self.block_size,
             torch.Size((self.out_features, self.in_features)),
@@ -102,15 +108,23 @@ class NF4Linear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
         kept = {name: getattr(self, name) for name in (*_STATE_KEYS, "nested_offset")}
+        kept = {name: tensor.detach() for name, tensor in kept.items() if tensor is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
-            if before is not None and after.dtype != before.dtype:
+            if after.dtype == before.dtype:
+                continue
+            if name in self._parameters:
+                after.data = before.to(after.device)
+            else:
                 setattr(self, name, before.to(after.device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(
+            f"{prefix}absmax", None
+        )  # a parameter, if its layer's scales are trained: below as in any other layer
         meta: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.block_size,
@@ -153,7 +167,10 @@ class NF4Linear(nn.Linear):
                     raise ValueError(
                         f"expected a weight of shape {(self.out_features, self.in_features)}, got {tuple(nf4.shape)}"
                     )
-                self._hold(nf4.to(self.weight.device))
+                self._hold(nf4 if local_metadata.get("assign_to_params_buffers") else nf4.to(self.weight.device))
+                state_dict[f"{prefix}weight"] = self.weight
+                if "absmax" in self._parameters:
+                    state_dict[f"{prefix}absmax"] = self.absmax
             except (KeyError, ValueError, TypeError) as error:
                 error_msgs.append(f"{prefix}weight: not the state of a 4-bit layer: {error}")
         elif strict:
@@ -161,6 +178,14 @@ class NF4Linear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def unnested(weight: F.NF4Weight) -> F.NF4Weight:
+    """The same weight with its block maxima in float32, not in bytes: equal when decoded, 4 bytes for a block in place of one."""
+    if weight.nested_absmax is None or weight.nested_code is None or weight.nested_offset is None:
+        return weight
+    absmax = definition.unnest_absmax(weight.absmax, weight.nested_absmax, weight.nested_code, weight.nested_offset)
+    return dataclasses.replace(weight, absmax=absmax, nested_absmax=None, nested_code=None, nested_offset=None)
 
 
 def unpack_state(packed: Tensor, state: dict[str, Tensor]) -> F.NF4Weight:
@@ -188,18 +213,21 @@ def unpack_state(packed: Tensor, state: dict[str, Tensor]) -> F.NF4Weight:
     )
 
 
-def why_no_base(linear: Any) -> str:
-    """Why a layer on the storage of ``linear`` would not compute what it does, as where it has an adapter; an empty string for what has
-    nn.Linear's forward, NF4Linear's or bitsandbytes' own, and for what is no linear layer."""
+def why_no_base(linear: Any, copied: bool = False) -> str:
+    """Why a layer on the storage of ``linear`` would not compute what it does, as where it has an adapter, or where its weight is the
+    work of a parametrization, and no parameter (which may be ``copied``); an empty string for what has nn.Linear's forward,
+    NF4Linear's or bitsandbytes' own, and for what is no linear layer."""
+    if not copied and isinstance(linear, nn.Linear) and "weight" not in linear._parameters:
+        return f"{type(linear).__name__} has no parameter weight: it is computed, by a parametrization or a hook"
     forward = type(linear).forward if isinstance(linear, nn.Linear) else nn.Linear.forward
     if forward in (nn.Linear.forward, NF4Linear.forward) or is_bitsandbytes_4bit(linear):
         return ""
     return f"{type(linear).__name__} has a forward of its own"
 
 
-def check_base(linear: Any) -> None:
+def check_base(linear: Any, copied: bool = False) -> None:
     """Raises TypeError where :func:`why_no_base` says why."""
-    reason = why_no_base(linear)
+    reason = why_no_base(linear, copied)
     if reason:
         raise TypeError(f"linear: expected a layer without an adapter, which computes x Wᵀ + b alone; {reason}")
 

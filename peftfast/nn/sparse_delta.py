@@ -143,6 +143,7 @@ class SparseDeltaLinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
+        self._seen: tuple[int, ...] | None = None
         dtype = wide_dtype(self._weight_dtype())
         self.delta_values = nn.Parameter(torch.zeros(pattern.count, dtype=dtype, device=self.weight.device))
         self.register_buffer("delta_indices", pattern.indices)
@@ -152,9 +153,22 @@ class SparseDeltaLinear(nn.Linear):
             pattern.taken()  # before a compiler traces the first backward, where no value may be asked for
         self._checked = _version(pattern.indices)
         self._enabled = True
-        self._seen: tuple[int, int, int] | None = None
         self._observer: layer_functions.Observer | None = None
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "delta_values":
+            self._own_values()
+            if self._seen is not None:
+                self._seen = (*self._seen[:2], -1)  # other values than the weight holds
+
+    def _own_values(self) -> None:
         _layers[id(self.delta_values)] = self
+        self._own = id(self.delta_values)
+
+    def _values_lent(self) -> bool:
+        """Whether the values are of this call alone, as torch.func.functional_call puts them there."""
+        return not torch.compiler.is_compiling() and id(self.delta_values) != self._own
 
     def _weight_dtype(self) -> torch.dtype:
         return self.weight.dtype
@@ -192,8 +206,9 @@ class SparseDeltaLinear(nn.Linear):
         if not self._enabled:
             return self._base_forward(input)
         merged, weight = self.merged, self._base()
-        if merged and by_definition():
-            merged, weight = False, self._base_copy()  # a gradient of the values that torch sees in the formula
+        if merged and (by_definition() or self._values_lent()):
+            # Beside the base: by a formula whose gradient of the values torch sees, or with values that the weight is not to keep.
+            merged, weight = False, self._base_copy()
         elif merged:
             self._check_merged()
         asked = self._compute_dtype()
@@ -216,7 +231,7 @@ class SparseDeltaLinear(nn.Linear):
     def _base_forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if self.base_values is not None:
-            if not by_definition():
+            if not by_definition() and not self._values_lent():
                 self._check_merged()
             weight = self._base_copy()
         return nn.functional.linear(input, weight, self.bias)
@@ -228,6 +243,7 @@ class SparseDeltaLinear(nn.Linear):
             if not torch._C._functorch.is_functorch_wrapped_tensor(self.weight):  # which has no address
                 self.check_base()
             return definition.sparse_delta_write(self.weight.detach(), self.delta_indices, base, None)
+        self.check_base()
         weight = self.weight.detach().clone()
         ops.sparse_delta.sparse_delta_write_(weight, self.delta_indices, base, None)
         return weight
@@ -247,9 +263,12 @@ class SparseDeltaLinear(nn.Linear):
         """Whether the weight holds the delta."""
         return self.base_values is not None
 
+    def _now(self) -> tuple[int, ...]:
+        return self.weight.data_ptr(), self.weight._version, self.delta_values._version
+
     def _note(self) -> None:
         """What the weight and the values are now is what we have written."""
-        self._seen = (self.weight.data_ptr(), self.weight._version, self.delta_values._version)
+        self._seen = self._now()
 
     def check_base(self) -> None:
         """Raise RuntimeError where a merged weight was written or replaced by others."""
@@ -261,6 +280,7 @@ class SparseDeltaLinear(nn.Linear):
             "or unmerge() before writing to it"
         )
 
+    @torch.compiler.disable  # addresses and versions are asked at every call: a compiler would take those of its first for all
     def _check_merged(self) -> None:
         self.check_base()
         if self._seen is not None and self._seen[2] != self.delta_values._version:
@@ -357,21 +377,25 @@ class SparseDeltaLinear(nn.Linear):
         dtype = wide_dtype(self._weight_dtype())
         if self.delta_values.dtype != dtype or self.delta_values.dtype != values.dtype:
             self.delta_values.data = values.to(self.delta_values.device, dtype)
-        _layers[id(self.delta_values)] = self
+        self._own_values()
         if was_merged:
             self.merge()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is observed by nobody.
-        return {**self.__dict__, "_observer": None}
+        # A copy is observed by nobody. Its tensors lie and count elsewhere: what of them is as we left it stands in the place of _seen.
+        kept = None
+        if self.merged and self._seen is not None:
+            kept = tuple(now == seen for now, seen in zip(self._now(), self._seen, strict=True))
+        return {**self.__dict__, "_observer": None, "_seen": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_checked", -1)
-        _layers[id(self.delta_values)] = self
+        self._own_values()
         if self.merged:
-            self._note()
+            kept = self._seen or (True, True, True)
+            self._seen = tuple(now if same else -1 for now, same in zip(self._now(), kept, strict=True))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -417,7 +441,7 @@ class SparseDeltaLinear(nn.Linear):
         count = self.delta_values.numel() if values is None else values.numel()
         if count != indices.numel():
             raise ValueError(f"indices: expected {count} as of delta_values, got {indices.numel()}")
-        if torch.equal(indices.to(self.delta_indices), self.delta_indices):
+        if not self.delta_indices.is_meta and torch.equal(indices.to(self.delta_indices), self.delta_indices):
             return
         self.delta_indices = smallest_index_dtype(indices, shape).to(self.weight.device, copy=True)
         self._pattern = trusted(self.delta_indices, shape)

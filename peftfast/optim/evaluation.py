@@ -86,7 +86,8 @@ class ExactEvaluations(Evaluations):
     def _keep_copies(self) -> None:
         assert self._layout is not None
         copied = [self._parameters[i].detach() for i in self._layout.copied]
-        if len(self._saved) != len(copied):
+        kinds = [[(p.dtype, p.shape) for p in held] for held in (self._saved, copied)]
+        if kinds[0] != kinds[1]:  # the first time, or the model was cast
             self._saved = [p.clone(memory_format=torch.contiguous_format) for p in copied]
         elif copied:
             torch._foreach_copy_(self._saved, copied)

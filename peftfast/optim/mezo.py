@@ -155,6 +155,7 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
             self._seeds = torch.zeros(window * directions, dtype=torch.int64, device=self._device)
             self._scalars = torch.zeros(window * directions, dtype=torch.float32, device=self._device)
         self._log = None if log is None else SeedLog.create(Path(log), self._header())
+        self._logged_decays = self._decays()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Groups are those of the construction: z counts their tensors, and so does the log. Raises ValueError after it."""
@@ -226,6 +227,11 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
                 finite: that step changed nothing. What the closure itself raises passes through. Weights are as before the step.
         """
         self._raise_if_failed()
+        if self._log is not None and self._decays() != self._logged_decays:
+            raise ValueError(
+                f"weight_decay: expected {self._logged_decays} of the groups, as when the log was begun, which holds no other, got "
+                f"{self._decays()}"
+            )
         closures = closures_of(closure)
         if paired and (self.mode != "exact" or not self.two_sided):
             raise ValueError("paired: expected mode='exact' and two_sided=True")
@@ -254,6 +260,10 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         """After ``load_state_dict``: go on with the log that the run wrote up to that state; what it wrote later is cut off. Raises
         ValueError for another run's log, or one that ends before."""
         self._log = SeedLog.resume(Path(path), self._header(), self._steps)
+        self._logged_decays = self._decays()
+
+    def _decays(self) -> list[float]:
+        return [group["weight_decay"] for group in self.param_groups]
 
     def _step_seeds(self, step: int) -> list[int]:
         return [
@@ -378,7 +388,8 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError for a state of another kind of run."""
+        """Raises ValueError, and takes nothing, for a state of another kind of run, and where the log that this optimiser writes is not
+        at that state: make it without a log, load, and then :meth:`resume_log`."""
         state = dict(state_dict)
         own = state.pop("mezo", None)
         if (
@@ -388,6 +399,11 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         ):
             raise ValueError(
                 "state_dict: expected that of a MeZO with the same directions, momentum window and density"
+            )
+        if self._log is not None and (own["seed"], own["steps"]) != (self._seed, self._steps):
+            raise ValueError(
+                f"log: expected none, or one at the state's step {own['steps']} of its run, got one at step {self._steps}; make the "
+                "optimiser without a log, load, and call resume_log"
             )
         super().load_state_dict(state)
         self._seed, self._steps = own["seed"], own["steps"]

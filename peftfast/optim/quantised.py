@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from torch import nn
 
-from ..functional.nf4 import NF4Weight
-from ..nn.nf4 import NF4Linear
-from ..reference.nf4 import unnest_absmax
-
-
-def unnested(weight: NF4Weight) -> NF4Weight:
-    """The same weight with its block maxima in float32, not in bytes: equal when decoded, 4 bytes for a block in place of one."""
-    if weight.nested_absmax is None or weight.nested_code is None or weight.nested_offset is None:
-        return weight
-    absmax = unnest_absmax(weight.absmax, weight.nested_absmax, weight.nested_code, weight.nested_offset)
-    return dataclasses.replace(weight, absmax=absmax, nested_absmax=None, nested_code=None, nested_offset=None)
+from ..nn.nf4 import NF4Linear, unnested
 
 
 def trainable_scales(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Make the block scales of every :class:`peftfast.nn.NF4Linear` in ``module`` float32 parameters named ``absmax``.
 
-    What the layers compute does not change; double quantisation of the scales is undone, since a byte cannot move by ε. The parameters
-    do not require grad (decoding has no backward): give the result to :class:`MeZO`.
+    What the layers compute does not change, nor do the keys of their state_dict; double quantisation of the scales is undone, since a
+    byte cannot move by ε. The parameters do not require grad (decoding has no backward): give the result to :class:`MeZO`.
 
     Returns:
         (name, parameter) pairs: ``MeZO(trainable_scales(model), ...)``.
