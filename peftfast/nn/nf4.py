@@ -122,9 +122,8 @@ class NF4Linear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(
-            f"{prefix}absmax", None
-        )  # a parameter, if its layer's scales are trained: below as in any other layer
+        # A parameter where the scales are trained; it goes beside the weight, as any layer's.
+        destination.pop(f"{prefix}absmax", None)
         meta: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.block_size,
