@@ -25,6 +25,7 @@ from ..functional.derivatives import transformed
 from ..functional.gated_activation import by_library as gated_product
 from ..functional.lora import draw_seed
 from ..functional.lora_gated import apply_gated
+from ..nn.hooks import hooked
 from ..ops.backends import FLOAT_DTYPES
 from ..ops.dispatch import requested_backend
 from ..reference.gated_activation import activate
@@ -33,7 +34,7 @@ from .patch_report import MLPReport
 from .peft_call import Verdict
 from .peft_group_call import _dtypes, _verdict_of
 from .peft_groups import _is_patched
-from .peft_guards import FSDP, GLOBAL_HOOKS, _hooked, plain_layout, why_stock_for
+from .peft_guards import FSDP, GLOBAL_HOOKS, plain_layout, why_stock_for
 
 logger = logging.getLogger("peftfast")
 
@@ -152,7 +153,7 @@ def why_not(module: Any, stock: Any, form: Form) -> str:
     if not _activation(form, act):
         kind = act if isinstance(act, type) else type(act)
         return f"{kind.__name__} is none of the activations that are known, or works in place"
-    if isinstance(act, nn.Module) and _hooked(act):
+    if isinstance(act, nn.Module) and hooked(act):
         return "a hook on the activation"
     if any(GLOBAL_HOOKS):
         return "a hook on all modules"
@@ -167,7 +168,7 @@ def why_not(module: Any, stock: Any, form: Form) -> str:
 
 def _whole(down: Any) -> Verdict | None:
     """What is known of down where its call can be a part of the fused one, as far as its input does not matter; else None."""
-    if not getattr(type(down), "_peftfast_grouped", False) or _hooked(down):
+    if not getattr(type(down), "_peftfast_grouped", False) or hooked(down):
         return None
     verdict = _verdict_of(down)
     return None if verdict is None or len(verdict.adapters) > 1 or verdict.adapters[0][5] is not None else verdict
@@ -179,7 +180,7 @@ def why_product_alone(down: Any) -> str:
         return ""
     if not _is_patched(down):
         return "it has no LoRA layer that is patched"
-    if _hooked(down):
+    if hooked(down):
         return "a hook on it"
     verdict = _verdict_of(down)
     if verdict is None:

@@ -11,6 +11,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..nn.hooks import hooked
 from ..nn.nf4 import is_bitsandbytes_4bit
 from ..ops import lora as lora_ops
 from ..ops import lora_dora as dora_ops
@@ -58,16 +59,6 @@ def plain_layout(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_nested
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _parameter_reason(name: str, parameter: Tensor | None) -> str:
     if parameter is None:
         return ""
@@ -102,7 +93,7 @@ def _variant_reason(layer: Any, name: str, alone: bool) -> str:
     if not alone:
         return "DoRA beside other active adapters: PEFT's result depends on their order"
     magnitude = layer.lora_magnitude_vector[name]
-    if type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
+    if type(magnitude) is not DoraLinearLayer or hooked(magnitude):
         return "the magnitude vector is not PEFT's own module, or has a hook"
     if magnitude.weight.device != layer.base_layer.weight.device:
         return f"the magnitude vector is on {magnitude.weight.device}"
@@ -132,7 +123,7 @@ def why_stock(layer: Any, names: list[str]) -> str:
     reason = _parameter_reason("the base weight", base.weight) or _parameter_reason("the base bias", base.bias)
     if reason:
         return reason
-    if _hooked(base):
+    if hooked(base):
         return "a hook on the base layer"
     reason = bnb.why_not_served(base) if four_bit else dense_reason(base.weight)
     if reason:
@@ -149,7 +140,7 @@ def why_stock(layer: Any, names: list[str]) -> str:
         a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
             return "lora_A, lora_B or lora_dropout is not PEFT's own module"
-        if _hooked(a) or _hooked(b) or _hooked(dropout):
+        if hooked(a) or hooked(b) or hooked(dropout):
             return "a hook on lora_A, lora_B or lora_dropout"
         for part, module in (("lora_A", a), ("lora_B", b)):
             reason = _parameter_reason(part, module.weight) or _parameter_reason(f"{part}'s bias", module.bias)

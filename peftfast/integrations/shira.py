@@ -19,6 +19,7 @@ from .. import functional as F
 from ..functional.derivatives import transformed
 from ..functional.sparse_delta import apart_rows
 from ..functional.sparse_pattern import SparsePattern, smallest_index_dtype
+from ..nn.hooks import hooked
 from ..nn.nf4 import is_bitsandbytes_4bit
 from ..ops import native, sparse_dequantize
 from ..ops import sparse_delta as sparse_ops
@@ -26,7 +27,7 @@ from ..ops.backends import FLOAT_DTYPES
 from . import bitsandbytes as bnb
 from .patch_report import LayerReport, log_once
 from .peft import _RESTORE
-from .peft_guards import DTENSOR, FSDP, TRANSFORMED, _hooked, _parameter_reason, dense_reason, input_reason
+from .peft_guards import DTENSOR, FSDP, TRANSFORMED, _parameter_reason, dense_reason, input_reason
 from .peft_versions import adapter_layers
 
 logger = logging.getLogger("peftfast")
@@ -97,7 +98,7 @@ def _why_stock(layer: Any) -> str:
     reason = _parameter_reason("the base weight", base.weight) or _parameter_reason("the base bias", base.bias)
     if reason:
         return reason
-    if _hooked(base):
+    if hooked(base):
         return "a hook on the base layer"
     reason = bnb.why_not_served(base) if four_bit else dense_reason(base.weight)
     if reason:

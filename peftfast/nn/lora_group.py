@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional as F
+from .hooks import hooked
 from .lora import LoRALinear
 
 
@@ -34,7 +35,9 @@ class LoRALinears(nn.ModuleList):
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         layers: list[Any] = list(self)
         kinds = {(layer.training, layer._compute_dtype()) for layer in layers}
-        if len(kinds) > 1 or any(layer.merged or _called_otherwise(layer) for layer in layers):
+        if len(kinds) > 1 or any(
+            layer.merged or hooked(layer) or type(layer).forward is not LoRALinear.forward for layer in layers
+        ):
             return tuple(layer(input) for layer in layers)
         ((training, compute_dtype),) = kinds
         projections = [
@@ -51,9 +54,3 @@ class LoRALinears(nn.ModuleList):
             for layer in layers
         ]
         return F.lora_linears(input, projections, training=training, compute_dtype=compute_dtype)
-
-
-def _called_otherwise(layer: LoRALinear) -> bool:
-    """Whether a call of the layer is more than its class's forward."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or type(layer).forward is not LoRALinear.forward or "forward" in layer.__dict__
