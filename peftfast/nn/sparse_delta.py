@@ -280,8 +280,11 @@ class SparseDeltaLinear(nn.Linear):
             "or unmerge() before writing to it"
         )
 
-    @torch.compiler.disable  # addresses and versions are asked at every call: a compiler would take those of its first for all
     def _check_merged(self) -> None:
+        if torch.compiler.is_compiling():
+            # Which would take the addresses and versions of its first call for all. As a decorator this would import triton.
+            torch.compiler.disable(SparseDeltaLinear._check_merged)(self)
+            return
         self.check_base()
         if self._seen is not None and self._seen[2] != self.delta_values._version:
             self.resync()
