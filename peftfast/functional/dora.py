@@ -47,23 +47,22 @@ def _unrounded(weight: Tensor | NF4Weight, dense: Tensor) -> Tensor:
     return dense
 
 
-def _shown(tensor: Tensor) -> tuple[object, ...]:
-    """Which memory a tensor shows, in which version, and how."""
-    address = tensor.untyped_storage()._cdata, tensor.data_ptr()
-    return *address, tensor._version, tensor.dtype, tensor.shape, tensor.stride()
+def _memory(tensor: Tensor) -> tuple[int, int, int]:
+    """Which memory a tensor shows, and in which version."""
+    return tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor._version
 
 
 def _row_norms(weight: Tensor | NF4Weight, dense: Tensor, dtype: torch.dtype) -> Tensor:
-    read_as: tuple[object, ...] = (dtype,)
-    tensors = (
-        [weight] if isinstance(weight, Tensor) else [part for part in weight.storage() if isinstance(part, Tensor)]
-    )
-    if isinstance(weight, NF4Weight):
-        read_as += weight.block_size, weight.shape, weight.dtype
+    how: tuple[object, ...]
+    if isinstance(weight, NF4Weight):  # the layout of its parts follows from what it is
+        tensors = [part for part in weight.storage() if isinstance(part, Tensor)]
+        how = dtype, weight.block_size, weight.shape, weight.dtype
+    else:
+        tensors, how = [weight], (dtype, weight.dtype, weight.shape, weight.stride())
     # A weight that is trained has other norms after every step, of which no version need tell: FSDP gathers behind it.
     if torch.compiler.is_compiling() or any(part.requires_grad or part.is_inference() for part in tensors):
         return torch.linalg.vector_norm(dense.to(dtype), dim=1)
-    key = (*read_as, *map(_shown, tensors))
+    key = (how, *map(_memory, tensors))
     known = tensors[0].__dict__.get(_KEPT)
     if not isinstance(known, _Kept) or known.key != key:
         norms = torch.linalg.vector_norm(_unrounded(weight, dense).to(dtype), dim=1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..extras import imported
 from ..nn import LoRALinear
 from ..nn.nf4 import why_no_base
-from ..nn.tensor_file import read_tensors
+from ..nn.tensor_file import read_tensors, written_apart
 from .adapter_start import STARTED_FROM, in_its_4_bits, started_from
 
 if TYPE_CHECKING:
@@ -83,16 +83,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base_mo
         if merged:
             raise RuntimeError(f"save_adapter: {merged[0]} is merged; unmerge it first")
         config = _config_of(model, layers)
-        tensors = {
-            # Written twice where layers share it: safetensors refuses shared storage.
+        found = {
             f"{PREFIX}{path}.{part}": getattr(layer, attribute)
-            .detach()
-            .cpu()
-            .clone(memory_format=torch.contiguous_format)
             for path, layer in layers.items()
             for part, attribute in PARTS.items()
-            if getattr(layer, attribute) is not None
         }
+        tensors = written_apart({name: tensor for name, tensor in found.items() if tensor is not None})
     name = base_model_name_or_path or getattr(model, "name_or_path", None) or None
     config |= {"base_model_name_or_path": name}
     save = imported("safetensors.torch", "save_adapter").save

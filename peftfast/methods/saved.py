@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import LoRALinear, SparseDeltaLinear
+from ..nn.tensor_file import written_apart
 from .adapting import HANDLE, SHARED, AdapterHandle, _adapt
 from .registry import Method, get, methods
 
@@ -46,10 +47,7 @@ def contents(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name, tensor in handle.model.get_submodule(module).state_dict().items():
             tensors[f"{PREFIX}{module}.{name}"] = tensor
     config |= {"modules_to_save": handle.modules_to_save or None, "task_type": handle.task_type}
-    # A tensor that two names share is written twice: safetensors refuses shared storage.
-    return config, {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    return config, written_apart(tensors)
 
 
 def lora_contents(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,9 +1,11 @@
-"""Reading a safetensors file."""
+"""What is read from a safetensors file, and what can be written to one."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ..extras import imported
@@ -21,3 +23,9 @@ def read_tensors(user: str, argument: str, path: str | os.PathLike[str]) -> dict
         return imported("safetensors.torch", user).load_file(path)  # type: ignore[no-any-return]
     except safetensors.SafetensorError as error:
         raise ValueError(f"{argument}: {path}: expected a whole safetensors file: {error}") from None
+
+
+def written_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, contiguous. A tensor that two names share is there twice: safetensors refuses shared storage."""
+    form = torch.contiguous_format
+    return {name: tensor.detach().to("cpu", copy=True, memory_format=form) for name, tensor in tensors.items()}
