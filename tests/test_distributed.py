@@ -176,8 +176,8 @@ def test_accelerate_device_map(caplog, tmp_path) -> None:
     names |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
     dispatch_model(inner, device_map=names, main_device="cpu", offload_dir=str(tmp_path))
     report = peftfast.patch(model)
-    # Layer 1 lies on the disk. Layer 0's modules have accelerate's hooks, which replace the forward that patch would exchange.
-    assert sum(".layers.1." in name for name in report.stock) == LAYERS // 2, report
+    # Layer 1 lies on the disk. Layer 0's modules have hooks that bring their arguments to where they are already.
+    assert len(report.stock) == LAYERS // 2 and all(".layers.1." in name for name in report.stock), report
     mapped, mapped_grads, _ = logged(model, caplog)
     torch.testing.assert_close(mapped, loss, rtol=1e-5, atol=0.0)
     for name, grad in mapped_grads.items():

@@ -457,7 +457,8 @@ def test_float64_runs_on_the_definition() -> None:
 @pytest.mark.parametrize("rows", [2, 40])
 def test_a_float64_adapter(index: int, rows: int) -> None:
     """No kernel reads it: the definition serves it, in a whole layer and in a few rows of a 4-bit weight as in single passes. All that
-    an adapter's gradients are made of is ten values of dS where the rows are two, so that several data sets are looked at together."""
+    an adapter's gradients are made of is ten values of dS where the rows are two, so that many data sets are looked at together: among
+    five, the largest error is by chance over twice that of as good a sum in one draw of thirty; among 64, in one of ten thousand."""
     x, _, compute, weight = KINDS[index]
     for p, needs in (
         (0.1, LEAVES),
@@ -469,7 +470,7 @@ def test_a_float64_adapter(index: int, rows: int) -> None:
         case = LayerCase(
             x=x, adapter=F64, compute=compute, weight=weight, p=p, needs=needs, shape=(rows, 67), data=index
         )
-        check_layer(case, values=600 if rows == 2 else 0)
+        check_layer(case, values=9000 if rows == 2 else 0)
 
 
 @pytest.mark.parametrize("weight", ["dense", "nf4"])

@@ -1,6 +1,7 @@
 """peftfast.patch on PEFT's SHiRA layers."""
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,9 @@ GUARDS = {
     "SHiRA indices: expected ascending": _unsorted,
     "the base weight is torch.float64": lambda net: net.double(),
     "forward is overridden on the layer itself": lambda net: [
-        m.__dict__.__setitem__("forward", m.forward) for m in net.modules() if isinstance(m, StockLinear)
+        m.__dict__.__setitem__("forward", functools.partial(m.forward))
+        for m in net.modules()
+        if isinstance(m, StockLinear)
     ],
 }
 

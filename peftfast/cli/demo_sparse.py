@@ -71,8 +71,7 @@ def _sparse_layers(model: nn.Module, seed: int) -> None:
         n, k = linear.weight.shape
         density = RANK * (n + k) / (n * k)
         layer = SparseDeltaLinear.from_linear(linear, density=density, resident=True, generator=generator)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
 
 
 def build(arm: Sparse, directory: str, labels: int, device: str, seed: int, steps: int) -> training.Arm:

@@ -80,9 +80,8 @@ class SpIELMethod(Method):
         generator = torch.Generator(device=next(model.parameters()).device).manual_seed(target.options.seed)
         for name, layer in linear.items():
             count, size = rank * (layer.in_features + layer.out_features), layer.in_features * layer.out_features
-            parent, _, child = name.rpartition(".")
             sparse = SparseDeltaLinear.from_linear(layer, density=count / size, generator=generator)
-            setattr(model.get_submodule(parent), child, sparse)
+            model.set_submodule(name, sparse)
         for name in self._whole:
             _train_whole(model.get_submodule(name))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..extras import imported
 from ..nn import LoRALinear
+from ..nn.hooks import replace
 from ..nn.nf4 import why_no_base
 from ..nn.tensor_file import read_tensors, written_apart
 from .adapter_start import STARTED_FROM, in_its_4_bits, started_from
@@ -178,8 +179,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         for attribute, value in grouped[path].items():
             with torch.no_grad():
                 getattr(layer, attribute).copy_(value)
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        replace(model, path, layer)
     for module, state in heads.items():
         model.get_submodule(module).load_state_dict(state)
     if options is not None:

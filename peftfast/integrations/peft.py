@@ -15,6 +15,7 @@ from peft.tuners import lora as peft_lora
 from torch import Tensor, nn
 
 from ..functional.dora import forget_norms
+from ..nn.hooks import overridden, swap_class
 from . import bitsandbytes as bnb
 from . import peft_groups, peft_merge
 from .patch_report import LayerReport, PatchReport
@@ -100,7 +101,7 @@ def _fused_class(module: nn.Module) -> type | None:
 def _why_not_swapped(module: nn.Module) -> str:
     """Why a layer's class is not one that can be exchanged, or an empty string."""
     if _fused_class(module) is not None or type(module) in _SWAPS:
-        return "forward is overridden on the layer itself" if "forward" in module.__dict__ else ""
+        return "forward is overridden on the layer itself" if overridden(module) else ""
     if isinstance(module, FSDP):
         return "wrapped by fully_shard before patching: patch first"
     return f"no fused form of PEFT's {name_of(type(module))}"
@@ -117,7 +118,7 @@ def patch(model: nn.Module, groups: bool = True) -> None:
         if getattr(base, bnb.REPACK_FLAG, False):
             module.__dict__[_RESTORE] = {bnb.REPACK_FLAG: getattr(base, bnb.REPACK_FLAG)}
             setattr(base, bnb.REPACK_FLAG, False)
-        module.__class__ = _SWAPS[type(module)]
+        swap_class(module, _SWAPS[type(module)])
     if groups:
         peft_groups.install(model)
     else:
@@ -137,7 +138,7 @@ def unpatch(model: nn.Module) -> None:
             setattr(base, name, value)
         module.__dict__.pop(VERDICT, None)
         module.__dict__.pop(peft_merge.UNMERGED, None)
-        module.__class__ = _UNSWAPS[fused]
+        swap_class(module, _UNSWAPS[fused])
 
 
 def report(model: nn.Module) -> PatchReport:

@@ -81,6 +81,7 @@ class Verdict:
             )
         ]
         self.own = [module.__dict__ for module in modules]
+        self.forwards = [own.get("forward") for own in self.own]  # accelerate's, which the guards know
         self.whole, self.kinds = modules, [type(module) for module in modules]
         self.parameters = [value for value in self.values if isinstance(value, Tensor)]
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
@@ -108,7 +109,11 @@ class Verdict:
                 return False
         except KeyError:
             return False
-        if any(self.empty) or any(map(operator.contains, self.own, _FORWARD)) or hooked_globally():
+        if (
+            any(self.empty)
+            or not all(map(operator.is_, map(dict.get, self.own, _FORWARD), self.forwards))
+            or hooked_globally()
+        ):
             return False
         if not all(map(operator.is_, map(type, self.whole), self.kinds)):
             return False

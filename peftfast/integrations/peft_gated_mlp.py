@@ -25,7 +25,7 @@ from ..functional.derivatives import transformed
 from ..functional.gated_activation import by_library as gated_product
 from ..functional.lora import draw_seed
 from ..functional.lora_gated import apply_gated
-from ..nn.hooks import hooked
+from ..nn.hooks import hooked, overridden, swap_class
 from ..ops.backends import FLOAT_DTYPES
 from ..ops.dispatch import requested_backend
 from ..reference.gated_activation import activate
@@ -168,7 +168,7 @@ def why_not(module: Any, stock: Any, form: Form) -> str:
 
 def _whole(down: Any) -> Verdict | None:
     """What is known of down where its call can be a part of the fused one, as far as its input does not matter; else None."""
-    if not getattr(type(down), "_peftfast_grouped", False) or hooked(down):
+    if not getattr(type(down), "_peftfast_grouped", False) or hooked(down, down.base_layer.weight):
         return None
     verdict = _verdict_of(down)
     return None if verdict is None or len(verdict.adapters) > 1 or verdict.adapters[0][5] is not None else verdict
@@ -180,7 +180,7 @@ def why_product_alone(down: Any) -> str:
         return ""
     if not _is_patched(down):
         return "it has no LoRA layer that is patched"
-    if hooked(down):
+    if hooked(down, down.base_layer.weight):
         return "a hook on it"
     verdict = _verdict_of(down)
     if verdict is None:
@@ -210,7 +210,7 @@ def _forward(module: Any, args: Any, kwargs: Any) -> Any:
     if reason:
         if reason is NO_ADAPTER and type(module) is _own_kind(module):  # type: ignore[arg-type]
             # merge_and_unload or unload has made a plain model of it, which is to be one in its files too.
-            module.__class__ = stock
+            swap_class(module, stock)
         return stock.forward(module, *args)
     members = _members(module, form)
     assert members is not None
@@ -277,8 +277,8 @@ def patch(model: nn.Module) -> None:
         if type(module) is not stock or isinstance(module, FSDP) or members is None:
             continue
         kind = gated_class(stock)
-        if kind is not None and "forward" not in module.__dict__ and any(map(_is_patched, members[:3])):
-            module.__class__ = kind
+        if kind is not None and not overridden(module) and any(map(_is_patched, members[:3])):
+            swap_class(module, kind)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -290,7 +290,7 @@ def unpatch(model: nn.Module) -> None:
             logger.warning("unpatch: a module that fully_shard has wrapped keeps its class")
             continue
         stock: Any = own.__dict__["_peftfast_stock"]
-        module.__class__ = stock
+        swap_class(module, stock)
 
 
 def report(model: nn.Module) -> tuple[MLPReport, ...]:
@@ -299,7 +299,7 @@ def report(model: nn.Module) -> tuple[MLPReport, ...]:
         own = _own_kind(module)
         members = _members(module, form)
         assert members is not None
-        reason = "forward is overridden on the module itself" if "forward" in module.__dict__ else ""
+        reason = "forward is overridden on the module itself" if overridden(module) else ""
         if own is None and not reason:
             if isinstance(module, FSDP):
                 reason = "wrapped by fully_shard before patching: patch first"

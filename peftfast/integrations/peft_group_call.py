@@ -16,6 +16,7 @@ from ..functional.lora_multi import apply_group
 from ..functional.lora_projections import by_library, projections_of
 from ..functional.nf4_product import has_a_way_alone
 from ..functional.precision import compute_dtype_of
+from ..nn.hooks import hooked
 from . import bitsandbytes as bnb
 from .peft_call import VERDICT, Verdict, active_names, remember
 from .peft_guards import has_dora, plain_layout, why_stock, why_stock_for
@@ -129,7 +130,7 @@ class Shared:
         found = []
         members = self.members()
         for member in members:
-            if member is None or "forward" in member.__dict__:
+            if member is None or ("forward" in member.__dict__ and hooked(member, member.base_layer.weight)):
                 return None
             verdict = _verdict_of(member)
             if verdict is None:

@@ -19,7 +19,7 @@ from .. import functional as F
 from ..functional.derivatives import transformed
 from ..functional.sparse_delta import apart_rows
 from ..functional.sparse_pattern import SparsePattern, smallest_index_dtype
-from ..nn.hooks import hooked
+from ..nn.hooks import hooked, overridden, swap_class
 from ..nn.nf4 import is_bitsandbytes_4bit
 from ..ops import native, sparse_dequantize
 from ..ops import sparse_delta as sparse_ops
@@ -98,7 +98,7 @@ def _why_stock(layer: Any) -> str:
     reason = _parameter_reason("the base weight", base.weight) or _parameter_reason("the base bias", base.bias)
     if reason:
         return reason
-    if hooked(base):
+    if hooked(base, base.weight):
         return "a hook on the base layer"
     reason = bnb.why_not_served(base) if four_bit else dense_reason(base.weight)
     if reason:
@@ -207,7 +207,7 @@ def _is_shira(module: nn.Module) -> bool:
 
 
 def _why_not_swapped(module: nn.Module) -> str:
-    if "forward" in module.__dict__:
+    if overridden(module):
         return "forward is overridden on the layer itself"
     if isinstance(module, FusedLinear) or type(module) is StockLinear:
         return ""
@@ -225,7 +225,7 @@ def patch(model: nn.Module) -> None:
         if getattr(base, bnb.REPACK_FLAG, False):
             module.__dict__[_RESTORE] = {bnb.REPACK_FLAG: getattr(base, bnb.REPACK_FLAG)}
             setattr(base, bnb.REPACK_FLAG, False)
-        module.__class__ = FusedLinear
+        swap_class(module, FusedLinear)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -238,7 +238,7 @@ def unpatch(model: nn.Module) -> None:
         for name, value in module.__dict__.pop(_RESTORE, {}).items():
             setattr(module.base_layer, name, value)
         module.__dict__.pop(_PATTERNS, None)
-        module.__class__ = StockLinear  # type: ignore[assignment]
+        swap_class(module, StockLinear)
 
 
 def report_rows(model: nn.Module) -> dict[str, LayerReport]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..extras import missing
+from ..nn.hooks import replace
 from ..nn.nf4 import is_bitsandbytes_4bit, why_no_base
 from .handle import HANDLE, SHARED, AdapterHandle, Runtime
 from .registry import Method, get, read_options
@@ -183,7 +184,8 @@ def adapt(
     batches: Iterable[dict[str, Any]] | None = None,
     **options: Any,
 ) -> AdapterHandle:
-    """Put a method from the literature on a model: its layers are exchanged in place, and everything but the adapters is frozen.
+    """Put a method from the literature on a model: its layers are exchanged in place, and everything but the adapters is frozen. Hooks
+    on a layer, torch's and accelerate's, go on to the one in its place.
 
     Args:
         model: any module with linear layers; bitsandbytes' Linear4bit and :class:`peftfast.nn.NF4Linear` are taken over in 4 bits
@@ -259,9 +261,8 @@ def _adapt(
         for submodule, training in was_training:
             submodule.training = training
     for path, layer in targets.replacements.items():
-        parent, _, child = path.rpartition(".")
         layer.train(model.get_submodule(path).training)
-        setattr(model.get_submodule(parent), child, layer)
+        replace(model, path, layer)
     if len(targets.shared):
         model.add_module(SHARED, targets.shared)
     for module in kept:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import NF4Linear, RoSALinear, SparseDeltaLinear
+from ..nn.hooks import replace
 from ..optim.arguments import check_number
 from .registry import Method, get
 
@@ -20,11 +21,16 @@ SHARED = "peftfast_shared"  # the module of an adapted model that holds what lay
 class Runtime:
     """What a method does while its layers are trained. The base class does nothing."""
 
+    _hooks: Sequence[Any] = ()  # handles of those that attach has set
+
     def attach(self, handle: AdapterHandle) -> None:
         """Once, when the layers stand in the model: for a method that hooks into the model's own forward pass."""
 
     def detach(self) -> None:
         """Take away from the model what :meth:`attach` hung into it."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
 
     def step(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         """After optimiser step number ``step`` (the first is 1), its gradients still in place."""
@@ -180,8 +186,7 @@ class AdapterHandle:
         self.merge()
         self.runtime.detach()
         for path, layer in self.layers.items():
-            parent, _, child = path.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, _plain(layer))
+            replace(self.model, path, _plain(layer))
         self.model._modules.pop(SHARED, None)
         self.model.__dict__.pop(HANDLE, None)
         return self.model

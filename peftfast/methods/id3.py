@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..nn import SparseDeltaLinear
-from .adapting import Targets, is_four_bit
+from .adapting import AdapterHandle, Targets, is_four_bit
 from .frozen import FreezingRuntime
 from .registry import Paper, above_zero, at_least_one, register
 
@@ -59,7 +59,9 @@ class ID3Runtime(FreezingRuntime):
         self.watching = True
         for name, layer in layers.items():
             self.freeze(name, torch.ones_like(layer.delta_values, dtype=torch.bool))
-            layer.register_forward_hook(_Watch(self, name))
+
+    def attach(self, handle: AdapterHandle) -> None:
+        self._hooks = [layer.register_forward_hook(_Watch(self, name)) for name, layer in self.layers.items()]
 
     @torch.no_grad()
     def add(self, name: str, dy: Tensor, x: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .adapting import HANDLE, Runtime, Targets, Unsuitable
+from .adapting import HANDLE, AdapterHandle, Runtime, Targets, Unsuitable
 from .factored import FactoredLinear
 from .registry import Paper, register
 from .sidenet import block_names
@@ -82,11 +82,12 @@ class PELARuntime(Runtime):
         # What belongs to one training step has a graph, and is not copied.
         return {**self.__dict__, "given": None, "features": [], "teaching": False}
 
-    def watch(self, features: list[nn.Module]) -> None:
-        """Hooks on the model, for its arguments, and on what gives the features."""
-        self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for module in features:
-            module.register_forward_hook(self._keep)
+    def attach(self, handle: AdapterHandle) -> None:
+        """Hooks on the model, for its arguments, and on what gives the features: its blocks, or the layers where it has none."""
+        if self.layers and self.options.distillation:
+            blocks = [self.model.get_submodule(name) for name in block_names(self.model)]
+            self._hooks = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+            self._hooks += [module.register_forward_hook(self._keep) for module in blocks or self.layers]
 
     def _watching(self) -> bool:
         handle = self.model.__dict__.get(HANDLE)
@@ -166,8 +167,4 @@ def build(targets: Targets, options: Options) -> PELARuntime:
         return layers[-1]
 
     targets.replace(make)
-    runtime = PELARuntime(targets.model, layers, options)
-    names = block_names(targets.model)
-    if layers and options.distillation:
-        runtime.watch([targets.model.get_submodule(name) for name in names] if names else [*layers])
-    return runtime
+    return PELARuntime(targets.model, layers, options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.sparse_pattern import SparsePattern
+from ..nn.hooks import replace
 from ..nn.sparse_delta import SparseDeltaLinear
 
 
@@ -101,7 +102,7 @@ class S2FT:
             columns = torch.arange(group.chosen * group.width)
             pattern = SparsePattern.from_columns(columns, (linear.out_features, linear.in_features))
             self.layers[name] = SparseDeltaLinear.from_linear(linear, indices=pattern, resident=resident)
-            setattr(group.parent, group.name, self.layers[name])
+            replace(model, name, self.layers[name])
         self._permuted = True
 
     def parameters(self) -> list[nn.Parameter]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import LoRALinear, SparseDeltaLinear
+from ..nn.hooks import replace
 from ..nn.tensor_file import written_apart
 from .adapting import HANDLE, SHARED, AdapterHandle, _adapt
 from .registry import Method, get, methods
@@ -249,8 +250,7 @@ def _restored(
     except BaseException:
         handle.runtime.detach()
         for path in handle.layers:
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, before[path])
+            replace(model, path, before[path])
         if SHARED in model._modules:
             del model._modules[SHARED]
         del model.__dict__[HANDLE]

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..extras import imported
 from ..functional.sparse_pattern import SparsePattern, smallest_index_dtype
+from ..nn.hooks import replace
 from ..nn.nf4 import why_no_base
 from ..nn.sparse_delta import SparseDeltaLinear
 
@@ -151,8 +152,7 @@ def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident:
             layer._take_indices(pattern.indices, values)
         else:
             layer, was_merged = SparseDeltaLinear.from_linear(linear, indices=pattern), False
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            replace(model, name, layer)
         with torch.no_grad():
             layer.delta_values.copy_(values)
         if resident or was_merged:

@@ -39,7 +39,6 @@ class Watching(Runtime):
         self.model: Any = None
         self.seen: Seen | None = None
         self._own = False
-        self._hooks: list[Any] = []
 
     def attach(self, handle: AdapterHandle) -> None:
         self.model = handle.model
@@ -47,11 +46,6 @@ class Watching(Runtime):
             self.model.register_forward_pre_hook(self._before),
             self.model.register_forward_hook(self._after, with_kwargs=True),
         ]
-
-    def detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "seen": None}  # a graph can be neither copied nor written

@@ -1,16 +1,119 @@
-"""Whether calling a module is more than its class's forward."""
+"""What calling a module does beside its class's forward: hooks, and a ``forward`` that was set on the object."""
 
 from __future__ import annotations
 
-from torch import nn
+import types
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The dictionaries of a module's hooks, which the handles that registering them returned refer to.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether the module has a hook, or a ``forward`` of its own, that a fused call which passes it over would not run."""
+def hooked(module: nn.Module, weight: Tensor | None = None) -> bool:
+    """Whether the module has a hook, or a ``forward`` of its own, that a fused call which passes it over would not run.
+
+    ``weight`` is what the fused call reads there: a hook of accelerate's that brings the module's arguments to its device and does no
+    more, as a ``device_map`` of several devices sets on every layer, does nothing for a call that has them there.
+    """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or ("forward" in module.__dict__ and not _does_nothing(module, weight))
     )
+
+
+def overridden(module: nn.Module) -> bool:
+    """Whether a ``forward`` that is set on the object does not end in the class's: neither that one, bound, as accelerate leaves it
+    when its hooks are removed, nor accelerate's, which runs a hook around it."""
+    return "forward" in module.__dict__ and not (_is_bound(module, "forward") or _hook_around(module) is not None)
+
+
+def swap_class(module: Any, kind: Any) -> None:
+    """Give an object another class. What accelerate has bound of the old one's forward is bound of the new one's."""
+    kept = [name for name in ("forward", "_old_forward") if _is_bound(module, name)]
+    module.__class__ = kind
+    for name in kept:
+        module.__dict__[name] = types.MethodType(kind.forward, module)
+
+
+def replace(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the one at ``path``, whose hooks see the calls of the new one from then on: torch's, whose handles
+    still remove them, and accelerate's."""
+    before = model.get_submodule(path)
+    kept_inside = any(
+        module is before for module in layer.modules()
+    )  # and called, perhaps: a hook is to see a call once
+    fresh = not any(layer.__dict__[name] for name in _HOOKS)
+    for name in _HOOKS:
+        if fresh:
+            layer.__dict__[name] = before.__dict__[name]
+        else:  # whose own handles go on to remove its hooks, and those of the layer before no longer do
+            layer.__dict__[name].update(before.__dict__[name])
+        if kept_inside:
+            before.__dict__[name] = OrderedDict()
+    layer._is_full_backward_hook = before._is_full_backward_hook
+    hook = _hook_around(before)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer, hook)
+    model.set_submodule(path, layer)
+
+
+def why_own_forward(module: nn.Module) -> str:
+    """Why another layer on the module's weight would not compute what a call of the object does; an empty string where it would."""
+    if not overridden(module):
+        hook = _hook_around(module)
+        return "" if hook is None or _moves_arguments(hook) else f"accelerate's {type(hook).__name__} is on it"
+    return "forward is overridden on the layer itself"
+
+
+def _is_bound(module: nn.Module, name: str) -> bool:
+    """Whether an attribute of the object is its class's forward, bound."""
+    method = module.__dict__.get(name)
+    return (
+        isinstance(method, types.MethodType) and method.__self__ is module and method.__func__ is type(module).forward
+    )
+
+
+def _hook_around(module: nn.Module) -> Any:
+    """accelerate's hook, where the object's forward runs it around the class's; else None."""
+    forward, hook = module.__dict__.get("forward"), module.__dict__.get("_hf_hook")
+    if hook is None or getattr(getattr(forward, "func", None), "__module__", "") != "accelerate.hooks":
+        return None
+    whose = forward.args  # type: ignore[union-attr]
+    return hook if len(whose) == 1 and whose[0] is module and _is_bound(module, "_old_forward") else None
+
+
+def _moves_arguments(hook: Any) -> bool:
+    """Whether a hook of accelerate's does no more than bring a call's arguments to a device, and its result back."""
+    kind = type(hook)
+    known = kind.__name__ == "AlignDevicesHook" and kind.__module__ == "accelerate.hooks"
+    return known and not hook.offload and not hook.no_grad
+
+
+def _does_nothing(module: nn.Module, weight: Tensor | None) -> bool:
+    """Whether the object's forward is its class's for a call whose arguments lie beside ``weight``."""
+    if _is_bound(module, "forward"):
+        return True
+    hook = _hook_around(module)
+    if weight is None or hook is None or not _moves_arguments(hook):
+        return False
+    where = hook.execution_device
+    if isinstance(where, int):
+        return weight.get_device() == where
+    return where is None or torch.device(where) == weight.device

@@ -67,12 +67,12 @@ class LoRALinear(nn.Linear):
         init_lora_weights: bool | str = True,
     ) -> LoRALinear:
         """An adapted layer on the storage of ``linear``: an nn.Linear, a bitsandbytes Linear4bit or an :class:`NF4Linear` (the last
-        two give a :class:`LoRANF4Linear`). The shared weight and bias are frozen. Until it is trained, the layer's output is
-        torch.equal to that of an nn.Linear.
+        two give a :class:`LoRANF4Linear`). The shared weight and bias are frozen; hooks stay with ``linear``. Until it is trained, the
+        layer's output is torch.equal to that of an nn.Linear.
 
         Raises:
-            TypeError: ``linear`` is none of these, or computes more than they do. ValueError: an option out of range, or a 4-bit
-                weight not quantised yet.
+            TypeError: ``linear`` is none of these, or computes more than they do, as where its ``forward`` is overridden.
+            ValueError: an option out of range, or a 4-bit weight not quantised yet.
         """
         _check_options(r, lora_alpha, lora_dropout, init_lora_weights)
         layer: LoRALinear

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..reference import nf4 as definition
+from .hooks import why_own_forward
 
 # Attribute of the module -> key beneath "weight." in the state_dict.
 _STATE_KEYS = {
@@ -220,7 +221,7 @@ def why_no_base(linear: Any, copied: bool = False) -> str:
         return f"{type(linear).__name__} has no parameter weight: it is computed, by a parametrization or a hook"
     forward = type(linear).forward if isinstance(linear, nn.Linear) else nn.Linear.forward
     if forward in (nn.Linear.forward, NF4Linear.forward) or is_bitsandbytes_4bit(linear):
-        return ""
+        return why_own_forward(linear) if isinstance(linear, nn.Module) else ""
     return f"{type(linear).__name__} has a forward of its own"
 
 

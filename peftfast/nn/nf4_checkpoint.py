@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .hooks import replace
 from .nf4 import NF4Linear, unpack_state, why_no_base
 from .tensor_file import read_tensors
 
@@ -85,8 +86,9 @@ def load_nf4(
     # All that can fail for a layer is asked before the first is exchanged.
     for name, nf4 in weights.items():
         module = modules.get(name)
-        if not isinstance(module, nn.Linear) or why_no_base(module):
-            raise ValueError(f"{name}: expected an nn.Linear in the model, got {type(module).__name__}")
+        if not isinstance(module, nn.Linear) or (reason := why_no_base(module)):
+            found = reason if isinstance(module, nn.Linear) else f"got {type(module).__name__}"
+            raise ValueError(f"{name}: expected an nn.Linear in the model, {found}")
         if tuple(nf4.shape) != (module.out_features, module.in_features):
             expected = (module.out_features, module.in_features)
             raise ValueError(f"{name}: expected a weight of shape {expected}, the checkpoint has {tuple(nf4.shape)}")
@@ -97,10 +99,9 @@ def load_nf4(
     }
     with _whole_or_not_at_all(model):
         for name, nf4 in weights.items():
-            parent, _, leaf = name.rpartition(".")
             layer = NF4Linear(nf4, modules[name].bias, compute_dtype)
             layer.train(modules[name].training)
-            setattr(modules[parent], leaf, layer)
+            replace(model, name, layer)
         missing, unexpected = model.load_state_dict(rest, strict=False, assign=True)
         missing = [
             key for key in missing if not any(key.startswith(f"{name}.weight") for name in _owners(key, weights))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora as peft_lora
 from torch import nn
@@ -37,8 +38,9 @@ ROWS, LENGTH, VOCABULARY = 4, 24, 128
 LEARNING_RATE = 1e-2
 
 
-def llama(four_bit: str | None = None) -> nn.Module:
-    """A PEFT model of two decoder layers, the same in every process. ``four_bit`` names the storage dtype of a quantised base."""
+def llama(four_bit: str | None = None, device_map: dict[str, Any] | None = None) -> nn.Module:
+    """A PEFT model of two decoder layers, the same in every process. ``four_bit`` names the storage dtype of a quantised base;
+    with ``device_map`` the base is spread before PEFT gets it, with accelerate's hooks even where all of it lies on one device."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -53,6 +55,8 @@ def llama(four_bit: str | None = None) -> nn.Module:
     if four_bit:
         quantise(model.model.layers, getattr(torch, four_bit))
         model.is_loaded_in_4bit = True
+    if device_map is not None:
+        dispatch_model(model, device_map=device_map, force_hooks=True)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     with torch.no_grad():
