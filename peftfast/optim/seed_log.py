@@ -36,8 +36,8 @@ class Step:
 class SeedLog:
     """The file of a run, appended to. A record is written whole or, if the machine stops in between, dropped when read."""
 
-    def __init__(self, file: BinaryIO, lrs: list[float]) -> None:
-        self._file, self._lrs = file, lrs
+    def __init__(self, file: BinaryIO, lrs: list[float], decays: list[float]) -> None:
+        self._file, self._lrs, self._decays = file, lrs, decays
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> SeedLog:
@@ -49,7 +49,7 @@ class SeedLog:
         text = json.dumps(header).encode()
         file.write(MAGIC + struct.pack("<q", len(text)) + text)
         file.flush()
-        return cls(file, [group["lr"] for group in header["groups"]])
+        return cls(file, [group["lr"] for group in header["groups"]], _decays_of(header))
 
     @classmethod
     def resume(cls, path: Path, header: dict[str, Any], taken: int) -> SeedLog:
@@ -80,7 +80,14 @@ class SeedLog:
         (length,) = struct.unpack("<q", file.read(8))
         file.truncate(len(MAGIC) + 8 + length + size)
         file.seek(0, 2)
-        return cls(file, lrs)
+        return cls(file, lrs, _decays_of(begun))
+
+    def check_decays(self, decays: list[float]) -> None:
+        """Raises ValueError where the groups' weight decays are not those of the header, the only ones that a replay knows."""
+        if decays != self._decays:
+            raise ValueError(
+                f"weight_decay: expected {self._decays} of the groups, as when the log was begun, which holds no other, got {decays}"
+            )
 
     def append(self, step: Step) -> None:
         records = []
@@ -96,6 +103,10 @@ class SeedLog:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def _decays_of(header: dict[str, Any]) -> list[float]:
+    return [group["weight_decay"] for group in header["groups"]]
 
 
 def _run_of(header: dict[str, Any]) -> dict[str, Any]:
