@@ -641,6 +641,28 @@ def test_unpatch_and_groups_off_take_everything_back() -> None:
     assert not any(module._forward_hooks_always_called for module in model.modules())
 
 
+@pytest.mark.parametrize("first", ["disabled", "merged", "inference"])
+def test_forwards_that_show_no_groups_are_not_counted(first: str) -> None:
+    """As of a reference or an evaluation before the training."""
+    model = small_model("llama", "lora", torch.float32)
+    (batch,) = text_batches("llama", 1)
+    peftfast.patch(model)
+    if first == "merged":
+        model.merge_adapter()
+    with (
+        model.disable_adapter() if first == "disabled" else torch.inference_mode(first == "inference"),
+        torch.no_grad(),
+    ):
+        for _ in range(6):
+            model(**batch)
+    if first == "merged":
+        model.unmerge_adapter()
+    assert not peftfast.report(model).groups
+    model(**batch)
+    last = [tuple(name.rpartition(".")[2] for name in group) for group in peftfast.report(model).groups]
+    assert last == [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")] * 2
+
+
 def test_the_report_names_thegroups_in() -> None:
     model = adapted()
     report = peftfast.patch(model)

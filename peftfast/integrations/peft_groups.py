@@ -244,10 +244,11 @@ class _Scope:
 
     def note(self, layer: Any, x: Tensor, y: Tensor) -> None:
         """A layer ran alone."""
-        if layer.__dict__.get(VERDICT) is None or x.is_inference():
+        verdict = layer.__dict__.get(VERDICT)
+        if verdict is None or x.is_inference():
             return
         self.mark(y)
-        if not self.block.learns(layer):
+        if not self.block.learns(layer) or not verdict.holds(layer):
             return
         for known, version, layers in self.seen:
             if known() is x and version == x._version:
@@ -270,7 +271,8 @@ class _Scope:
                 # A layer that was called more than once is left alone.
                 if 2 <= len(layers) <= _MOST and all(calls.count(id(layer)) == 1 for layer in layers):
                     block.found(layers)
-        block.rounds = min(block.rounds + 1, _ROUNDS)
+            # One with the adapters disabled or merged, or in inference mode, has shown nothing, and is not counted.
+            block.rounds = min(block.rounds + 1, _ROUNDS)
 
 
 def forward(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
