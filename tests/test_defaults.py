@@ -3,13 +3,17 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 
+import peftfast
 import peftfast.functional as F
+from peftfast.integrations import peft_gated_mlp
 from peftfast.nn import LoRALinear, SparseDeltaLinear
 from peftfast.optim import MeZO, SparseAdamW
+from tests.support import small_models
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 
@@ -110,3 +114,17 @@ def test_another_default_changes_nothing(name: str, default: Callable[[], None])
     default()
     found = CALLS[name]()
     assert found.dtype == expected.dtype and found.device == expected.device and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "shira"])
+def test_patched_layers_run_on_the_same_kernels(method: str, default: Callable[[], None]) -> None:
+    if method == "shira":
+        options = peft.ShiraConfig(r=4, target_modules=["q_proj", "gate_proj"])
+        model: nn.Module = peft.get_peft_model(small_models.base("llama"), options)
+    else:
+        model = small_models.adapted("llama", method, torch.float32)
+    expected = peftfast.patch(model)
+    assert expected.fused and not expected.stock
+    peft_gated_mlp._backend_of.cache_clear()
+    default()
+    assert peftfast.report(model) == expected

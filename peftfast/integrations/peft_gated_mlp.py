@@ -106,7 +106,7 @@ def _own_kind(module: nn.Module) -> Any:
 
 @functools.cache
 def _backend_of(device: torch.device, requested: str | None) -> str:
-    one = torch.empty((1, 8), device=device)
+    one = torch.empty((1, 8), dtype=torch.float32, device=device)
     return ops.gated_activation.gated_activation.select(one, one, "silu").backend
 
 

@@ -192,12 +192,13 @@ def why_stock_for(layer: Any, x: Any) -> str:
 
 
 def _probe_arguments(device: torch.device, four_bit: bool, dora: bool, several: bool) -> dict[Any, tuple[Any, ...]]:
-    """The smallest call of each operator on a path, to ask its table with."""
-    a = torch.empty((1, 8), device=device)
-    s = torch.empty((1, 1), device=device)
-    uint8 = torch.empty((32, 1), dtype=torch.uint8, device=device)
-    one = torch.empty(1, device=device)
-    table = torch.empty(16, device=device)
+    """The smallest call of each operator on a path, to ask its table with. In float32, whatever torch's default is."""
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    a = empty((1, 8))
+    s = empty((1, 1))
+    uint8 = empty((32, 1), dtype=torch.uint8)
+    one = empty(1)
+    table = empty(16)
     probes: dict[Any, tuple[Any, ...]] = {
         lora_ops.lora_shrink: (a, a, None, 0.0, 1.0, torch.bfloat16),
         lora_ops.lora_expand_: (a, s, a.T, None, None, 0.0, 1.0),
@@ -205,7 +206,7 @@ def _probe_arguments(device: torch.device, four_bit: bool, dora: bool, several: 
         lora_ops.lora_dy_grads: (a, s, a.T, 1.0, torch.float32),
     }
     if four_bit:
-        dense = torch.empty(64, device=device)
+        dense = empty(64)
         probes[nf4_ops.nf4_dequantize_out] = (uint8, one, table, 64, (64,), None, None, None, dense)
     if dora:
         probes[dora_ops.lora_dora_expand] = (a, None, s, a.T, None, a[0], None, 1.0, torch.bfloat16)

@@ -143,15 +143,15 @@ def _why_stock_for(layer: Any, x: Tensor) -> str:
 
 def _backends(device: torch.device, four_bit: bool) -> tuple[dict[str, None], str]:
     """The backends that a layer's operators run on, and why one of them has no fused form here."""
-    one, index = torch.empty((1, 1), device=device), torch.empty(1, dtype=torch.int32, device=device)
-    values = torch.empty(1, device=device)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    one, index, values = empty((1, 1)), empty(1, dtype=torch.int32), empty(1)
     probes: list[tuple[Any, tuple[Any, ...]]] = [
         (sparse_ops.sparse_delta_patch, (one, index, values)),
         (sparse_ops.sparse_delta_dvalues, (one, one, index, torch.float32)),
     ]
     if four_bit:
-        packed, table = torch.empty((32, 1), dtype=torch.uint8, device=device), torch.empty(16, device=device)
-        delta = (index, values, torch.empty(2, dtype=torch.int32, device=device), 64, torch.float32)
+        packed, table = empty((32, 1), dtype=torch.uint8), empty(16)
+        delta = (index, values, empty(2, dtype=torch.int32), 64, torch.float32)
         stored = (packed, values, table, 64, (64,), None, None, None)
         probes.append((sparse_dequantize.sparse_delta_dequantize, (*stored, *delta)))
     used: dict[str, None] = {}
