@@ -323,6 +323,16 @@ def test_the_report_names_them() -> None:
     assert "Tanh is none of the activations" in peftfast.report(model).mlps[0].reason
 
 
+def test_the_report_says_why_no_patch_serves_one() -> None:
+    """A tuner whose layers are none of LoRA's: that the module is not patched is no matter of patching."""
+    model = peft.get_peft_model(adapted().unload(), peft.ShiraConfig(r=2, target_modules=["gate", "up", "down"]))
+    for report in (peftfast.report(model), peftfast.patch(model)):
+        assert {(row.patched, row.reason) for row in report.mlps} == {
+            (False, "it holds no LoRA layer that has a fused form")
+        }
+        assert "not patched" not in str(report).partition("MLP")[2]
+
+
 def test_the_reference_backend_is_no_fused_product(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     peftfast.patch(model)

@@ -31,6 +31,7 @@ from ..ops.dispatch import requested_backend
 from ..reference.gated_activation import activate
 from .mlp_form import Form, activation_of, form_of
 from .patch_report import MLPReport
+from .peft import _why_not_swapped
 from .peft_call import Verdict
 from .peft_group_call import _dtypes, _verdict_of
 from .peft_groups import _is_patched
@@ -305,6 +306,8 @@ def report(model: nn.Module) -> tuple[MLPReport, ...]:
                 reason = "wrapped by fully_shard before patching: patch first"
             elif gated_class(stock) is None:
                 reason = "its class does what another class must not inherit"
+            elif all(map(_why_not_swapped, members[:3])):
+                reason = "it holds no LoRA layer that has a fused form"
         reason = reason or why_not(module, stock, form)
         alone = ""
         if not reason and own is not None:
