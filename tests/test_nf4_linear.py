@@ -148,6 +148,17 @@ def test_linear(first: int) -> None:
 
 
 @pytest.mark.parametrize("compute", [F32, BF16, F16])
+def test_an_adapter_without_ranks_still_adds_its_bias(compute: torch.dtype) -> None:
+    x, *storage, bias, _, _, _, scaling, _, _ = arguments_of(Case(R=0))
+    lora_bias = torch.linspace(-3, 3, storage[4][0], device=DEVICE)
+    adapter = (x.new_empty(0, x.shape[1]), x.new_empty(storage[4][0], 0), lora_bias, scaling)
+    y, s = ops.nf4_linear(x, *storage, bias, *adapter, compute, F32)
+    expected, _ = ops.nf4_linear(x, *storage, bias + scaling * lora_bias, None, None, None, 1.0, compute, F32)
+    assert s.shape == (len(x), 0)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("compute", [F32, BF16, F16])
 @pytest.mark.parametrize(("k", "block_size"), [(192, 64), (256, 64), (320, 128), (128, 256), (64, 32)])
 def test_rows_of_the_identity_give_the_weight(compute: torch.dtype, k: int, block_size: int) -> None:
     """Bit for bit what the dequantiser gives, for every number of rows that a CPU kernel takes at once: rounded to bfloat16 where

@@ -176,7 +176,7 @@ static const AddProducts kSingle[kRowsAtOnce] = {
 static inline void finish(const Nf4Linear& p, int64_t m, int64_t n, float value, const float* s, const float* b,
                           int64_t padded) {
     if (p.bias.data != nullptr) value += element_of(p.bias, n * p.bias.column_stride);
-    if (p.R > 0) {
+    if (p.R > 0 || p.lora_bias.data != nullptr) {
         Vec sum = vec_zero();
         for (int64_t r = 0; r < padded; r += kWidth) {
             sum = vec_fma(vec_load(s + m * padded + r), vec_load(b + r), sum);

@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish(Nf4Linear p) {
     for (int m = 0; m < kFinishRows; ++m) {
         if (m >= rows) break;
         float value = __fadd_rn(whole(p, first + m, n), bias);
-        if (p.R > 0) value = __fmaf_rn(p.scaling, __fadd_rn(added[m], lora_bias), value);
+        if (p.R > 0 || p.lora_bias != nullptr) value = __fmaf_rn(p.scaling, __fadd_rn(added[m], lora_bias), value);
         store(p.y, p.y_dtype, (first + m) * p.N + n, value);
     }
 }
