@@ -99,6 +99,15 @@ def test_sources_are_read_and_not_written() -> None:
     assert torch.equal(target, before + 0.5 * F.perturbation((5, 5), 3, device=DEVICE))
 
 
+def test_sources_that_lie_apart_or_in_place() -> None:
+    whole = torch.arange(12.0, device=DEVICE)
+    before = whole.clone()
+    targets, sources = [whole[:4], whole[8:10], whole[10:].expand(1, 2)], [whole[:4], whole[6:8], whole[7].expand(1, 2)]
+    F.perturb_(targets, 3, 0.0, sources=sources)
+    before[8:10], before[10:] = before[6:8], before[7]
+    assert torch.equal(whole, before)
+
+
 def test_parameters_and_leaves_can_be_moved() -> None:
     parameter = torch.nn.Parameter(torch.zeros(4, device=DEVICE))
     F.perturb_([parameter], 1, 1.0)
@@ -211,6 +220,21 @@ BAD = {
     "decay": (ValueError, "decay: expected one", lambda: F.perturb_([ONE], 1, 1.0, decay=ONE)),
     "thresholds": (ValueError, "thresholds: expected 1", lambda: F.perturb_([ONE], 1, 1.0, thresholds=ONE)),
     "sources": (ValueError, "sources: expected the shapes", lambda: F.perturb_([ONE], 1, 1.0, sources=[ONE[:2]])),
+    "sources swapped": (
+        ValueError,
+        r"sources\[[01]\]: expected .* itself or .* got memory of tensors\[[01]\]",
+        lambda: F.perturb_([ONE, OTHER], 1, 1.0, sources=[OTHER, ONE]),
+    ),
+    "source shifted": (
+        ValueError,
+        r"sources\[0\]: .* memory of tensors\[0\]",
+        lambda: F.perturb_([ONE[1:]], 1, 1.0, sources=[ONE[:2]]),
+    ),
+    "source expanded": (
+        ValueError,
+        r"sources\[1\]: .* memory of tensors\[1\]",
+        lambda: F.perturb_([OTHER, ONE], 1, 1.0, sources=[OTHER, ONE[1].expand(3)]),
+    ),
     "dtype": (TypeError, "dtype: expected a floating", lambda: F.perturbation((3,), 1, dtype=torch.int32)),
     "shape": (ValueError, "shape: expected sizes", lambda: F.perturbation((-3,), 1)),
     "seeds": (ValueError, "seed: expected one, got 2", lambda: F.perturbation((3,), [1, 2])),  # type: ignore[arg-type]

@@ -18,17 +18,12 @@ def check_disjoint(name: str, tensors: Sequence[Tensor]) -> None:
     """
     spans = []
     for index, tensor in enumerate(tensors):
-        begin = tensor.data_ptr()
-        if tensor.is_contiguous():
-            end = begin + tensor.nbytes
-        else:
-            if _repeats(tensor):
-                raise ValueError(
-                    f"{name}[{index}]: expected each element in a place of its own, got shape {tuple(tensor.shape)} with strides "
-                    f"{tensor.stride()}"
-                )
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            end = begin + (last + 1) * tensor.itemsize
+        if not tensor.is_contiguous() and _repeats(tensor):
+            raise ValueError(
+                f"{name}[{index}]: expected each element in a place of its own, got shape {tuple(tensor.shape)} with strides "
+                f"{tensor.stride()}"
+            )
+        begin, end = _span(tensor)
         if end > begin:
             spans.append((begin, end, index))
     spans.sort()
@@ -47,6 +42,41 @@ def check_disjoint(name: str, tensors: Sequence[Tensor]) -> None:
         reach = max(reach, span[1])
 
 
+def check_sources(name: str, sources: Sequence[Tensor], written: str, tensors: Sequence[Tensor]) -> None:
+    """Of what is read while tensors are written, each is the tensor at its place itself, or lies apart from all of them.
+
+    Raises:
+        ValueError: a source that shares memory with a tensor otherwise. Not for meta tensors.
+    """
+    spans = [(*_span(tensor), False, index) for index, tensor in enumerate(tensors)]
+    for index, (source, tensor) in enumerate(zip(sources, tensors, strict=True)):
+        if source.data_ptr() != tensor.data_ptr() or source.stride() != tensor.stride():
+            spans.append((*_span(source), True, index))
+    near = spans[:0]
+    for span in sorted(spans):
+        begin, end, is_source, index = span
+        if end == begin:
+            continue
+        near = [one for one in near if one[1] > begin]
+        for _, _, other_is_source, other in near:
+            reader, place = (index, other) if is_source else (other, index)
+            if is_source is not other_is_source and _share(sources[reader], tensors[place]):
+                raise ValueError(
+                    f"{name}[{reader}]: expected {written}[{reader}] itself or memory that is not written, got memory of "
+                    f"{written}[{place}]"
+                )
+        near.append(span)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor's elements lie; the same twice where it has none."""
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.itemsize
+
+
 def _repeats(tensor: Tensor) -> bool:
     """Whether two indices name one place: whether some steps, not all of them zero, lead back to where they began."""
     taken = [(stride, size - 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
@@ -61,7 +91,7 @@ def _share(one: Tensor, other: Tensor) -> bool:
     ranges: dict[int, list[int]] = {}
     for tensor, sign in ((one, 1), (other, -1)):
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            if size > 1:
+            if size > 1 and stride > 0:  # a source may be expanded
                 own = ranges.setdefault(stride * tensor.itemsize, [0, 0])
                 own[sign > 0] += sign * (size - 1)
     steps = [(stride, least, most) for stride, (least, most) in sorted(ranges.items(), reverse=True)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .disjoint import check_disjoint
+from .disjoint import check_disjoint, check_sources
 from .nf4 import NF4Weight
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
@@ -82,7 +82,8 @@ def perturb_(
         decay: the tensors are multiplied by it before the terms are added: a float or one float32.
         thresholds: float32 ``[len(tensors)]``: elements whose magnitude is above it stay as they are (Sparse MeZO, arXiv 2402.15751).
         rounding_seed: round bfloat16 and float16 stochastically, without bias, by draws of this seed; to nearest even if not given.
-        sources: read these in place of ``tensors``, which are only written; of the same shapes and dtypes.
+        sources: read these in place of ``tensors``, which are only written; of the same shapes and dtypes, and each its tensor itself
+            or apart from all tensors in memory.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is written.
@@ -97,6 +98,8 @@ def perturb_(
         _check_tensors("sources", read)
         if [(t.shape, t.dtype, t.device) for t in read] != [(t.shape, t.dtype, t.device) for t in given]:
             raise ValueError("sources: expected the shapes, dtypes and device of tensors")
+        if given and given[0].device.type != "meta":
+            check_sources("sources", read, "tensors", given)
     ids = list(range(len(given))) if tensor_ids is None else _listed("tensor_ids", tensor_ids, "a sequence of ints")
     places = [0] * len(given) if offsets is None else _listed("offsets", offsets, "a sequence of ints")
     for name, values in (("tensor_ids", ids), ("offsets", places)):
