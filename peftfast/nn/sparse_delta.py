@@ -373,10 +373,15 @@ class SparseDeltaLinear(nn.Linear):
         return order
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseDeltaLinear:
-        was_merged = self.merged
+        was_merged, was_meta = self.merged, self.delta_indices.is_meta
         self.unmerge()
         values = self.delta_values.detach()
         super()._apply(fn, recurse)
+        if was_meta and not self.delta_indices.is_meta:
+            # to_empty: what lies in fresh memory is no support, and what is loaded next is to find one.
+            torch.arange(values.numel(), out=self.delta_indices)
+            self._pattern = trusted(self.delta_indices, torch.Size((self.out_features, self.in_features)))
+            self._checked = _version(self.delta_indices)
         dtype = wide_dtype(self._weight_dtype())
         if self.delta_values.dtype != dtype or self.delta_values.dtype != values.dtype:
             self.delta_values.data = values.to(self.delta_values.device, dtype)
