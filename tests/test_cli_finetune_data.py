@@ -177,6 +177,22 @@ def test_a_broken_line_is_named(row, said, tmp_path):
         data(tmp_path, row)
 
 
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (r'{"text": "cut \ud83d"}', "text"),
+        (r'{"text": "a", "label": "\udc00"}', "label"),
+        (r'{"prompt": "a", "completion": "\udfff"}', "completion"),
+        (r'{"messages": [{"role": "user", "content": "\ud800 b"}]}', "content"),
+    ],
+)
+def test_half_a_character_is_named(line, key, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(r'{"text": "whole \ud83d\ude00"}' + f"\n{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf'line 2: "{key}": expected Unicode text, got half of a character: \\ud'):
+        records.read(path)
+
+
 def test_kinds_do_not_mix(tmp_path):
     with pytest.raises(UserError, match="line 2: prompt, completion, but line 1 has text"):
         data(tmp_path, {"text": "a"}, {"prompt": "a", "completion": "b"})

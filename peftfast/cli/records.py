@@ -131,7 +131,7 @@ def _labelled(value: dict[str, Any], where: str) -> tuple[str, Label]:
     text, label = _string(value["text"], "text", where), value["label"]
     if isinstance(label, bool) or not isinstance(label, (int, str)) or label == "":
         raise UserError(f'{where}: "label": expected a string or a whole number, got {_shortened(label)}')
-    return text, label
+    return text, _whole(label, "label", where) if isinstance(label, str) else label
 
 
 def _conversation(value: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], None]:
@@ -154,6 +154,16 @@ _READERS: dict[str, Any] = {"text": _text, "label": _labelled, "messages": _conv
 def _string(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f'{where}: "{key}": expected a string that is not empty, got {_shortened(value)}')
+    return _whole(value, key, where)
+
+
+def _whole(value: str, key: str, where: str) -> str:
+    """A string as it is. JSON may escape half of a character, as where a text was cut within one, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = ord(value[error.start])
+        raise UserError(f'{where}: "{key}": expected Unicode text, got half of a character: \\u{half:x}') from None
     return value
 
 
@@ -163,6 +173,8 @@ def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
     for message in value:
         if not (isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))):
             raise UserError(f'{where}: "{key}": {MESSAGE}, got {_shortened(message)} in it')
+        for name in ("role", "content"):
+            _whole(message[name], name, where)
     return value
 
 
