@@ -266,6 +266,18 @@ def test_a_model_by_its_name(llama, texts, tmp_path):  # noqa: F811
     assert absent.returncode == 2 and "owner/other is no directory here, and the hub does not give it" in absent.stderr
 
 
+@pytest.mark.slow
+def test_names_of_classes_are_utf8_in_any_locale(llama, tmp_path):  # noqa: F811
+    rows = [{"text": f"the fox {k}", "label": ("\u65e5\u672c", "\u00e9")[k % 2]} for k in range(4)]
+    argv = command(llama, write_lines(tmp_path / "data.jsonl", rows), tmp_path / "out", "--max-steps", "1")
+    variables = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": str(ROOT)}
+    environ = os.environ | variables
+    done = subprocess.run([sys.executable, "-m", "peftfast", *argv], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = (tmp_path / "out" / finetune.LABEL_NAMES).read_text(encoding="utf-8")
+    assert json.loads(names) == ["\u00e9", "\u65e5\u672c"]
+
+
 def test_a_loss_that_is_not_finite_leaves_no_adapter_of_it(llama, texts, tmp_path, capsys):  # noqa: F811
     argv = command(
         llama, texts, tmp_path / "out", "--max-steps", "3", "--learning_rate", "1e38", "--max_grad_norm", "0"

@@ -205,7 +205,8 @@ class Job:
             self.method.save(self.model, new)
             if self.classify:
                 # PEFT's files have no place for the names of the classes.
-                (new / LABEL_NAMES).write_text(json.dumps(list(self.data.names), ensure_ascii=False) + "\n")
+                names = json.dumps(list(self.data.names), ensure_ascii=False)
+                (new / LABEL_NAMES).write_text(names + "\n", encoding="utf-8")
             if history:
                 _plot(history, new / PLOT)
             if state is not None:
