@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from peftfast.__main__ import main
 from peftfast.cli import checkpoint, finetune
@@ -138,12 +138,18 @@ def test_what_cannot_be_resumed_is_refused(halted, llama, tmp_path, capsys):  # 
     kept = tmp_path / "kept"
     shutil.copytree(out, kept)
     other_data = write_lines(tmp_path / "other.jsonl", [{"text": "other words"}] * 4)
+    other_model, elsewhere = tmp_path / "other", tmp_path / "elsewhere"
+    for folder in (other_model, elsewhere):
+        shutil.copytree(llama, folder)
+    weights = {name: weight + 0.01 for name, weight in load_file(other_model / "model.safetensors").items()}
+    save_file(weights, other_model / "model.safetensors", metadata={"format": "pt"})
     cases = [
         ([*argv], None, ["holds an adapter already", "--resume", "--overwrite"]),
         ([*argv, "--resume", "--overwrite"], None, ["--resume", "--overwrite"]),
         ([*argv, "--resume", "--r", "4"], None, ["--r 16, not of 4"]),
         ([*argv, "--resume", "--optim", "sgd"], None, ["extra"]),
         ([*argv, "--resume", "--data", str(other_data)], None, ["another --data"]),
+        ([*argv, "--resume", "--model", str(other_model)], None, ["another --model"]),
         ([*argv, "--resume"], spoil_marker, ["not whole", checkpoint.MARKER]),
         ([*argv, "--resume"], spoil_marker_text, ["not whole"]),
     ]
@@ -159,3 +165,6 @@ def test_what_cannot_be_resumed_is_refused(halted, llama, tmp_path, capsys):  # 
         for fragment in said:
             assert fragment in line, line
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    shutil.rmtree(out)
+    shutil.copytree(kept, out)
+    assert main([*argv, "--resume", "--model", str(elsewhere)]) == 0  # the same base, wherever it lies

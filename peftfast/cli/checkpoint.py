@@ -67,10 +67,24 @@ def marker(out: Path) -> dict[str, Any]:
     return said
 
 
-def fingerprint(options: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """What must be the same for a training to go on: the options and the contents of the data file."""
+def fingerprint(options: argparse.Namespace, data: Path, model: Path) -> dict[str, Any]:
+    """What must be the same for a training to go on: the options, the contents of the data file, and the base's weights."""
     kept = {name: _plain(value) for name, value in vars(options).items() if name not in FREE | {"data", "model"}}
-    return kept | {"data": hashlib.sha256(data.read_bytes()).hexdigest()}
+    return kept | {"data": hashlib.sha256(data.read_bytes()).hexdigest(), "model": _weights(model)}
+
+
+def _weights(model: Path) -> str:
+    """A digest of a directory's files of weights, wherever it lies: of their names and sizes, and of a megabyte at either end, since to
+    read all of a large model takes as long as to load it."""
+    digest, part = hashlib.sha256(), 2**20
+    for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(part))
+            file.seek(max(0, size - part))
+            digest.update(file.read(part))
+    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -83,9 +97,9 @@ def check_same(out: Path, wanted: dict[str, Any]) -> int:
     before, now = said["options"], json.loads(json.dumps(wanted))
     for name in sorted(set(before) | set(now)):
         if before.get(name) != now.get(name):
-            if name == "data":
+            if name in ("data", "model"):
                 raise UserError(
-                    f"--resume: the checkpoint in {out} is of another --data: its contents are not the same"
+                    f"--resume: the checkpoint in {out} is of another --{name}: its contents are not the same"
                 )
             raise UserError(
                 f"--resume: the checkpoint in {out} is of --{name} {before.get(name)}, not of {now.get(name)}; "

@@ -54,7 +54,7 @@ class Job:
         self.model: Any = None
         self.encoder: Any = None
         self.learn: Sequence[int] = ()
-        self.fingerprint = checkpoint.fingerprint(options, options.data) | {
+        self.fingerprint = checkpoint.fingerprint(options, options.data, directory) | {
             "extra": {k: str(v) for k, v in extra.items()}
         }
 
