@@ -111,9 +111,11 @@ def creatable(option: str, path: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message as one line, for messages of other libraries that run over several."""
+    """An error's message as one line, for messages of other libraries that run over several: the first, and what a colon at its end
+    announces."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    announces = len(lines) > 1 and lines[0].endswith(":")
+    return " ".join(lines[: 1 + announces]) if lines else type(error).__name__
 
 
 def device_name(requested: str) -> str:
