@@ -146,6 +146,14 @@ def test_refusals_write_nothing(llama, adapters, tmp_path, capsys):  # noqa: F81
     save_file(
         {k: v[:, :3].clone() if "lora_A" in k else v for k, v in tensors.items()}, ill / "adapter_model.safetensors"
     )
+    partial = tmp_path / "partial"
+    shutil.copytree(adapters / "lora", partial)
+    tensors.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight")
+    save_file(tensors, partial / "adapter_model.safetensors")
+    shallow = tmp_path / "shallow"
+    shutil.copytree(llama, shallow)
+    config = json.loads((shallow / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     weights = {}
     for name in ("cut", "bare", "pickled"):
         shutil.copytree(adapters / "lora", tmp_path / name)
@@ -162,7 +170,18 @@ def test_refusals_write_nothing(llama, adapters, tmp_path, capsys):  # noqa: F81
         (["merge", "--adapter", str(nameless), "--out", str(tmp_path / "x")], ["--model", "names no base model"]),
         ([*good[:-1], str(tmp_path / "full"), "--overwrite"], ["--out", "no model"]),
         ([*good, "--overwrite", "--model", str(tmp_path / "gone")], ["--model", "does not exist"]),
-        (["merge", "--adapter", str(ill), "--out", str(out), "--overwrite"], ["--adapter", "no usable adapter"]),
+        (
+            ["merge", "--adapter", str(ill), "--out", str(out), "--overwrite"],
+            ["--adapter", "no usable adapter", "size mismatch for base_model", "copying a param with shape"],
+        ),
+        (
+            [*good, "--overwrite", "--model", str(shallow)],
+            ["--adapter", "not of the base", str(shallow), "no place for 14"],
+        ),
+        (
+            ["merge", "--adapter", str(partial), "--out", str(out), "--overwrite"],
+            ["not of the base", "lacks 1 tensors"],
+        ),
     ]
     new = str(tmp_path / "new" / "merged")
     for name, said in (("cut", str(weights["cut"])), ("bare", "no adapter_model.safetensors or adapter_model.bin in")):

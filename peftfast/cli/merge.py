@@ -190,6 +190,9 @@ def _merged(
             model: Any = load_adapter(base, options.adapter).eval()
         else:
             model = PeftModel.from_pretrained(base, str(options.adapter)).eval()
+            # Which of the file's tensors found no place, as those of layers that the base has not, only a second loading says.
+            found = model.load_adapter(str(options.adapter), model.active_adapter)
+            _check_whole(options.adapter, directory, found)
     generator = torch.Generator().manual_seed(0)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(device)
@@ -206,6 +209,18 @@ def _merged(
             "merged, or it is not of this base"
         )
     return merged, probe, expected, gap
+
+
+def _check_whole(adapter: Path, directory: str, found: Any) -> None:
+    """Raises UserError unless each tensor of the adapter has a place in the base, and each place a tensor."""
+    for keys, said in (
+        (found.unexpected_keys, f"{directory} has no place for"),
+        (found.missing_keys, f"{adapter} lacks"),
+    ):
+        if keys:
+            raise UserError(
+                f"--adapter: it is not of the base in {directory}: {said} {len(keys)} tensors, {min(keys)} the first"
+            )
 
 
 def _relative(values: Any, expected: Any) -> float:
