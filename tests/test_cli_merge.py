@@ -132,6 +132,28 @@ def test_a_classifier(llama, labelled, tmp_path):  # noqa: F811
     assert torch.equal(model.score.weight, saved.bfloat16())
 
 
+def test_layers_that_share_a_tensor_lack_none(llama, tmp_path):  # noqa: F811
+    """Its file holds VB-LoRA's bank of vectors once, and PEFT calls it missing for each layer."""
+    from peft import VBLoRAConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(str(llama))
+    options = {
+        "num_vectors": 8,
+        "vector_length": 16,
+        "target_modules": ["q_proj", "v_proj"],
+        "init_vector_bank_bound": 1.0,
+    }
+    model = get_peft_model(base, VBLoRAConfig(**options))
+    model.save_pretrained(tmp_path / "adapter")
+    argv = ["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--dtype", "float32"]
+    assert main([*argv, "--model", str(llama)]) == 0
+    with torch.no_grad():
+        expected = model.eval()(TOKENS).logits
+    assert relative(expected, logits(llama)) > 1e-3
+    assert relative(logits(tmp_path / "out"), expected) < 1e-5
+
+
 def test_refusals_write_nothing(llama, adapters, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "merged"
     good = ["merge", "--adapter", str(adapters / "lora"), "--out", str(out)]

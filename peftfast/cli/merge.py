@@ -192,7 +192,7 @@ def _merged(
             model = PeftModel.from_pretrained(base, str(options.adapter)).eval()
             # Which of the file's tensors found no place, as those of layers that the base has not, only a second loading says.
             found = model.load_adapter(str(options.adapter), model.active_adapter)
-            _check_whole(options.adapter, directory, found)
+            _check_whole(options.adapter, directory, found, model.state_dict())
     generator = torch.Generator().manual_seed(0)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(device)
@@ -211,12 +211,12 @@ def _merged(
     return merged, probe, expected, gap
 
 
-def _check_whole(adapter: Path, directory: str, found: Any) -> None:
-    """Raises UserError unless each tensor of the adapter has a place in the base, and each place a tensor."""
-    for keys, said in (
-        (found.unexpected_keys, f"{directory} has no place for"),
-        (found.missing_keys, f"{adapter} lacks"),
-    ):
+def _check_whole(adapter: Path, directory: str, found: Any, state: dict[str, Any]) -> None:
+    """Raises UserError unless each tensor of the adapter has a place in the base, and each place a tensor, which it may have under
+    another name, as layers share VB-LoRA's bank of vectors."""
+    loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in set(found.missing_keys)}
+    missing = [name for name in found.missing_keys if name not in state or state[name].data_ptr() not in loaded]
+    for keys, said in ((found.unexpected_keys, f"{directory} has no place for"), (missing, f"{adapter} lacks")):
         if keys:
             raise UserError(
                 f"--adapter: it is not of the base in {directory}: {said} {len(keys)} tensors, {min(keys)} the first"
