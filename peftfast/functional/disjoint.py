@@ -71,8 +71,8 @@ def check_sources(name: str, sources: Sequence[Tensor], written: str, tensors: S
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The addresses between which a tensor's elements lie; the same twice where it has none."""
     begin = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return begin, begin
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (last + 1) * tensor.itemsize
 
