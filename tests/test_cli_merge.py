@@ -192,6 +192,7 @@ def test_refusals_write_nothing(llama, adapters, tmp_path, capsys):  # noqa: F81
         (["merge", "--adapter", str(nameless), "--out", str(tmp_path / "x")], ["--model", "names no base model"]),
         ([*good[:-1], str(tmp_path / "full"), "--overwrite"], ["--out", "no model"]),
         ([*good, "--overwrite", "--model", str(tmp_path / "gone")], ["--model", "does not exist"]),
+        ([*good[:-1], str(llama), "--overwrite"], ["--out", "is the adapter's base"]),
         (
             ["merge", "--adapter", str(ill), "--out", str(out), "--overwrite"],
             ["--adapter", "no usable adapter", "size mismatch for base_model", "copying a param with shape"],

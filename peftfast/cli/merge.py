@@ -59,6 +59,10 @@ def main(argv: Sequence[str]) -> int:
     if not name:
         raise UserError(f"--model: the adapter in {options.adapter} names no base model; give it")
     directory = None if models.is_hub_name(name) else models.directory_of("--model", name)
+    if directory is not None and options.out.resolve() == directory.resolve():
+        raise UserError(
+            f"--out: {options.out} is the adapter's base, which it could not be loaded on again; expected another directory"
+        )
     _check_out(options.out, options.overwrite)
     packages = PACKAGES | ({"bitsandbytes": "bitsandbytes"} if options.four_bit or options.four_bit_base else {})
     arguments.require("merge", packages)
