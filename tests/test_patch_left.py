@@ -44,6 +44,18 @@ def test_a_shira_forward_that_was_bound_before_unpatch() -> None:
     assert torch.equal(forward(x), expected)
 
 
+def test_unpatch_takes_the_norms_of_dora_from_the_weight() -> None:
+    options = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    model: Any = peft.get_peft_model(nn.Sequential(nn.Linear(256, 32)), options)
+    weight = model.base_model.model[0].base_layer.weight
+    before = pickle.dumps(weight)
+    peftfast.patch(model)
+    model(torch.randn(3, 256))
+    assert vars(weight)  # they are kept there
+    peftfast.unpatch(model)
+    assert not vars(weight) and pickle.dumps(weight) == before
+
+
 @pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
 @pytest.mark.parametrize("first", ["pickled", "called"])
 def test_an_unloaded_model_is_a_plain_one(way: str, first: str) -> None:

@@ -138,6 +138,7 @@ def unpatch(model: nn.Module) -> None:
             setattr(base, name, value)
         module.__dict__.pop(VERDICT, None)
         module.__dict__.pop(peft_merge.UNMERGED, None)
+        forget_norms(getattr(base, "weight", None))
         swap_class(module, _UNSWAPS[fused])
 
 
