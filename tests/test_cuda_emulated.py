@@ -171,6 +171,7 @@ LINEAR = [
     (Case(M=17, N=65, K=128, R=0, x=BF16, out=BF16, bias=False, data=3), 1),
     (Case(M=33, N=64, K=640, R=8, x=F32, block_size=4096, lora_bias=False, data=4), 4),
     (Case(M=64, N=130, K=256, R=5, x=BF16, out=BF16, block_size=32, data=5), 2),
+    (Case(M=9, N=70, K=256, R=0, x=BF16, adapted=True, data=6), 2),
 ]
 
 
@@ -226,6 +227,7 @@ def test_kernels(name: str, library: ctypes.CDLL) -> None:
         ("linear", ("+ second, lower", ", lower")),
         ("linear", ("low[i % 2]", "low[0]")),
         ("linear", ("part < p.splits", "part < p.splits - 1")),
+        ("linear", (" || p.lora_bias != nullptr", "")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[1],
 )

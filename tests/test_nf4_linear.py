@@ -31,7 +31,7 @@ class Case:
     M: int = 5
     N: int = 37
     K: int = 192
-    R: int = 6  # 0: no adapter
+    R: int = 6
     x: torch.dtype = F32
     adapter: torch.dtype = F32
     compute: torch.dtype = BF16
@@ -41,6 +41,7 @@ class Case:
     bias: bool = True
     lora_bias: bool = True
     strided: bool = False
+    adapted: bool | None = None  # without ranks not, if it is not said: an adapter of none adds its bias
     data: int = 0
 
 
@@ -61,8 +62,9 @@ def arguments_of(case: Case) -> tuple[Any, ...]:
         x = normal(case.K, case.M).to(case.x).T
         adapter = [adapter[0].T.contiguous().T, adapter[1].T.contiguous().T]
     bias = normal(case.N) if case.bias else None
-    lora_bias = normal(case.N).to(case.adapter) if case.lora_bias and case.R else None
-    given = adapter if case.R else [None, None]
+    adapted = case.R > 0 if case.adapted is None else case.adapted
+    lora_bias = normal(case.N).to(case.adapter) if case.lora_bias and adapted else None
+    given = adapter if adapted else [None, None]
     return (x, *weight.storage(), bias, *given, lora_bias, 0.75, case.compute, case.out)
 
 
@@ -148,14 +150,10 @@ def test_linear(first: int) -> None:
 
 
 @pytest.mark.parametrize("compute", [F32, BF16, F16])
-def test_an_adapter_without_ranks_still_adds_its_bias(compute: torch.dtype) -> None:
-    x, *storage, bias, _, _, _, scaling, _, _ = arguments_of(Case(R=0))
-    lora_bias = torch.linspace(-3, 3, storage[4][0], device=DEVICE)
-    adapter = (x.new_empty(0, x.shape[1]), x.new_empty(storage[4][0], 0), lora_bias, scaling)
-    y, s = ops.nf4_linear(x, *storage, bias, *adapter, compute, F32)
-    expected, _ = ops.nf4_linear(x, *storage, bias + scaling * lora_bias, None, None, None, 1.0, compute, F32)
-    assert s.shape == (len(x), 0)
-    torch.testing.assert_close(y, expected)
+@pytest.mark.parametrize("backend", [None, on_triton])
+def test_an_adapter_without_ranks_still_adds_its_bias(backend: str | None, compute: torch.dtype) -> None:
+    for K in (192, 66):
+        check_linear(Case(K=K, R=0, compute=compute, adapted=True), backend)
 
 
 @pytest.mark.parametrize("compute", [F32, BF16, F16])

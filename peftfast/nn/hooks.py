@@ -39,7 +39,7 @@ def hooked(module: nn.Module, weight: Tensor | None = None) -> bool:
 def overridden(module: nn.Module) -> bool:
     """Whether a ``forward`` that is set on the object does not end in the class's: neither that one, bound, as accelerate leaves it
     when its hooks are removed, nor accelerate's, which runs a hook around it."""
-    return "forward" in module.__dict__ and not (_is_bound(module, "forward") or _hook_around(module) is not None)
+    return "forward" in module.__dict__ and not _is_bound(module, "forward") and _hook_around(module) is None
 
 
 def swap_class(module: Any, kind: Any) -> None:
@@ -54,9 +54,8 @@ def replace(model: nn.Module, path: str, layer: nn.Module) -> None:
     """Put a layer in the place of the one at ``path``, whose hooks see the calls of the new one from then on: torch's, whose handles
     still remove them, and accelerate's."""
     before = model.get_submodule(path)
-    kept_inside = any(
-        module is before for module in layer.modules()
-    )  # and called, perhaps: a hook is to see a call once
+    # A layer that keeps the one before may call it, and a hook is to see a call once.
+    kept_inside = any(module is before for module in layer.modules())
     fresh = not any(layer.__dict__[name] for name in _HOOKS)
     for name in _HOOKS:
         if fresh:
@@ -65,7 +64,8 @@ def replace(model: nn.Module, path: str, layer: nn.Module) -> None:
             layer.__dict__[name].update(before.__dict__[name])
         if kept_inside:
             before.__dict__[name] = OrderedDict()
-    layer._is_full_backward_hook = before._is_full_backward_hook
+    if layer._is_full_backward_hook is None:
+        layer._is_full_backward_hook = before._is_full_backward_hook
     hook = _hook_around(before)
     if hook is not None:
         from accelerate.hooks import add_hook_to_module
@@ -76,10 +76,10 @@ def replace(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 def why_own_forward(module: nn.Module) -> str:
     """Why another layer on the module's weight would not compute what a call of the object does; an empty string where it would."""
-    if not overridden(module):
-        hook = _hook_around(module)
-        return "" if hook is None or _moves_arguments(hook) else f"accelerate's {type(hook).__name__} is on it"
-    return "forward is overridden on the layer itself"
+    if overridden(module):
+        return "forward is overridden on the layer itself"
+    hook = _hook_around(module)
+    return "" if hook is None or _moves_arguments(hook) else f"accelerate's {type(hook).__name__} is on it"
 
 
 def _is_bound(module: nn.Module, name: str) -> bool:
