@@ -230,7 +230,7 @@ def test_modules_of_another_form_keep_their_class(kind: type) -> None:
 
 
 GUARDS: dict[str, tuple[str, Any, str]] = {
-    "hooks": ("hooked", lambda module, weight=None: False, "a hook on act"),
+    "hooks": ("hooked", lambda module: False, "a hook on act"),
     "the forward": ("Form.holds", lambda self, function: True, "another class's forward"),
     "the state": ("why_not", lambda module, stock, form: "", "down disabled"),
     "the activation": ("_activation", lambda form, act: "silu", "another act"),

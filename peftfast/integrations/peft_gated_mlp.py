@@ -169,7 +169,7 @@ def why_not(module: Any, stock: Any, form: Form) -> str:
 
 def _whole(down: Any) -> Verdict | None:
     """What is known of down where its call can be a part of the fused one, as far as its input does not matter; else None."""
-    if not getattr(type(down), "_peftfast_grouped", False) or hooked(down, down.base_layer.weight):
+    if not getattr(type(down), "_peftfast_grouped", False) or hooked(down):
         return None
     verdict = _verdict_of(down)
     return None if verdict is None or len(verdict.adapters) > 1 or verdict.adapters[0][5] is not None else verdict
@@ -181,7 +181,7 @@ def why_product_alone(down: Any) -> str:
         return ""
     if not _is_patched(down):
         return "it has no LoRA layer that is patched"
-    if hooked(down, down.base_layer.weight):
+    if hooked(down):
         return "a hook on it"
     verdict = _verdict_of(down)
     if verdict is None:

@@ -130,7 +130,7 @@ class Shared:
         found = []
         members = self.members()
         for member in members:
-            if member is None or ("forward" in member.__dict__ and hooked(member, member.base_layer.weight)):
+            if member is None or ("forward" in member.__dict__ and hooked(member)):
                 return None
             verdict = _verdict_of(member)
             if verdict is None:

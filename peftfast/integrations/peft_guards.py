@@ -93,7 +93,7 @@ def _variant_reason(layer: Any, name: str, alone: bool) -> str:
     if not alone:
         return "DoRA beside other active adapters: PEFT's result depends on their order"
     magnitude = layer.lora_magnitude_vector[name]
-    if type(magnitude) is not DoraLinearLayer or hooked(magnitude, magnitude.weight):
+    if type(magnitude) is not DoraLinearLayer or hooked(magnitude):
         return "the magnitude vector is not PEFT's own module, or has a hook"
     if magnitude.weight.device != layer.base_layer.weight.device:
         return f"the magnitude vector is on {magnitude.weight.device}"
@@ -123,7 +123,7 @@ def why_stock(layer: Any, names: list[str]) -> str:
     reason = _parameter_reason("the base weight", base.weight) or _parameter_reason("the base bias", base.bias)
     if reason:
         return reason
-    if hooked(base, base.weight):
+    if hooked(base):
         return "a hook on the base layer"
     reason = bnb.why_not_served(base) if four_bit else dense_reason(base.weight)
     if reason:
@@ -140,7 +140,7 @@ def why_stock(layer: Any, names: list[str]) -> str:
         a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
             return "lora_A, lora_B or lora_dropout is not PEFT's own module"
-        if hooked(a, base.weight) or hooked(b, base.weight) or hooked(dropout):
+        if hooked(a) or hooked(b) or hooked(dropout):
             return "a hook on lora_A, lora_B or lora_dropout"
         for part, module in (("lora_A", a), ("lora_B", b)):
             reason = _parameter_reason(part, module.weight) or _parameter_reason(f"{part}'s bias", module.bias)

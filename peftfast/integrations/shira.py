@@ -98,7 +98,7 @@ def _why_stock(layer: Any) -> str:
     reason = _parameter_reason("the base weight", base.weight) or _parameter_reason("the base bias", base.bias)
     if reason:
         return reason
-    if hooked(base, base.weight):
+    if hooked(base):
         return "a hook on the base layer"
     reason = bnb.why_not_served(base) if four_bit else dense_reason(base.weight)
     if reason:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .adapting import HANDLE, AdapterHandle, Runtime, Targets, Unsuitable
+from .adapting import AdapterHandle, Runtime, Targets, Unsuitable
 from .factored import FactoredLinear
 from .registry import Paper, register
 from .sidenet import block_names
@@ -89,12 +89,8 @@ class PELARuntime(Runtime):
             self._hooks = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
             self._hooks += [module.register_forward_hook(self._keep) for module in blocks or self.layers]
 
-    def _watching(self) -> bool:
-        handle = self.model.__dict__.get(HANDLE)
-        return handle is not None and handle.runtime is self
-
     def _begin(self, model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if self.teaching or not self._watching():
+        if self.teaching:
             return
         self.features = []
         self.given = (arguments, named) if model.training and torch.is_grad_enabled() else None

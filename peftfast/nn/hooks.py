@@ -21,18 +21,18 @@ _HOOKS = (
 )
 
 
-def hooked(module: nn.Module, weight: Tensor | None = None) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether the module has a hook, or a ``forward`` of its own, that a fused call which passes it over would not run.
 
-    ``weight`` is what the fused call reads there: a hook of accelerate's that brings the module's arguments to its device and does no
-    more, as a ``device_map`` of several devices sets on every layer, does nothing for a call that has them there.
+    A hook of accelerate's that brings the module's arguments to the device of its weight and does no more, as a ``device_map`` of
+    several devices sets on every layer, is none: the fused call takes arguments that lie there.
     """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and not _does_nothing(module, weight))
+        or ("forward" in module.__dict__ and not _does_nothing(module))
     )
 
 
@@ -106,12 +106,12 @@ def _moves_arguments(hook: Any) -> bool:
     return known and not hook.offload and not hook.no_grad
 
 
-def _does_nothing(module: nn.Module, weight: Tensor | None) -> bool:
-    """Whether the object's forward is its class's for a call whose arguments lie beside ``weight``."""
+def _does_nothing(module: nn.Module) -> bool:
+    """Whether the object's forward is its class's for a call whose arguments lie beside its weight."""
     if _is_bound(module, "forward"):
         return True
-    hook = _hook_around(module)
-    if weight is None or hook is None or not _moves_arguments(hook):
+    hook, weight = _hook_around(module), getattr(module, "weight", None)  # of PEFT's layers the base's
+    if not isinstance(weight, Tensor) or hook is None or not _moves_arguments(hook):
         return False
     where = hook.execution_device
     if isinstance(where, int):

@@ -36,8 +36,7 @@ class LoRALinears(nn.ModuleList):
         layers: list[Any] = list(self)
         kinds = {(layer.training, layer._compute_dtype()) for layer in layers}
         if len(kinds) > 1 or any(
-            layer.merged or hooked(layer, layer.weight) or type(layer).forward is not LoRALinear.forward
-            for layer in layers
+            layer.merged or hooked(layer) or type(layer).forward is not LoRALinear.forward for layer in layers
         ):
             return tuple(layer(input) for layer in layers)
         ((training, compute_dtype),) = kinds
