@@ -1,6 +1,7 @@
 """What results call the processor that they were measured on."""
 
 import platform
+import re
 from pathlib import Path
 
 # Linux gives an ARM core by numbers: the part numbers of its designer (implementer 0x41), as lscpu names them.
@@ -25,6 +26,14 @@ def _core(implementer: str, part: str) -> str:
     return f"ARM {known}" if known else f"ARM implementer {implementer} part {part}"
 
 
+def _x86(core: dict[str, str]) -> str:
+    """A virtual machine may say no more than the maker ("AMD EPYC"): the family and the model then tell the generation."""
+    name = core["model name"]
+    if re.search(r"\d", name) or not core.get("cpu family") or not core.get("model"):
+        return name
+    return f"{name} (family {core['cpu family']}, model {core['model']})"
+
+
 def name_from(cpuinfo: str) -> str | None:
     """What the text of /proc/cpuinfo calls the processor; of several kinds of cores each once, in their order. None where it does not
     say."""
@@ -34,7 +43,7 @@ def name_from(cpuinfo: str) -> str | None:
         cores.append({key.strip(): value.strip() for key, _, value in fields})
     for core in cores:
         if core.get("model name"):
-            return core["model name"]
+            return _x86(core)
     try:
         names = [_core(core["CPU implementer"], core["CPU part"]) for core in cores if "CPU part" in core]
     except (KeyError, ValueError):
