@@ -1,6 +1,7 @@
 """The perturbation, the gathered gradient and AdamW of csrc/cuda run on the CPU, thread by thread, through the operators' own code: the
 library's operators are defined by the schemas of csrc/bind, and call the emulated launch functions."""
 
+import contextlib
 import ctypes
 import itertools
 import re
@@ -84,8 +85,8 @@ def libraries(folders: dict[str, Path]) -> dict[str, ctypes.CDLL]:
     return {family: build(family, folder) for family, folder in folders.items()}
 
 
-@pytest.fixture(scope="module")
-def operators(libraries: dict[str, ctypes.CDLL]) -> Iterator[dict[str, ctypes.CDLL]]:
+@contextlib.contextmanager
+def operators_of(libraries: dict[str, ctypes.CDLL]) -> Iterator[dict[str, ctypes.CDLL]]:
     """``torch.ops.peftfast_cuda`` for CPU tensors. What is yielded decides which library of a family they call."""
     used = dict(libraries)
     namespace = torch.library.Library("peftfast_cuda", "DEF")
@@ -96,8 +97,16 @@ def operators(libraries: dict[str, ctypes.CDLL]) -> Iterator[dict[str, ctypes.CD
     for name in CALLS:
         namespace.define(schema(name))
         namespace.impl(name, implementation(name), "CompositeExplicitAutograd")
-    yield used
-    namespace._destroy()
+    try:
+        yield used
+    finally:
+        namespace._destroy()
+
+
+@pytest.fixture(scope="module")
+def operators(libraries: dict[str, ctypes.CDLL]) -> Iterator[dict[str, ctypes.CDLL]]:
+    with operators_of(libraries) as used:
+        yield used
 
 
 PLAIN = ZoCase(terms=1, decay=False, threshold=False, rounding=False)

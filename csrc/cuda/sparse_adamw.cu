@@ -134,6 +134,7 @@ __device__ __forceinline__ void encoded(const int64_t* row, int column, int64_t 
         bytes.at[i] = static_cast<uint8_t>(sparse::state_byte<kSigned>(part));
     }
     given(address<uint8_t>(row, column), s, count, bytes);
+    __syncwarp();  // the maximum of before has been read by all: a shuffle puts no memory in order
     if (s < count && s % sparse::kStateBlock == 0) address<float>(row, column + 9)[s / sparse::kStateBlock] = largest;
 }
 

@@ -39,21 +39,26 @@ def run_compiler(*arguments: str | Path) -> None:
         raise RuntimeError(done.stderr[-4000:])
 
 
-def _compile(sources: list[Path], target: Path, level: int = 1) -> Path:
+def _compile(sources: list[Path], target: Path, level: int = 1, races: bool = False) -> Path:
     # A misaligned wide access or an index past an array of known size traps.
     checks = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    if races:  # the compiler calls races.cpp before each access
+        checks += ["-DEMULATED_RACES", *(["-fsanitize=thread"] if target.suffix == ".o" else [])]
     flags = ["-std=c++17", f"-O{level}", "-ffp-contract=off", "-fPIC", "-w", *checks, f"-I{HERE}", f"-I{CSRC}"]
     kind = ["-c"] if target.suffix == ".o" else ["-shared"]
     run_compiler(*flags, *kind, *sources, "-o", target)
     return target
 
 
-def build(family: str, folder: Path, edit: tuple[str, str] | None = None, base: Path | None = None) -> ctypes.CDLL:
+def build(
+    family: str, folder: Path, edit: tuple[str, str] | None = None, base: Path | None = None, races: bool = False
+) -> ctypes.CDLL:
     """A library of the family's launch functions under the names of its harness.
 
     Args:
         edit: a text in the sources and what replaces it; the source is compiled unoptimised, since a fault shows at once and compiling
-            is what takes the time. base: the folder of a build without, whose other objects are taken.
+            is what takes the time. base: the folder of a build without, whose other objects are taken. races: a launch ends the process
+            where what it gives depends on which thread comes first, or on shared memory that nobody wrote.
 
     Raises:
         RuntimeError: what the compiler says. ValueError: the text to edit is in no source.
@@ -70,10 +75,12 @@ def build(family: str, folder: Path, edit: tuple[str, str] | None = None, base: 
         source = folder / f"{stem}.cpp"
         text = text.replace(*edit) if edit is not None and stem in edited else text
         source.write_text(translated(text).replace('#include "../', '#include "'))
-        objects.append(_compile([source], folder / f"{stem}.o", level=0 if stem in edited else 1))
-    harness = base / "harness.o" if base is not None else _compile([HERE / f"{family}.cpp"], folder / "harness.o")
+        objects.append(_compile([source], folder / f"{stem}.o", 0 if stem in edited else 1, races))
+    harness = (
+        base / "harness.o" if base is not None else _compile([HERE / f"{family}.cpp"], folder / "harness.o", 1, races)
+    )
     library = folder / f"{family}.so"
-    _compile([*objects, harness], library)
+    _compile([*objects, harness, *([HERE / "races.cpp"] if races else [])], library, 1, races)
     loaded = ctypes.CDLL(str(library))
     for name in FUNCTIONS[family]:
         getattr(loaded, name).restype = ctypes.c_char_p

@@ -2,8 +2,8 @@
 // warp's collective hands on to the next until all have come. Slow and exact; what it cannot show is timing and races
 // between barriers. Takes the place of CUDA's own header, for the tests.
 //
-// A fiber is begun once, by makecontext, and serves the thread of its number in every block; from then on it is left and
-// entered by _setjmp and _longjmp, which make no system call where swapcontext makes one for the mask of signals.
+// A fiber is begun once, by makecontext, and serves the thread of its number in every block; from then on it is left
+// and entered by _setjmp and _longjmp, which make no system call where swapcontext makes one for the mask of signals.
 #pragma once
 
 #include <math.h>
@@ -65,6 +65,23 @@ namespace emulated {
 
 inline dim3 thread_index, block_index;
 
+// races.cpp, where it is linked, is shown what a kernel reads and writes, and no more than that.
+inline bool in_kernel = false;
+__attribute__((no_sanitize_thread)) inline void set_in_kernel(bool value) { in_kernel = value; }
+#ifdef EMULATED_RACES
+void begin_launch(), begin_block(), end_launch();
+#else
+inline void begin_launch() {}
+inline void begin_block() {}
+inline void end_launch() {}
+#endif
+
+// What orders one thread's accesses after another's.
+struct Place {
+    unsigned thread;
+    uint64_t barriers, syncs;  // passed by the block, and by the thread's warp
+};
+
 class Block {
   public:
     explicit Block(unsigned threads) : threads_(threads), warps_((threads + 31) / 32) {
@@ -72,6 +89,7 @@ class Block {
     }
 
     void run(const std::function<void()>& body) {
+        begin_block();
         body_ = &body;
         current_ = this;
         alive_ = threads_;
@@ -90,18 +108,27 @@ class Block {
 
     static Block& current() { return *current_; }
     unsigned lane() const { return running_ % 32; }
+    Place place() const { return {running_, generation_, warps_[running_ / 32].syncs}; }
+    // Not a kernel's to share: the running thread's stack, and what says which block runs.
+    bool is_own(const void* p) const {
+        const char *stack = fibers()[running_]->stack, *at = static_cast<const char*>(p);
+        return (at >= stack && at < stack + kStack) || p == static_cast<const void*>(&current_);
+    }
 
     void barrier() {
+        set_in_kernel(false);
         const uint64_t mine = generation_;
         ++events_;
         ++arrived_;
         release();
         while (generation_ == mine) yield();
+        set_in_kernel(true);
     }
 
-    // The values that the warp's 32 lanes bring.
+    // The values that the warp's 32 lanes bring. Memory is in order afterwards where `orders`.
     template <class T>
-    const T* exchange(const T& value) {
+    const T* exchange(const T& value, bool orders = false) {
+        set_in_kernel(false);
         static_assert(sizeof(T) <= kSlot, "");
         Warp& warp = warps_[running_ / 32];
         const uint64_t mine = warp.generation;
@@ -111,16 +138,18 @@ class Block {
         if (++warp.arrived == 32) {
             warp.arrived = 0;
             ++warp.generation;
+            warp.syncs += orders;
         } else {
             while (warp.generation == mine) yield();
         }
+        set_in_kernel(true);
         return values;
     }
 
   private:
     static constexpr size_t kSlot = 32, kStack = 64 * 1024;
     struct Warp {
-        uint64_t generation = 0;
+        uint64_t generation = 0, syncs = 0;
         unsigned arrived = 0;
         alignas(16) char values[2][32 * kSlot];
     };
@@ -155,7 +184,9 @@ class Block {
     static void serve() {  // a thread of one block after the other
         while (true) {
             Block& block = *current_;
+            set_in_kernel(true);
             (*block.body_)();
+            set_in_kernel(false);
             Fiber& fiber = *fibers()[block.running_];
             fiber.done = true;
             --block.alive_;
@@ -188,6 +219,7 @@ class Block {
 
 inline void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const std::function<void()>& body) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024) fail("a grid that CUDA refuses");
+    begin_launch();
     for (unsigned z = 0; z < grid.z; ++z) {
         for (unsigned y = 0; y < grid.y; ++y) {
             for (unsigned x = 0; x < grid.x; ++x) {
@@ -196,6 +228,7 @@ inline void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const std:
             }
         }
     }
+    end_launch();
 }
 
 }  // namespace emulated
@@ -204,7 +237,7 @@ inline void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const std:
 #define blockIdx emulated::block_index
 
 inline void __syncthreads() { emulated::Block::current().barrier(); }
-inline void __syncwarp() { emulated::Block::current().exchange(0); }
+inline void __syncwarp() { emulated::Block::current().exchange(0, true); }
 
 template <class T>
 inline T __shfl_xor_sync(uint32_t mask, T value, int distance) {
