@@ -22,9 +22,11 @@ def _copy_kernel(x_ptr, y_ptr, n, shift, step, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _again_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+def _again_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+    if BARRIER:
+        tl.debug_barrier()
     tl.store(x_ptr + offs, tl.load(y_ptr + BLOCK - 1 - offs))
 
 
@@ -55,9 +57,12 @@ def test_what_two_programs_write() -> None:
 
 
 def test_what_a_program_reads_after_it_wrote_it() -> None:
-    """Thread 0 reads what thread 31 wrote: nothing makes it wait."""
-    with pytest.raises(InterpreterError, match="program 0 reads what it wrote itself"):
-        _again_kernel[(1,)](torch.zeros(32), torch.zeros(32), BLOCK=32)
+    """Thread 0 reads what thread 31 wrote: only a barrier makes it wait."""
+    x = torch.arange(32.0)
+    _again_kernel[(1,)](x, torch.zeros(32), BLOCK=32, BARRIER=True)
+    assert torch.equal(x, torch.arange(31.0, -1, -1))
+    with pytest.raises(InterpreterError, match="program 0 reads what it wrote itself, without a barrier"):
+        _again_kernel[(1,)](x, torch.zeros(32), BLOCK=32, BARRIER=False)
 
 
 def test_atomics() -> None:

@@ -1,6 +1,7 @@
-"""The programs of a launch run one after the other in Triton's interpreter, and together on a GPU. What then depends on their order is an
-error wherever kernels are interpreted: a byte that one program writes and another reads or writes, and one that a program reads after
-it wrote it, which its other threads may do before. No kernel has atomics, which would put programs in order: one is refused."""
+"""The programs of a launch run one after the other in Triton's interpreter, and together on a GPU. What then depends on their order is
+an error wherever kernels are interpreted: a byte that one program writes and another reads or writes, and one that a program reads
+after it wrote it, which its other threads may do before where there is no tl.debug_barrier between. No kernel has atomics, which would
+put programs in order: one is refused."""
 
 import ctypes
 from pathlib import Path
@@ -8,7 +9,11 @@ from typing import Any
 
 import numpy as np
 
-_FOUND = {1: "another program of its launch writes", 2: "it wrote itself", 3: "another program of its launch reads"}
+_FOUND = {
+    1: "another program of its launch writes",
+    2: "it wrote itself, without a barrier",
+    3: "another program of its launch reads",
+}
 
 
 class Race(AssertionError):
@@ -26,7 +31,7 @@ def watch_launches() -> None:
     from . import accesses
 
     library = accesses.compiled(Path(__file__).with_name("races.cpp"))
-    begin = accesses.function(library, "begin_launch")
+    begin, pass_barrier = (accesses.function(library, name) for name in ("begin_launch", "pass_barrier"))
     note = {
         kind: accesses.function(library, f"note_{kind}", *accesses.ARRAYS, ctypes.c_int32)
         for kind in ("reads", "writes")
@@ -42,10 +47,14 @@ def watch_launches() -> None:
 
     accesses.watch(look)
     builder = interpreter.InterpreterBuilder
-    set_grid_dim = builder.set_grid_dim
+    set_grid_dim, create_barrier = builder.set_grid_dim, builder.create_barrier
 
     def begun(self: Any, *sizes: int) -> None:
         begin()
         set_grid_dim(self, *sizes)
 
-    builder.set_grid_dim = begun
+    def passed(self: Any) -> Any:
+        pass_barrier()
+        return create_barrier(self)
+
+    builder.set_grid_dim, builder.create_barrier = begun, passed
