@@ -2,7 +2,8 @@
 tests.support.sanitized tests/test_native_cpu.py``, or other arguments of pytest's, needs GCC with its sanitizers' libraries.
 
 - The CPU's libraries are built with both, every instruction set as it stands.
-- torch's memory is the sanitizer's: each tensor has a poisoned margin, and freed memory is known as such.
+- torch's memory is the sanitizer's: each tensor has a poisoned margin, and freed memory is known as such. Fresh memory
+  is full of NaN.
 - Every address that a Triton kernel's loads and stores give in the interpreter is asked for there, where its mask is set, and every
   one of csrc/cuda's in the emulator, where it is built to look for races.
 
