@@ -57,14 +57,13 @@ def build() -> None:
 
 def environment() -> dict[str, str]:
     """Of a process whose memory is the sanitizer's."""
-    report = f"log_path={folder() / 'report'}"
     address = "detect_leaks=0:halt_on_error=0:alloc_dealloc_mismatch=0:redzone=256"
     address += ":max_malloc_fill_size=2147483647:malloc_fill_byte=255"  # NaN in every floating-point type
     return {
         **os.environ,
         # libstdc++ too, or its exceptions are not the ones that the sanitizer takes over.
         "LD_PRELOAD": f"{_runtime('libasan.so')} {_runtime('libstdc++.so.6')}",
-        "ASAN_OPTIONS": f"{address}:{report}",
-        "UBSAN_OPTIONS": f"print_stacktrace=1:{report}",
+        "ASAN_OPTIONS": f"{address}:log_path={folder() / 'address'}",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
         "PEFTFAST_SANITIZED": str(folder()),
     }

@@ -26,15 +26,22 @@ def pytest_configure(config: pytest.Config) -> None:
     native._FOLDER = FOLDER / "libraries"
 
 
-def _reported() -> int:
-    return sum(path.stat().st_size for path in FOLDER.glob(f"report.{os.getpid()}"))
+def _reported() -> str:
+    path = FOLDER / f"address.{os.getpid()}"
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    before = _reported()
+    before = len(_reported())
     result = yield
-    if _reported() > before:
-        text = (FOLDER / f"report.{os.getpid()}").read_bytes()[before:].decode(errors="replace")
-        pytest.fail(text[:6000], pytrace=False)
+    found = _reported()[before:]
+    # Of undefined behaviour the report goes to stderr, whatever its options say; pytest -s would leave it there.
+    out, err = item.config.pluginmanager.getplugin("capturemanager").read_global_capture()
+    item.add_report_section("call", "stdout", out)
+    item.add_report_section("call", "stderr", err)
+    if "runtime error: " in err:
+        found += err
+    if found:
+        pytest.fail(found[:6000], pytrace=False)
     return result
