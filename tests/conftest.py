@@ -18,14 +18,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 
 from peftfast.ops import replay  # noqa: E402
+from tests.support import bounds, races  # noqa: E402
 from tests.support.interpreter import quicken  # noqa: E402
 from tests.support.poison import poisoned_empty  # noqa: E402
-from tests.support.races import watch_launches  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     quicken()
-    with contextlib.suppress(FileNotFoundError):  # no C++ compiler: tests/test_races.py is skipped, and says so
-        watch_launches()
+    with contextlib.suppress(
+        FileNotFoundError
+    ):  # no C++ compiler: tests/test_watched_launches.py is skipped, and says so
+        races.watch_launches()
+        bounds.watch_launches()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One core a worker: two workers with two threads each cost more in contention than they gain. The same for what they start.

@@ -1,4 +1,5 @@
-"""What the suite sees wherever it interprets a Triton kernel: a launch whose result would depend on the order of its programs."""
+"""What the suite sees wherever it interprets a Triton kernel: a result that would depend on the order of a launch's programs, and an
+access outside of its tensors."""
 
 import shutil
 
@@ -48,7 +49,7 @@ def test_what_one_program_writes_and_another_reads() -> None:
     with pytest.raises(InterpreterError, match="writes what another program of its launch reads"):
         _copy_kernel[(4,)](x, x, 100, 1, 32, BLOCK=32)
     with pytest.raises(InterpreterError, match="reads what another program of its launch writes"):
-        _copy_kernel[(4,)](x[1:], x[1:], 100, -1, 32, BLOCK=32)
+        _copy_kernel[(4,)](x[:100], x[1:], 100, 0, 32, BLOCK=32)
 
 
 def test_what_two_programs_write() -> None:
@@ -68,3 +69,33 @@ def test_what_a_program_reads_after_it_wrote_it() -> None:
 def test_atomics() -> None:
     with pytest.raises(InterpreterError, match="which program comes first is not known"):
         _sum_kernel[(4,)](torch.zeros(4), torch.zeros(1))
+
+
+@pytest.mark.parametrize("n", [97, 99, 101])
+def test_an_access_outside_of_the_tensors(n: int) -> None:
+    """Of x the last four elements are not the launch's, of y the first, though their storages hold them."""
+    x, y = torch.arange(104.0), torch.zeros(104)
+    if n <= 97:
+        _copy_kernel[(4,)](x[:97], y[4:], n, 0, 32, BLOCK=32)
+        return
+    with pytest.raises(InterpreterError, match="load of 4 bytes .* outside of the launch's tensors"):
+        _copy_kernel[(4,)](x[:97], y[4:], n, 0, 32, BLOCK=32)
+    with pytest.raises(InterpreterError, match="store of 4 bytes .* outside of the launch's tensors"):
+        _copy_kernel[(4,)](x, y[:97], n, 0, 32, BLOCK=32)
+
+
+@triton.jit
+def _through_table_kernel(table_ptr, count, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32), bitcast=True)
+    y_ptr = tl.load(table_ptr + 1).to(tl.pointer_type(tl.float32), bitcast=True)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < count), mask=offs < count)
+
+
+def test_an_access_by_a_table_of_addresses() -> None:
+    x, y = torch.arange(104.0), torch.zeros(104)
+    table = torch.tensor([[x.data_ptr(), y.data_ptr()]])
+    _through_table_kernel[(1,)](table, 104, BLOCK=128)
+    assert torch.equal(x, y)
+    with pytest.raises(InterpreterError, match="load of 4 bytes .* outside of the launch's tensors"):
+        _through_table_kernel[(1,)](table, 105, BLOCK=128)
