@@ -415,7 +415,7 @@ def test_guard_peft_version(caplog, monkeypatch) -> None:
     for module in ("lora.dora", "lora.variants", "shira.layer"):
         monkeypatch.setitem(sys.modules, f"peft.tuners.{module}", None)
     for module in [name for name in sys.modules if name.startswith("peftfast.integrations.")]:
-        if not module.endswith((".peft_versions", ".patch_report", ".unsloth")):
+        if not module.endswith((".peft_versions", ".patch_report", ".bypassed")):
             monkeypatch.delitem(sys.modules, module)
             monkeypatch.delattr(peftfast.integrations, module.split(".")[2])
     report = peftfast.patch(model)

@@ -271,39 +271,69 @@ def test_trl_dpo_takes_its_reference_from_the_disabled_adapter(tokenizer, tmp_pa
     torch.testing.assert_close(torch.tensor(margins), torch.tensor(stock_margins), rtol=0.0, atol=1e-2)
 
 
-# Unsloth
+# Unsloth, and axolotl's LoRA kernels
 
 
-def unsloths(name: str) -> types.FunctionType:
-    """A function as Unsloth's modules define it."""
-    made: dict[str, Any] = {"__name__": "unsloth.kernels.fast_lora"}
+def foreign(module: str, name: str) -> types.FunctionType:
+    """A function as another package's module defines it."""
+    made: dict[str, Any] = {"__name__": module}
     exec(f"def {name}(self, *args, **kwargs):\n    return 0", made)
     return made[name]
 
 
-@pytest.mark.parametrize("place", ["mlp.forward", "self_attn.apply_qkv"])
-def test_a_model_that_unsloth_has_patched_is_left_alone(place: str, monkeypatch) -> None:
-    """Its functions are bound to the modules and read the adapters' weights themselves."""
-    monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
+@pytest.mark.parametrize(
+    ("module", "name", "place", "reason"),
+    [
+        ("unsloth.kernels.fast_lora", "forward", "mlp.forward", "Unsloth has patched this model"),
+        ("unsloth.kernels.fast_lora", "apply_qkv", "self_attn.apply_qkv", "Unsloth has patched this model"),
+        ("axolotl.kernels.lora", "apply_lora_mlp_swiglu", "mlp.forward", "axolotl's LoRA kernels are on"),
+        ("axolotl.kernels.lora", "apply_lora_qkv", "self_attn.apply_qkv", "axolotl's LoRA kernels are on"),
+        ("axolotl.kernels.lora", "apply_lora_o", "self_attn.apply_o", "axolotl's LoRA kernels are on"),
+        ("axolotl.monkeypatch.lora_kernels", "apply_out_proj", "self_attn.apply_out_proj", "axolotl's LoRA kernels"),
+    ],
+)
+def test_a_model_that_bypasses_its_layers_is_left_alone(
+    module: str, name: str, place: str, reason: str, monkeypatch
+) -> None:
+    """Such functions are bound to the modules and read the adapters' weights themselves."""
+    package = module.partition(".")[0]
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
     model = small_models.adapted("llama", "lora", torch.float32)
     part, attribute = place.split(".")
-    module = getattr(model.base_model.model.model.layers[1], part)
-    module.__dict__[attribute] = types.MethodType(unsloths(attribute), module)
-    with pytest.warns(UserWarning, match="Unsloth has patched this model"):
+    holder = getattr(model.base_model.model.model.layers[1], part)
+    holder.__dict__[attribute] = types.MethodType(foreign(module, name), holder)
+    with pytest.warns(UserWarning, match=reason):
         report = peftfast.patch(model)
-    assert report.reasons == {"Unsloth has patched this model: left alone": LAYERS}
+    assert len(report.stock) == LAYERS and [reason in found for found in report.reasons] == [True]
     assert not any(row.patched for row in peftfast.report(model).layers)
-    with pytest.raises(RuntimeError, match="Unsloth"):
+    with pytest.raises(RuntimeError, match=reason):
         peftfast.patch(model, strict=True)
-    del module.__dict__[attribute]
+    del holder.__dict__[attribute]
     assert len(peftfast.patch(model).fused) == LAYERS
 
 
-def test_unsloth_in_the_process_is_no_reason_by_itself(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
+@pytest.mark.parametrize(
+    ("module", "name", "place"),
+    [
+        ("unsloth", "", ""),
+        ("axolotl", "", ""),
+        ("axolotl.monkeypatch.lora_kernels", "original_apply_qkv", "self_attn.apply_qkv"),
+        ("axolotl.monkeypatch.lora_kernels", "original_apply_o", "self_attn.apply_o"),
+        ("axolotl.monkeypatch.lora_kernels", "axolotl_attn_forward", "self_attn.forward"),
+    ],
+)
+def test_what_calls_the_layers_is_no_reason(module: str, name: str, place: str, monkeypatch) -> None:
+    """Neither is a package in the process, nor what axolotl binds where its kernels do not serve a layer."""
+    package = module.partition(".")[0]
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    model = small_models.adapted("llama", "lora", torch.float32)
+    if name:
+        part, attribute = place.split(".")
+        holder = getattr(model.base_model.model.model.layers[1], part)
+        holder.__dict__[attribute] = types.MethodType(foreign(module, name), holder)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        report = peftfast.patch(small_models.adapted("llama", "lora", torch.float32))
+        report = peftfast.patch(model)
     assert len(report.fused) == LAYERS
 
 

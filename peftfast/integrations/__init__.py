@@ -8,7 +8,7 @@ import warnings
 
 from torch import nn
 
-from . import unsloth
+from . import bypassed
 from .patch_report import LayerReport, MLPReport, PatchReport, log_once
 
 __all__ = ["LayerReport", "MLPReport", "PatchReport", "patch", "report", "unpatch"]
@@ -47,7 +47,8 @@ def patch(model: nn.Module, *, strict: bool = False, groups: bool = True, gated:
         TypeError: not a module. RuntimeError: ``strict``, and a layer stays stock; nothing is changed then.
 
     Warns:
-        UserWarning: the model holds no adapter layer, or Unsloth has patched it already.
+        UserWarning: the model holds no adapter layer, or its functions do not call them: Unsloth has patched it, or axolotl's LoRA
+            kernels are on.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -58,7 +59,7 @@ def patch(model: nn.Module, *, strict: bool = False, groups: bool = True, gated:
     if strict and before.stock:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in before.stock.items())
         raise RuntimeError(f"peftfast.patch(strict=True): these layers would stay stock:\n{lines}")
-    reason = unsloth.why_left_alone(model)
+    reason = bypassed.why_left_alone(model)
     if reason:
         warnings.warn(f"peftfast.patch: {reason}", UserWarning, stacklevel=2)
         return before
@@ -107,7 +108,7 @@ def report(model: nn.Module) -> PatchReport:
 
     rows = shira.report_rows(model)
     layers = tuple(rows.get(row.name, row) for row in peft.report(model).layers)
-    reason = unsloth.why_left_alone(model)
+    reason = bypassed.why_left_alone(model)
     if reason:
         layers = tuple(dataclasses.replace(row, kernel="", reason=row.reason or reason) for row in layers)
         return PatchReport(layers)
