@@ -1,6 +1,7 @@
 """Models whose modules have accelerate's hooks, as a ``device_map`` of several devices sets them; hooks on layers that are replaced."""
 
 import copy
+import types
 from typing import Any
 
 import peft
@@ -283,3 +284,60 @@ def test_spread_over_two_gpus(four_bit: str | None) -> None:
     torch.testing.assert_close(found, loss, rtol=1e-4, atol=0.0)
     for name, grad in found_grads.items():
         torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+SWIFTS_CALLS: list[Any] = []
+
+
+def keep_device_forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    SWIFTS_CALLS.append(self)
+    return self.forward_origin(args[0].to(self.weight.device), *args[1:], **kwargs)
+
+
+keep_device_forward.__module__ = "swift.tuners.peft"
+
+
+def as_swift_makes(model: nn.Module) -> nn.Module:
+    """ms-swift gives every lora_A and lora_B a forward that brings x to the weight's device."""
+    for name, module in model.named_modules():
+        if name.endswith((".lora_A.default", ".lora_B.default")):
+            module.forward_origin = module.forward
+            module.forward = types.MethodType(keep_device_forward, module)
+    return model
+
+
+@pytest.mark.parametrize("four_bit", [None, "uint8"])
+def test_a_model_as_ms_swift_makes_it_runs_fused(four_bit: str | None) -> None:
+    plain, model = worker.llama(four_bit), as_swift_makes(worker.llama(four_bit))
+    trained(model)
+    assert SWIFTS_CALLS  # the forward is the one that stock layers call
+    peftfast.patch(plain)
+    report = peftfast.patch(model)
+    assert len(report.fused) == LAYERS and not report.stock, report
+    SWIFTS_CALLS.clear()
+    expected = trained(plain)
+    check_equal(trained(model), expected)
+    check_equal(trained(copy.deepcopy(model)), expected)
+    assert not SWIFTS_CALLS
+    peftfast.unpatch(model)
+    trained(model)
+    assert SWIFTS_CALLS
+
+
+@pytest.mark.parametrize("what", ["another forward", "another package", "around a hook", "of another module"])
+def test_a_forward_that_only_resembles_ms_swifts_is_run(what: str) -> None:
+    model = as_swift_makes(worker.llama(None))
+    peftfast.patch(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    if what == "another forward":
+        a.forward = types.MethodType(lambda self, x: self.forward_origin(x) * 2, a)
+    elif what == "another package":
+        made: dict[str, Any] = {"__name__": "swifter.tuners"}
+        exec("def keep_device_forward(self, x):\n    return self.forward_origin(x)", made)
+        a.forward = types.MethodType(made["keep_device_forward"], a)
+    elif what == "around a hook":
+        a.forward_origin = types.MethodType(lambda self, x: x @ self.weight.T * 2, a)
+    else:
+        a.forward = b.forward
+    assert list(peftfast.report(model).reasons.values()) == [1]

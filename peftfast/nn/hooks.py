@@ -25,7 +25,8 @@ def hooked(module: nn.Module) -> bool:
     """Whether the module has a hook, or a ``forward`` of its own, that a fused call which passes it over would not run.
 
     A hook of accelerate's that brings the module's arguments to the device of its weight and does no more, as a ``device_map`` of
-    several devices sets on every layer, is none: the fused call takes arguments that lie there.
+    several devices sets on every layer, is none: the fused call takes arguments that lie there. Nor is the ``forward`` by which
+    ms-swift does the same on every ``lora_A`` and ``lora_B``.
     """
     return bool(
         module._forward_hooks
@@ -106,9 +107,19 @@ def _moves_arguments(hook: Any) -> bool:
     return known and not hook.offload and not hook.no_grad
 
 
+def _is_swifts(module: nn.Module) -> bool:
+    """Whether the object's forward is ms-swift's, which brings x to the weight's device and calls the class's."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, types.MethodType) or forward.__self__ is not module:
+        return False
+    kind: Any = forward.__func__
+    known = kind.__name__ == "keep_device_forward" and kind.__module__.startswith("swift.")
+    return known and _is_bound(module, "forward_origin")
+
+
 def _does_nothing(module: nn.Module) -> bool:
     """Whether the object's forward is its class's for a call whose arguments lie beside its weight."""
-    if _is_bound(module, "forward"):
+    if _is_bound(module, "forward") or _is_swifts(module):
         return True
     hook, weight = _hook_around(module), getattr(module, "weight", None)  # of PEFT's layers the base's
     if not isinstance(weight, Tensor) or hook is None or not _moves_arguments(hook):
