@@ -149,6 +149,7 @@ def check_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     for seeded in (False, True):
         sparse_checks.check_adamw(1, seeded)
         sparse_checks.check_adamw8(1, seeded)
+        sparse_checks.check_adamw_outside(seeded)
 
 
 CHECKS = {"zo": check_zo, "pair": check_pair, "dvalues": check_dvalues, "adamw": check_adamw}
@@ -179,6 +180,7 @@ def test_operators(name: str, operators: dict[str, ctypes.CDLL], monkeypatch: py
         ("pair", "zeroth_order", ("minus[u][i] = minus[u][i] - term", "minus[u][i] = minus[u][i] + term")),
         ("dvalues", "sparse", ("distance = kLanes / 2; distance > 0", "distance = kLanes / 2; distance > 1")),
         ("adamw", "sparse", ("if (s + i < count) put", "put")),
+        ("adamw", "sparse", ("index < 0 || index >= step.row[9]", "index >= step.row[9]")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[1],
 )

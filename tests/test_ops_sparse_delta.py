@@ -77,6 +77,7 @@ def test_adamw_on_each_instruction_set(seeded: bool, isa: str) -> None:
     for data in range(4):
         checks.check_adamw(data, seeded)
         checks.check_adamw8(data, seeded)
+    checks.check_adamw_outside(seeded)
 
 
 def test_state_bytes_on_each_instruction_set(isa: str) -> None:
@@ -162,6 +163,7 @@ def test_triton_adamw(seeded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
     checks.check_adamw(11, seeded)
     checks.check_adamw8(11, seeded)
+    checks.check_adamw_outside(seeded)
 
 
 @pytest.mark.parametrize("asked", ["cpu", on_triton])

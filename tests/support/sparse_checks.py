@@ -268,6 +268,31 @@ def check_adamw(data: int, seeded: bool) -> None:
     _assert_written("adamw", actual, expected, WRITTEN)
 
 
+def check_adamw_outside(small: bool) -> None:
+    """Indices in front of the weight, behind it and far from it, as they may come to stand in a tensor that was checked: nothing is
+    written there, and all else is what it was to be."""
+    inputs, step = (adamw8_inputs, adamw_ops.sparse_adamw8_) if small else (adamw_inputs, adamw_ops.sparse_adamw_)
+    actual, expected = inputs(3, True), inputs(3, True)
+    (adamw_ops._reference_adamw8 if small else adamw_ops._reference_adamw)(*expected)
+    wholes = []
+    for layer, (weight, indices) in enumerate(zip(actual[5], actual[6], strict=True)):
+        if not weight.numel():
+            continue
+        far = torch.iinfo(indices.dtype)
+        places = indices[[0, 1, 2, -1]].long()
+        expected[5][layer].view(-1)[places] = weight.view(-1)[places]
+        indices[[0, 1, 2, -1]] = torch.tensor(
+            [-1, far.min, far.max, weight.numel()], device=DEVICE, dtype=indices.dtype
+        )
+        whole = torch.full((weight.numel() + 128,), 3.0, device=DEVICE).to(weight.dtype)
+        whole[64:-64] = weight.view(-1)
+        actual[5][layer] = whole[64:-64].view(weight.shape)
+        wholes.append(whole)
+    step(*actual)
+    _assert_written("adamw outside", actual, expected, WRITTEN8 if small else WRITTEN)
+    assert len(wholes) == 4 and all((whole[:64] == 3).all() and (whole[-64:] == 3).all() for whole in wholes)
+
+
 def adamw8_inputs(data: int, seeded: bool) -> list[Any]:
     """The same layers, their states in 8 bits; a block of zeros among them, gradients over many octaves, and of some none at all."""
     *lists, hyper, corrections, seed, ids = adamw_inputs(data, seeded)
