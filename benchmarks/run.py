@@ -63,7 +63,8 @@ def parser(step: str = "run", description: str | None = __doc__) -> argparse.Arg
     parse.add_argument(
         "--warm",
         action="store_true",
-        help="CPU: the same inputs in every call, found in the caches as a layer just loaded has left them; else they rotate",
+        help="CPU: the same inputs in every call, found in the caches as a layer just loaded has left them; else they rotate. The "
+        "limit beside them stays the memory's, which caches pass",
     )
     parse.add_argument(
         "--threads",
