@@ -24,9 +24,8 @@ from tests.support.poison import poisoned_empty  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     quicken()
-    with contextlib.suppress(
-        FileNotFoundError
-    ):  # no C++ compiler: tests/test_watched_launches.py is skipped, and says so
+    # Without a C++ compiler tests/test_watched_launches.py is skipped, and says so.
+    with contextlib.suppress(FileNotFoundError):
         races.watch_launches()
         bounds.watch_launches()
 

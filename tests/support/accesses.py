@@ -1,4 +1,4 @@
-"""Every address that Triton's kernels read and write in the interpreter, shown to whoever asks (``races``, ``sanitized``)."""
+"""Every address that Triton's kernels read and write in the interpreter, shown to whoever asks (``races``, ``bounds``, ``sanitized``)."""
 
 import ctypes
 import hashlib
