@@ -1,4 +1,4 @@
-"""Every address that Triton's kernels read and write in the interpreter, shown to whoever asks (``races``, ``bounds``, ``sanitized``)."""
+"""Every address that Triton's kernels read and write in the interpreter, shown to ``races``, ``bounds`` and ``sanitized``."""
 
 import ctypes
 import hashlib
