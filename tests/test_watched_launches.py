@@ -97,5 +97,7 @@ def test_an_access_by_a_table_of_addresses() -> None:
     table = torch.tensor([[x.data_ptr(), y.data_ptr()]])
     _through_table_kernel[(1,)](table, 104, BLOCK=128)
     assert torch.equal(x, y)
+    # Far from all that ever was a tensor: what lies just behind x may have been one.
+    astray = torch.tensor([[x.data_ptr() + 2**40, y.data_ptr()]])
     with pytest.raises(InterpreterError, match="load of 4 bytes .* outside of the launch's tensors"):
-        _through_table_kernel[(1,)](table, 105, BLOCK=128)
+        _through_table_kernel[(1,)](astray, 104, BLOCK=128)
