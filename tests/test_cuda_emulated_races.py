@@ -36,11 +36,12 @@ BARRIERS = list(barriers())
 def checks(family: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[ctypes.CDLL], None]]:
     """By the part of a source's name that they run."""
     if family == "nf4":
-        return {
-            "nf4_linear": nf4.check_linear,
-            "nf4_quantize": lambda library: (nf4.check_quantize(library), nf4.check_nest(library)) and None,
-            "nf4": nf4.check_dequantize,
-        }
+
+        def quantize(library: ctypes.CDLL) -> None:
+            nf4.check_quantize(library)
+            nf4.check_nest(library)
+
+        return {"nf4_linear": nf4.check_linear, "nf4_quantize": quantize, "nf4": nf4.check_dequantize}
     if family == "lora":
         return {"lora": lambda library: lora.check_shrink(library, 12)}
 

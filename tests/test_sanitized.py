@@ -18,7 +18,6 @@ extern "C" int sum_of(int a, int b) { return a + b; }
 """
 PLANTED = """
 import ctypes
-import sys
 
 import pytest
 import torch

@@ -54,6 +54,17 @@ def watch(function: Watch) -> None:
     interpreter._interpreter = _Watched(interpreter._interpreter, function)
 
 
+def refuse(first: Any, where: str) -> None:
+    """From now on an access ends the kernel by an IndexError where the C function ``first`` finds an address of it, and not 0."""
+
+    def look(kind: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
+        found = first(addresses.ctypes.data, mask.ctypes.data, addresses.size, size)
+        if found:
+            raise IndexError(f"{kind} of {size} bytes at {found:#x}, outside of {where}")
+
+    watch(look)
+
+
 def program() -> int:
     """The number of the program that runs in its launch's grid."""
     builder = interpreter.interpreter_builder

@@ -48,13 +48,7 @@ def watch_launches() -> None:
     begin = accesses.function(library, "begin_launch", *arrays, ctypes.c_bool)
     add_known = accesses.function(library, "add_known", ctypes.c_uint64, ctypes.c_uint64)
     first_outside = accesses.function(library, "first_outside", *accesses.ARRAYS)
-
-    def look(kind: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        found = first_outside(addresses.ctypes.data, mask.ctypes.data, addresses.size, size)
-        if found:
-            raise IndexError(f"{kind} of {size} bytes at {found:#x}, outside of the launch's tensors")
-
-    accesses.watch(look)
+    accesses.refuse(first_outside, "the launch's tensors")
     call = interpreter.GridExecutor.__call__
 
     @functools.wraps(call)

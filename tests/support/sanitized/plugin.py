@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 FOLDER = Path(os.environ["PEFTFAST_SANITIZED"])
@@ -15,14 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from tests.support import accesses
 
     library = accesses.compiled(Path(__file__).with_name("poisoned.cpp"))
-    first_poisoned = accesses.function(library, "first_poisoned", *accesses.ARRAYS)
-
-    def look(kind: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        found = first_poisoned(addresses.ctypes.data, mask.ctypes.data, addresses.size, size)
-        if found:
-            raise IndexError(f"{kind} of {size} bytes at {found:#x}, outside of every allocation")
-
-    accesses.watch(look)
+    accesses.refuse(accesses.function(library, "first_poisoned", *accesses.ARRAYS), "every allocation")
     native._FOLDER = FOLDER / "libraries"
 
 
