@@ -108,19 +108,22 @@ def pretended_driver() -> Iterator[PretendedDriver]:
             replay.forget()
 
 
-def host_us(call: Callable[[], Any], device: str) -> float:
-    """Microseconds of this thread a call, the lower quartile of the rounds."""
-    for _ in range(CALLS // 4):
-        call()
-    rounds = []
+def host_us(calls: Sequence[tuple[dict[str, str], Callable[[], Any]]], device: str) -> list[float]:
+    """Microseconds of this thread each call takes under its variables of the environment, the lower quartile of the rounds. A round
+    has a turn of every call, so that a time at which the machine is slow meets them all."""
+    rounds: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begun = time.process_time()
-        for _ in range(CALLS):
-            call()
-        rounds.append((time.process_time() - begun) / CALLS * 1e6)
-    return sorted(rounds)[ROUNDS // 4]
+        for (variables, call), took in zip(calls, rounds, strict=True):
+            with mock.patch.dict(os.environ, variables):
+                for _ in range(CALLS // 4):
+                    call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                begun = time.process_time()
+                for _ in range(CALLS):
+                    call()
+                took.append((time.process_time() - begun) / CALLS * 1e6)
+    return [sorted(took)[ROUNDS // 4] for took in rounds]
 
 
 class _Model(nn.Module):
@@ -155,11 +158,10 @@ def rows(device: str) -> list[dict[str, Any]]:
     x = torch.randn(2, 16, dtype=torch.bfloat16, device=device).requires_grad_()
     dy = torch.randn(2, 16, dtype=torch.bfloat16, device=device)
     for dropout in (0.0, 0.1):
-        for arm, variables in ARMS.items():
-            own = layer(arm.split()[0], dropout, device)
-            with mock.patch.dict(os.environ, variables):
-                forward = host_us(lambda own=own: own(x), device)  # type: ignore[misc]
-                step = host_us(lambda own=own: own(x).backward(dy), device)  # type: ignore[misc]
+        layers = {arm: layer(arm.split()[0], dropout, device) for arm in ARMS}
+        forwards = [(ARMS[arm], lambda own=own: own(x)) for arm, own in layers.items()]
+        steps = [(ARMS[arm], lambda own=own: own(x).backward(dy)) for arm, own in layers.items()]
+        for arm, forward, step in zip(ARMS, host_us(forwards, device), host_us(steps, device), strict=True):
             found.append({"arm": arm, "dropout": dropout, "forward_us": forward, "step_us": step})
     return found
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.interpreter
 def test_the_layer_is_timed_with_and_without_replay(tmp_path: Path) -> None:
     """Replay must pay by more than any noise: it leaves out two thirds of a launch's way."""
     out = tmp_path / "host.json"
-    code = f"import benchmarks.host as h; h.CALLS, h.ROUNDS = 40, 5; h.main(['--out', {str(out)!r}])"
+    code = f"import benchmarks.host as h; h.CALLS, h.ROUNDS = 20, 12; h.main(['--out', {str(out)!r}])"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
