@@ -74,13 +74,13 @@ def test_a_few_rows_are_cut_until_the_gpu_is_full(device: Device) -> None:
         (33, 1, 256, 500),
         (1, 2**20, 128, 1),
     ):
-        splits = nf4.nf4_linear_splits(M, N, K, R, device)
-        assert 1 <= splits <= K // nf4.SPLIT_COLUMNS and splits <= (16 if M <= 16 else 4)
-        tiles = -(-(N + R) // nf4.TILE_ROWS)
-        assert splits == 1 or splits * tiles <= 4 * device.multiprocessors
+        warps, scratch = nf4.nf4_linear_shares(M, N, K, R, device)
+        assert warps == 16 * device.multiprocessors and scratch >= M * (N + R)
         few = nf4.nf4_linear(M, N, K, "bfloat16", device)
         assert 1 <= few.splits <= max(1, K // few.block_k // 2)
-    assert nf4.nf4_linear_splits(1, 4096, 4096, 16, H200) == 8  # 65 tiles, 528 blocks at once
+    # 8256 units for 2112 warps: a row tile's 32 lie with 12 warps at most, a tile's 64 of A with 22.
+    assert nf4.nf4_linear_shares(1, 4096, 4096, 16, H200) == (2112, 12 * 4096 + 22 * 16)
+    assert nf4.nf4_linear_shares(3, 16, 0, 4, H200) == (2112, 0)
     with pytest.raises(ValueError, match="block_k: expected at most 128"):
         nf4.LinearConfig(block_k=256)
 

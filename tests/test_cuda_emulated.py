@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftfast.configs import nf4 as configs
+from peftfast.configs.device import Device
 from peftfast.reference import nf4 as definition
 from tests.support.budget import assert_within_budget
 from tests.support.cuda_emulator.build import build, fails_apart, translated
@@ -163,25 +165,27 @@ def check_nest(library: ctypes.CDLL) -> None:
             assert wrong == 0, f"{count} {snapped}: {wrong} values differ"
 
 
-# Rows on both sides of each number of tiles, weight rows past a tile's end, A in one tile and in two, parts of K.
+# Rows on both sides of each number of tiles, weight rows past a tile's end, A in one tile and in more; warps: one for all, several
+# to a tile, tiles of several, shares that differ, more than there are units, in one block and in two.
 LINEAR = [
     (Case(M=1, N=16, K=128, R=3, x=BF16), 1),
-    (Case(M=8, N=70, K=256, R=16, x=F32, adapter=BF16, data=1), 2),
-    (Case(M=9, N=5, K=384, R=70, x=F16, compute=F16, adapter=F16, out=F16, nested=False, data=2), 3),
-    (Case(M=17, N=65, K=128, R=0, x=BF16, out=BF16, bias=False, data=3), 1),
-    (Case(M=33, N=64, K=640, R=8, x=F32, block_size=4096, lora_bias=False, data=4), 4),
-    (Case(M=64, N=130, K=256, R=5, x=BF16, out=BF16, block_size=32, data=5), 2),
-    (Case(M=9, N=70, K=256, R=0, x=BF16, adapted=True, data=6), 2),
+    (Case(M=8, N=70, K=256, R=16, x=F32, adapter=BF16, data=1), 9),
+    (Case(M=9, N=5, K=384, R=70, x=F16, compute=F16, adapter=F16, out=F16, nested=False, data=2), 17),
+    (Case(M=17, N=65, K=128, R=0, x=BF16, out=BF16, bias=False, data=3), 3),
+    (Case(M=33, N=64, K=640, R=8, x=F32, block_size=4096, lora_bias=False, data=4), 20),
+    (Case(M=64, N=130, K=256, R=5, x=BF16, out=BF16, block_size=32, data=5), 4),
+    (Case(M=9, N=70, K=256, R=0, x=BF16, adapted=True, data=6), 32),
+    (Case(M=3, N=20, K=256, R=40, x=BF16, data=7), 7),
 ]
 
 
 def check_linear(library: ctypes.CDLL) -> None:
-    for case, splits in LINEAR:
+    for case, warps in LINEAR:
         arguments = arguments_of(case)
         x, packed, absmax, code, block_size, _, *nested, bias, lora_a, lora_b, lora_bias, scaling, compute, out = (
             arguments
         )
-        partial = Guarded((splits, case.M, case.N + case.R), F32)
+        partial = Guarded((scratch(library, case.M, case.N, case.K, case.R, warps),), F32)
         s, y = Guarded((case.M, case.R), compute), Guarded((case.M, case.N), out)
         adapter = [(t, F32 if t is None else t.dtype) for t in (bias, lora_a, lora_b, lora_bias)]
         call(
@@ -189,7 +193,7 @@ def check_linear(library: ctypes.CDLL) -> None:
             *(packed, absmax, code, *nested, block_size),
             *(case.M, case.N, case.K, case.R, x, x.dtype),
             *(one for pair in adapter for one in pair),
-            *(scaling, compute, splits, partial.tensor, s.tensor, y.tensor, out),
+            *(scaling, compute, warps, partial.tensor, s.tensor, y.tensor, out),
         )
         partial.check()
         rows = zip(
@@ -197,6 +201,21 @@ def check_linear(library: ctypes.CDLL) -> None:
         )
         for name, actual, composed, exact in rows:
             assert_within_budget(f"{name} of {case}", actual, composed, exact)
+
+
+def scratch(library: ctypes.CDLL, *sizes: int) -> int:
+    """The sums' parts of M, N, K, R and so many warps."""
+    library.nf4_linear_scratch.restype = ctypes.c_int64
+    return library.nf4_linear_scratch(*map(ctypes.c_int64, sizes))  # type: ignore[no-any-return]
+
+
+def test_both_sides_know_a_product_s_scratch(library: ctypes.CDLL) -> None:
+    draw = random.Random(2)
+    for _ in range(300):
+        M, N, K = draw.choice((1, 16, 17, 64)), draw.choice((1, 70, 4096, 14336)), 128 * draw.randint(1, 40)
+        R, device = draw.choice((0, 3, 16, 70)), Device("", (9, 0), draw.choice((1, 20, 132)))
+        warps, size = configs.nf4_linear_shares(M, N, K, R, device)
+        assert size == scratch(library, M, N, K, R, warps), (M, N, K, R, device)
 
 
 CHECKS = {"dequantize": check_dequantize, "quantize": check_quantize, "nest": check_nest, "linear": check_linear}
@@ -221,12 +240,27 @@ def test_kernels(name: str, library: ctypes.CDLL) -> None:
         ("quantize", ("word |= index << (8 * (j / 2) + (j % 2 == 0 ? 4 : 0))", "word |= index << (4 * j)")),
         ("quantize", ("limits[rank + step - 1] >= value", "limits[rank + step - 1] > value")),
         ("nest", ("distance = 16; distance > 0", "distance = 16; distance > 1")),
-        ("linear", ("{upper[0], lower[0], upper[1], lower[1]}", "{upper[0], upper[1], lower[0], lower[1]}")),
-        ("linear", ("second_element += kLinearColumns", "second_element += 0")),
-        ("linear", ("word >> (8 * i - 7)", "word >> (8 * i)")),
-        ("linear", ("+ second, lower", ", lower")),
-        ("linear", ("low[i % 2]", "low[0]")),
-        ("linear", ("part < p.splits", "part < p.splits - 1")),
+        (
+            "linear",
+            (
+                "{pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]}",
+                "{pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]}",
+            ),
+        ),
+        ("linear", ("walk.rows.at[1] += kLinearColumns", "walk.rows.at[1] += 0")),
+        ("linear", ("walk.rows.enter(walk.tile + 1", "walk.rows.enter(walk.tile")),
+        ("linear", ("walk.left > here ? 0 : 1", "1")),
+        ("linear", ("++walk.tile, walk.step = 0, x = row_of_x;", "++walk.tile, walk.step = 0;")),
+        ("linear", ("++walk.tile, walk.step = 0, x = row_of_x;", "++walk.tile, x = row_of_x;")),
+        ("linear", ("warp < shares.more ? warp : shares.more", "0")),
+        ("linear", ("shares.more + (unit - longer) / shares.each", "unit / shares.each")),
+        ("linear", ("shares.adapter_units + walk.tile * shares.steps", "walk.tile * shares.steps")),
+        ("linear", ("0x5504 | i << 4", "0x5504")),
+        ("linear", ("* sizeof(float2);\n    const int64_t x_bytes", "* sizeof(float);\n    const int64_t x_bytes")),
+        ("linear", ("threadIdx.x / 8 % 16);", "threadIdx.x / 16 % 16);")),
+        ("linear", ("* a_bytes;\n        float sums", "* a_bytes + a_bytes;\n        float sums")),
+        ("linear", ("part < count; part += kPartLanes", "part + 1 < count; part += kPartLanes")),
+        ("linear", ("part < count; ++part", "part + 1 < count; ++part")),
         ("linear", (" || p.lora_bias != nullptr", "")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[1],
@@ -242,7 +276,7 @@ def test_a_planted_fault_is_found(
     ("name", "edit"),
     [
         ("dequantize", ("target += rows.wrap", "target += rows.wrap + 0")),
-        ("linear", ("part < p.splits", "part < p.splits + 0")),
+        ("linear", ("part < count; ++part", "part < count + 0; ++part")),
     ],
     ids=["dequantize", "linear"],
 )

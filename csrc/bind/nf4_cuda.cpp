@@ -119,10 +119,9 @@ void check_aligned(const Tensor& t, const char* name) {
 void nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t block_size,
                 const Optional& nested_absmax, const Optional& nested_code, const Optional& nested_offset,
                 const Optional& bias, const Optional& lora_a, const Optional& lora_b, const Optional& lora_bias,
-                double scaling, Tensor partial, Tensor s, Tensor y) {
+                double scaling, int64_t warps, Tensor partial, Tensor s, Tensor y) {
     const int32_t device = x.get_device_index();
-    STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && partial.dim() == 3,
-                    "x, y, partial: expected 2, 2 and 3 dimensions");
+    STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2, "x, y: expected 2 dimensions");
     STD_TORCH_CHECK(lora_a.has_value() == lora_b.has_value(), "lora_a, lora_b: expected both or none");
     STD_TORCH_CHECK(lora_a.has_value() || !lora_bias.has_value(), "lora_bias: expected an adapter with it");
     cuda::Nf4Linear problem = {};
@@ -164,11 +163,10 @@ void nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, con
     check_cuda(partial, "partial", device);
     check_contiguous(partial, "partial");
     check_dtype(partial, "partial", ScalarType::Float);
-    problem.splits = partial.size(0);
-    STD_TORCH_CHECK(problem.splits >= 1 && problem.splits <= 65535 && partial.size(1) == problem.M &&
-                        partial.size(2) == problem.N + problem.R,
-                    "partial: expected shape [1 to 65535, ", problem.M, ", ", problem.N + problem.R, "], got ",
-                    shape_of(partial));
+    STD_TORCH_CHECK(warps >= 1 && warps <= 65536, "warps: expected 1 to 65536, got ", warps);
+    problem.warps = warps;
+    const cuda::Nf4LinearShares shares(problem.M, problem.N, problem.K, problem.R, warps);
+    check_numel(partial, "partial", shares.scratch);
     problem.scaling = static_cast<float>(scaling);
     problem.partial = static_cast<float*>(partial.mutable_data_ptr());
     problem.s = s.mutable_data_ptr();
@@ -192,7 +190,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftfast_cuda, m) {
     m.def(
         "nf4_linear(Tensor x, Tensor packed, Tensor absmax, Tensor code, int block_size, Tensor? nested_absmax, "
         "Tensor? nested_code, Tensor? nested_offset, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? lora_bias, "
-        "float scaling, Tensor(a!) partial, Tensor(b!) s, Tensor(c!) y) -> ()");
+        "float scaling, int warps, Tensor(a!) partial, Tensor(b!) s, Tensor(c!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(peftfast_cuda, CUDA, m) {

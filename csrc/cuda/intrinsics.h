@@ -25,6 +25,19 @@ __device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
     return v;
 }
 
+// The block's shared memory beyond what its kernel declares: as many bytes as the launch says, 16-byte aligned.
+__device__ __forceinline__ char* dynamic_shared() {
+    extern __shared__ uint4 dynamic[];
+    return reinterpret_cast<char*>(dynamic);
+}
+
+// Before a launch that asks for more than 48 KB of it.
+template <class... Arguments>
+cudaError_t allow_shared(void (*kernel)(Arguments...), int bytes) {
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                bytes);
+}
+
 // Two floats, rounded to nearest even, the first in the low half.
 template <DType kCompute>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high);

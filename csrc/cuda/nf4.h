@@ -38,8 +38,37 @@ const char* launch_nf4_nest(const float* values, int64_t count, const float* bou
                             float* absmax, void* stream);
 
 constexpr int kLinearRows = 64;      // of x at most
-constexpr int kLinearColumns = 128;  // which divide K: what a warp multiplies at a time
-constexpr int kLinearTileRows = 64;  // of the weight or of A, to a block of threads
+constexpr int kLinearColumns = 128;  // which divide K: of the weight, what a warp multiplies at a time
+constexpr int kLinearTileRows = 16;  // of the weight or of A, to a warp
+constexpr int kLinearWarps = 16;     // to a block of threads
+
+// How a product's warps share it: in units, one row tile's after the other's, A's before the weight's; a unit is so
+// many columns of A, or kLinearColumns of the weight. Each warp has `each` that follow one another, the first `more` of
+// them one more. A tile's products are sums of parts, one of each warp that has units of it.
+struct Nf4LinearShares {
+    uint32_t adapter_columns;       // of a unit
+    uint32_t adapter_steps, steps;  // units of a row tile, of A and of the weight
+    uint32_t adapter_units, units;  // of A, and all
+    uint32_t warps, each, more;     // at most a warp a unit
+    int64_t adapter_parts, parts;   // of a row tile, at most
+    int64_t adapter_scratch,
+        scratch;  // float32: the parts [adapter_parts, M, R] of S, and [parts, M, N] behind them, in all
+
+    Nf4LinearShares(int64_t M, int64_t N, int64_t K, int64_t R, int64_t wanted) {
+        adapter_columns = M <= 16 ? 64 : 128;
+        adapter_steps = static_cast<uint32_t>(K / adapter_columns);
+        steps = static_cast<uint32_t>(K / kLinearColumns);
+        adapter_units = static_cast<uint32_t>((R + kLinearTileRows - 1) / kLinearTileRows * adapter_steps);
+        units = adapter_units + static_cast<uint32_t>((N + kLinearTileRows - 1) / kLinearTileRows * steps);
+        warps = wanted < units ? static_cast<uint32_t>(wanted) : units;
+        each = warps > 0 ? units / warps : 0, more = warps > 0 ? units % warps : 0;
+        adapter_parts = parts_of(adapter_steps), parts = parts_of(steps);
+        adapter_scratch = adapter_parts * M * R, scratch = adapter_scratch + parts * M * N;
+    }
+
+  private:
+    int64_t parts_of(uint32_t of_tile) const { return of_tile == 0 ? 0 : (of_tile - 1 + each - 1) / each + 1; }
+};
 
 struct Nf4Linear {
     int64_t M, N, K, R;
@@ -56,15 +85,15 @@ struct Nf4Linear {
     DType lora_bias_dtype;
     float scaling;
     DType compute;   // bfloat16 or float16: what weight, x and A are multiplied in, and S is rounded to
-    int64_t splits;  // parts of K
-    float* partial;  // [splits, M, N + R], scratch
+    int64_t warps;   // that are to share the product: as many as run at once
+    float* partial;  // as many as Nf4LinearShares says, scratch
     void* s;         // [M, R] of the compute dtype
     void* y;         // [M, N]
     DType y_dtype;
 };
 
-// y = x Wᵀ + bias + scaling (S Bᵀ + lora_bias), S = x Aᵀ, everything contiguous, in two launches: products of K's
-// parts, then their sums in a fixed order with what is added to them. No atomics and no host synchronisation.
+// y = x Wᵀ + bias + scaling (S Bᵀ + lora_bias), S = x Aᵀ, everything contiguous, in two launches: the warps'
+// products, then their sums in a fixed order with what is added to them. No atomics and no host synchronisation.
 const char* launch_nf4_linear(const Nf4Linear& problem, void* stream);
 
 }  // namespace peftfast::cuda

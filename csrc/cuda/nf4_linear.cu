@@ -5,16 +5,17 @@
 namespace peftfast::cuda {
 namespace {
 
-// Four warps, 16 weight rows each; the rows of x are the narrow side of the tensor cores' tile (16 x 8), so that few of
-// them waste little. A thread reads 32 consecutive elements of two weight rows, which are its share of eight tiles:
-// which 16 columns a tile multiplies does not matter as long as weight and x agree.
-constexpr int kThreads = 128;
+// A warp multiplies 16 weight rows; the rows of x are the narrow side of the tensor cores' tile (16 x 8), so that few
+// of them waste little. A thread reads 32 consecutive elements of two weight rows, which are its share of eight tiles:
+// which 16 columns a tile multiplies does not matter as long as weight and x agree. One block fills a multiprocessor:
+// its warps go their own ways and have the decoding table in common, which takes a warp as long to write as four steps.
+constexpr int kThreads = 32 * kLinearWarps;
 constexpr int kChunk = 32;     // columns of a thread; four threads make kLinearColumns
 constexpr int kReplicas = 16;  // of the decoding table
-// Blocks an SM: at most 128 registers, and 168 where there are 32 sums.
-constexpr int blocks_of(int tiles) { return tiles < 8 ? 4 : 3; }
+constexpr int kTableBytes = 256 * 256, kShared = kTableBytes + 256 * sizeof(float);
 constexpr int kFinishThreads = 128, kFinishRows = 8;  // of the second launch: columns and rows of y to a block
 constexpr int kRanks = 64;                            // of S that it holds at a time
+constexpr int kPartLanes = 4;                         // which share the parts of one element of S
 
 template <DType kType>
 __device__ __forceinline__ float element_of(const void* data, int64_t i) {
@@ -67,154 +68,217 @@ __device__ __forceinline__ float maximum_of(const Piece& piece, bool nested, con
 }
 
 // Four pairs of one 32-bit word, rounded as the dequantiser rounds them. A byte's two values lie together in the table,
-// which is there once for each thread of half a warp: no two of them meet in a bank. `replica`: the thread's, in bytes;
-// it takes the bits that a byte's place leaves free.
+// which is there once for each lane of half a warp: no two of them meet in a bank. Where a value lies is two bytes put
+// together, the packed one and `replica`, the lane's place; so each byte has 256 bytes of the table and uses half of
+// them.
 template <DType kCompute>
 __device__ __forceinline__ void decode_word(uint32_t word, float maximum, const char* table, uint32_t replica,
                                             uint32_t (&pairs)[4]) {
-    static_assert(kReplicas * sizeof(float2) == 128, "a byte is moved by seven bits");
+    static_assert(kReplicas * sizeof(float2) <= 256, "a packed byte is the place's second byte");
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint32_t at = ((i == 0 ? word << 7 : word >> (8 * i - 7)) & (255u << 7)) | replica;
+        const uint32_t at = __byte_perm(word, replica, 0x5504 | i << 4);
         const float2 values = *reinterpret_cast<const float2*>(table + at);
         pairs[i] = pack_pair<kCompute>(nf4::scale_code(values.x, maximum), nf4::scale_code(values.y, maximum));
     }
 }
 
-// Where a thread's part of K lies.
-struct Part {
-    int64_t first_row, second_row;  // of the weight or of A
-    int64_t column;                 // its first
-    int64_t steps;                  // of kLinearColumns
-    int group;
+__device__ __forceinline__ uint32_t first_unit(const Nf4LinearShares& shares, uint32_t warp) {
+    return warp * shares.each + (warp < shares.more ? warp : shares.more);
+}
+
+__device__ __forceinline__ uint32_t warp_of(const Nf4LinearShares& shares, uint32_t unit) {
+    const uint32_t longer = shares.more * (shares.each + 1);
+    return unit < longer ? unit / (shares.each + 1) : shares.more + (unit - longer) / shares.each;
+}
+
+// The places in a matrix [limit, K] of the two rows that a thread has of a row tile. Rows past the last are the last
+// again, and their products are dropped.
+struct Rows {
+    int64_t at[2];
+
+    __device__ __forceinline__ void enter(int64_t tile, int64_t column, int64_t limit, int64_t K) {
+        const int64_t first = tile * kLinearTileRows + threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int64_t row = first + 8 * i;
+            at[i] = (row < limit ? row : limit - 1) * K + column;
+        }
+    }
 };
 
-// Eight columns of two rows, four pairs each, times those of x.
-template <DType kCompute, DType kX, int kTiles>
-__device__ __forceinline__ void multiply_eight(float (&sums)[kTiles][4], const uint32_t (&upper)[4],
-                                               const uint32_t (&lower)[4], const char* x, int64_t tile_bytes,
-                                               int rows) {
-    const uint32_t early[4] = {upper[0], lower[0], upper[1], lower[1]};
-    const uint32_t late[4] = {upper[2], lower[2], upper[3], lower[3]};
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-        uint32_t pairs[4] = {0, 0, 0, 0};
-        if (8 * t < rows) load_pairs<kCompute, kX>(x + t * tile_bytes, pairs);
-        multiply_tile<kCompute>(sums[t], early, pairs[0], pairs[1]);
-        multiply_tile<kCompute>(sums[t], late, pairs[2], pairs[3]);
-    }
-}
-
-template <DType kCompute, DType kX, int kTiles>
-__device__ __forceinline__ void multiply_weight(const Nf4Linear& p, const Part& part, int shift, const float2* decode,
-                                                const float* nested_code, float (&sums)[kTiles][4]) {
-    if (part.steps <= 0) return;
-    constexpr int kUnrolled =
-        kTiles < 4 ? 4 : 1;  // what x needs of many tiles at once would not fit into the registers
-    const bool nested = p.weight.nested_absmax != nullptr;
-    const float offset = nested ? __ldg(p.weight.nested_offset) : 0.0f;
-    const char* table = reinterpret_cast<const char*>(decode);
-    const uint32_t replica = threadIdx.x % kReplicas * sizeof(float2);
-    const uint64_t policy = once_policy();
-    const int64_t x_bytes = element_size(kX), tile_bytes = 8 * p.K * x_bytes;
-    const char* x = static_cast<const char*>(p.x) + (part.group * p.K + part.column) * x_bytes;
-    const int rows = static_cast<int>(p.M) - part.group;  // of x from the thread's first on
-    int64_t first_element = part.first_row * p.K + part.column, second_element = part.second_row * p.K + part.column;
-    Piece next_first, next_second;
-    load_piece(p.weight, shift, first_element, policy, next_first);
-    load_piece(p.weight, shift, second_element, policy, next_second);
-#pragma unroll 1
-    for (int64_t left = part.steps; left > 0; --left) {
-        const Piece first = next_first, second = next_second;
-        if (left > 1) {  // in flight while this step is multiplied
-            first_element += kLinearColumns, second_element += kLinearColumns;
-            load_piece(p.weight, shift, first_element, policy, next_first);
-            load_piece(p.weight, shift, second_element, policy, next_second);
-        }
-        const float first_maximum = maximum_of(first, nested, nested_code, offset);
-        const float second_maximum = maximum_of(second, nested, nested_code, offset);
-        uint4 first_words = first.words, second_words = second.words;
-#pragma unroll(kUnrolled)
-        for (int w = 0; w < 4; ++w) {
-            uint32_t upper[4], lower[4];
-            decode_word<kCompute>(first_words.x, first_maximum, table, replica, upper);
-            decode_word<kCompute>(second_words.x, second_maximum, table, replica, lower);
-            first_words = {first_words.y, first_words.z, first_words.w, first_words.x};
-            second_words = {second_words.y, second_words.z, second_words.w, second_words.x};
-            multiply_eight<kCompute, kX>(sums, upper, lower, x + 8 * w * x_bytes, tile_bytes, rows);
-        }
-        x += kLinearColumns * x_bytes;
-    }
-}
-
-template <DType kCompute, DType kX, DType kA, int kTiles>
-__device__ __forceinline__ void multiply_adapter(const Nf4Linear& p, const Part& part, float (&sums)[kTiles][4]) {
-    const int64_t x_bytes = element_size(kX), a_bytes = element_size(kA), tile_bytes = 8 * p.K * x_bytes;
-    const char* x = static_cast<const char*>(p.x) + (part.group * p.K + part.column) * x_bytes;
-    const char* a = static_cast<const char*>(p.lora_a) + (part.first_row * p.K + part.column) * a_bytes;
-    const int64_t second = (part.second_row - part.first_row) * p.K * a_bytes;
-    const int rows = static_cast<int>(p.M) - part.group;
-#pragma unroll 1
-    for (int64_t left = part.steps; left > 0; --left) {
-#pragma unroll 1
-        for (int w = 0; w < 4; ++w) {
-            uint32_t upper[4], lower[4];
-            load_pairs<kCompute, kA>(a + 8 * w * a_bytes, upper);
-            load_pairs<kCompute, kA>(a + 8 * w * a_bytes + second, lower);
-            multiply_eight<kCompute, kX>(sums, upper, lower, x + 8 * w * x_bytes, tile_bytes, rows);
-        }
-        x += kLinearColumns * x_bytes, a += kLinearColumns * a_bytes;
-    }
-}
-
-// Products of one part of K for 64 rows of the weight, or of A past the weight's last tile; kTiles * 8 rows of x.
-template <DType kCompute, DType kX, int kTiles>
-__global__ void __launch_bounds__(kThreads, blocks_of(kTiles))
-    multiply_part(Nf4Linear p, int shift, int64_t steps_each) {
-    __shared__ float2 decode[256 * kReplicas];
-    __shared__ float nested_code[256];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, member = lane % 4;
-    const int64_t weight_tiles = (p.N + kLinearTileRows - 1) / kLinearTileRows;
-    const bool adapter = blockIdx.x >= weight_tiles;
-    const int64_t limit = adapter ? p.R : p.N;
-    const int64_t tile = (blockIdx.x - (adapter ? weight_tiles : 0)) * kLinearTileRows + warp * 16;
-    const int64_t steps = p.K / kLinearColumns;
-    const int64_t begin = blockIdx.y * steps_each, end = begin + steps_each < steps ? begin + steps_each : steps;
-    // Rows past the last read it again, and their products are dropped.
-    const int64_t first_row = tile + group < limit ? tile + group : limit - 1;
-    const int64_t second_row = tile + group + 8 < limit ? tile + group + 8 : limit - 1;
-    const Part part = {first_row, second_row, begin * kLinearColumns + member * kChunk, end - begin, group};
-    float sums[kTiles][4] = {};
-    if (adapter) {
-        if (p.a_dtype == kCompute) {
-            multiply_adapter<kCompute, kX, kCompute>(p, part, sums);
-        } else {
-            multiply_adapter<kCompute, kX, DType::f32>(p, part, sums);
-        }
-    } else {
-        // Entry high * 256 + low * 16 + replica; a thread has one replica and two low nibbles.
-        static_assert(kThreads == 8 * kReplicas, "places of the table");
-        const float low[2] = {__ldg(p.weight.code + threadIdx.x / kReplicas),
-                              __ldg(p.weight.code + threadIdx.x / kReplicas + 8)};
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            decode[i * kThreads + threadIdx.x] = make_float2(__ldg(p.weight.code + i / 2), low[i % 2]);
-        }
-        if (p.weight.nested_absmax != nullptr) {
-            for (int i = threadIdx.x; i < 256; i += kThreads) nested_code[i] = __ldg(p.weight.nested_code + i);
-        }
-        __syncthreads();
-        multiply_weight<kCompute, kX>(p, part, shift, decode, nested_code, sums);
-    }
-    const int64_t width = p.N + p.R, start = adapter ? p.N : 0;
-    float* partial = p.partial + blockIdx.y * p.M * width + start;
+// A warp's sums of one row tile, into its part of them.
+template <int kTiles>
+__device__ __forceinline__ void store_sums(float* part, int64_t tile, int64_t limit, int64_t M,
+                                           const float (&sums)[kTiles][4]) {
+    const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // rows group and group + 8, columns 2 * member and the next
-            const int64_t row = tile + group + (i / 2) * 8, m = t * 8 + 2 * member + i % 2;
-            if (row < limit && m < p.M) partial[m * width + row] = sums[t][i];
+            const int64_t row = tile * kLinearTileRows + group + (i / 2) * 8, m = t * 8 + 2 * member + i % 2;
+            if (row < limit && m < M) part[m * limit + row] = sums[t][i];
         }
+    }
+}
+
+// Eight columns of a thread's two rows, four pairs each, times those of x.
+template <DType kCompute, DType kX, int kTiles>
+__device__ __forceinline__ void multiply_eight(float (&sums)[kTiles][4], const uint32_t (&pairs)[2][4], const char* x,
+                                               int64_t tile_bytes, int rows) {
+    const uint32_t early[4] = {pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]};
+    const uint32_t late[4] = {pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3]};
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        uint32_t of_x[4] = {0, 0, 0, 0};
+        if (8 * t < rows) load_pairs<kCompute, kX>(x + t * tile_bytes, of_x);
+        multiply_tile<kCompute>(sums[t], early, of_x[0], of_x[1]);
+        multiply_tile<kCompute>(sums[t], late, of_x[2], of_x[3]);
+    }
+}
+
+// A warp's units of the weight, `left` of them from unit `step` of a row tile on, and of the first of them what was
+// read before the decoding table is there.
+struct Walk {
+    uint32_t tile, step;
+    int left;
+    Rows rows;
+    Piece pieces[2];
+
+    __device__ __forceinline__ void read(const Nf4Weight& weight, int shift, uint64_t policy) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) load_piece(weight, shift, rows.at[i], policy, pieces[i]);
+    }
+};
+
+template <DType kCompute, DType kX, int kTiles>
+__device__ __forceinline__ void multiply_weight(const Nf4Linear& p, const Nf4LinearShares& shares, int shift,
+                                                uint32_t warp, uint64_t policy, const char* table,
+                                                const float* nested_code, Walk& walk) {
+    // What x needs of many tiles at once would not fit into the registers.
+    constexpr int kUnrolled = kTiles < 4 ? 4 : 1;
+    const bool nested = p.weight.nested_absmax != nullptr;
+    const float offset = nested ? __ldg(p.weight.nested_offset) : 0.0f;
+    const uint32_t replica = threadIdx.x % kReplicas * sizeof(float2);
+    const int64_t x_bytes = element_size(kX), tile_bytes = 8 * p.K * x_bytes;
+    const int group = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * kChunk;
+    const char* row_of_x = static_cast<const char*>(p.x) + (group * p.K + column) * x_bytes;
+    const char* x = row_of_x + walk.step * kLinearColumns * x_bytes;
+    const int rows = static_cast<int>(p.M) - group;  // of x from the thread's first on
+    float* partial = p.partial + shares.adapter_scratch;
+    while (true) {
+        const int in_tile = static_cast<int>(shares.steps - walk.step),
+                  here = walk.left < in_tile ? walk.left : in_tile;
+        const int last = walk.left > here ? 0 : 1;  // with so many steps left there is nothing more to read
+        float sums[kTiles][4] = {};
+#pragma unroll 1
+        for (int left = here; left > 0; --left) {
+            Piece pieces[2] = {walk.pieces[0], walk.pieces[1]};
+            if (left > last) {  // in flight while this unit is multiplied
+                if (left > 1) {
+                    walk.rows.at[0] += kLinearColumns, walk.rows.at[1] += kLinearColumns;
+                } else {
+                    walk.rows.enter(walk.tile + 1, column, p.N, p.K);
+                }
+                walk.read(p.weight, shift, policy);
+            }
+            float maxima[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) maxima[i] = maximum_of(pieces[i], nested, nested_code, offset);
+#pragma unroll(kUnrolled)
+            for (int w = 0; w < 4; ++w) {
+                uint32_t pairs[2][4];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    uint4& words = pieces[i].words;
+                    decode_word<kCompute>(words.x, maxima[i], table, replica, pairs[i]);
+                    words = {words.y, words.z, words.w, words.x};
+                }
+                multiply_eight<kCompute, kX>(sums, pairs, x + 8 * w * x_bytes, tile_bytes, rows);
+            }
+            x += kLinearColumns * x_bytes;
+        }
+        const int64_t part = warp - warp_of(shares, shares.adapter_units + walk.tile * shares.steps);
+        store_sums(partial + part * p.M * p.N, walk.tile, p.N, p.M, sums);
+        walk.left -= here;
+        if (walk.left == 0) return;
+        ++walk.tile, walk.step = 0, x = row_of_x;
+    }
+}
+
+// Units begin .. end, which are A's.
+template <DType kCompute, DType kX, DType kA, int kTiles>
+__device__ __forceinline__ void multiply_adapter(const Nf4Linear& p, const Nf4LinearShares& shares, uint32_t warp,
+                                                 uint32_t begin, uint32_t end) {
+    constexpr int kColumns = 32, kUnrolled = kTiles < 4 ? 2 : 1;  // of the warp at a time, eight of a thread
+    const int64_t x_bytes = element_size(kX), a_bytes = element_size(kA), tile_bytes = 8 * p.K * x_bytes;
+    const int group = threadIdx.x % 32 / 4, rows = static_cast<int>(p.M) - group;
+    while (begin < end) {
+        const uint32_t tile = begin / shares.adapter_steps, step = begin - tile * shares.adapter_steps;
+        const uint32_t in_tile = shares.adapter_steps - step, here = end - begin < in_tile ? end - begin : in_tile;
+        const int64_t column = int64_t{step} * shares.adapter_columns + threadIdx.x % 4 * 8;
+        Rows a;
+        a.enter(tile, column, p.R, p.K);
+        const char* x = static_cast<const char*>(p.x) + (group * p.K + column) * x_bytes;
+        const char* first = static_cast<const char*>(p.lora_a) + a.at[0] * a_bytes;
+        const char* second = static_cast<const char*>(p.lora_a) + a.at[1] * a_bytes;
+        float sums[kTiles][4] = {};
+#pragma unroll(kUnrolled)
+        for (uint32_t left = here * shares.adapter_columns / kColumns; left > 0; --left) {
+            uint32_t pairs[2][4];
+            load_pairs<kCompute, kA>(first, pairs[0]);
+            load_pairs<kCompute, kA>(second, pairs[1]);
+            multiply_eight<kCompute, kX>(sums, pairs, x, tile_bytes, rows);
+            first += kColumns * a_bytes, second += kColumns * a_bytes, x += kColumns * x_bytes;
+        }
+        const int64_t part = warp - warp_of(shares, tile * shares.adapter_steps);
+        store_sums(p.partial + part * p.M * p.R, tile, p.R, p.M, sums);
+        begin += here;
+    }
+}
+
+// A warp's units; kTiles * 8 rows of x. Neighbours' are those of warps of different blocks: so the longer shares are
+// spread.
+template <DType kCompute, DType kX, int kTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    multiply_part(const __grid_constant__ Nf4Linear p, const __grid_constant__ Nf4LinearShares shares, int shift) {
+    char* table = dynamic_shared();
+    float* nested_code = reinterpret_cast<float*>(table + kTableBytes);
+    const uint32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+    const bool works = warp < shares.warps;
+    const uint32_t begin = works ? first_unit(shares, warp) : 0, end = works ? first_unit(shares, warp + 1) : 0;
+    const uint32_t unit = begin > shares.adapter_units ? begin - shares.adapter_units : 0;
+    const uint64_t policy = once_policy();
+    Walk walk;
+    walk.left = static_cast<int>(end - shares.adapter_units - unit);
+    if (walk.left > 0) {
+        walk.tile = unit / shares.steps, walk.step = unit - walk.tile * shares.steps;
+        walk.rows.enter(walk.tile, int64_t{walk.step} * kLinearColumns + threadIdx.x % 4 * kChunk, p.N, p.K);
+        walk.read(p.weight, shift, policy);
+    }
+    // Eight threads write a byte's row of the table: one low nibble to a thread, one high one of every four.
+    static_assert(kThreads == 512 && kReplicas == 16, "places of the table");
+    const float low = __ldg(p.weight.code + threadIdx.x / 8 % 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float high = __ldg(p.weight.code + 4 * i + threadIdx.x / 128);
+        const int byte = i * (kThreads / 8) + threadIdx.x / 8;
+        *reinterpret_cast<float4*>(table + 256 * byte + threadIdx.x % 8 * 16) = {high, low, high, low};
+    }
+    if (p.weight.nested_absmax != nullptr && threadIdx.x < 256) {
+        nested_code[threadIdx.x] = __ldg(p.weight.nested_code + threadIdx.x);
+    }
+    __syncthreads();
+    if (begin < shares.adapter_units) {
+        const uint32_t adapter_end = end < shares.adapter_units ? end : shares.adapter_units;
+        if (p.a_dtype == kCompute) {
+            multiply_adapter<kCompute, kX, kCompute, kTiles>(p, shares, warp, begin, adapter_end);
+        } else {
+            multiply_adapter<kCompute, kX, DType::f32, kTiles>(p, shares, warp, begin, adapter_end);
+        }
+    }
+    if (walk.left > 0) {
+        multiply_weight<kCompute, kX, kTiles>(p, shares, shift, warp, policy, table, nested_code, walk);
     }
 }
 
@@ -231,27 +295,56 @@ __device__ __forceinline__ void store(void* data, DType dtype, int64_t i, float 
     }
 }
 
-// The parts' sum, in their order.
-__device__ __forceinline__ float whole(const Nf4Linear& p, int64_t m, int64_t column) {
-    const int64_t width = p.N + p.R;
+// How many parts there are of a row tile whose units, so many, begin with `unit`.
+__device__ __forceinline__ uint32_t parts_of(const Nf4LinearShares& shares, uint32_t unit, uint32_t steps) {
+    return steps == 0 ? 0 : warp_of(shares, unit + steps - 1) - warp_of(shares, unit) + 1;
+}
+
+// Of one element of S the parts' sum, in every one of the kPartLanes lanes that share them.
+__device__ __forceinline__ float adapter_sum(const Nf4Linear& p, const Nf4LinearShares& shares, int64_t m, int64_t rank,
+                                             int lane) {
+    const uint32_t steps = shares.adapter_steps, tile = static_cast<uint32_t>(rank / kLinearTileRows);
+    const int64_t count = parts_of(shares, tile * steps, steps);
     float sum = 0.0f;
-    for (int64_t part = 0; part < p.splits; ++part) {
-        sum = __fadd_rn(sum, p.partial[(part * p.M + m) * width + column]);
+#pragma unroll 4
+    for (int64_t part = lane; part < count; part += kPartLanes) {
+        sum = __fadd_rn(sum, p.partial[(part * p.M + m) * p.R + rank]);
+    }
+#pragma unroll
+    for (int distance = kPartLanes / 2; distance > 0; distance /= 2) {
+        sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, distance));
     }
     return sum;
 }
 
-__global__ void __launch_bounds__(kFinishThreads) finish(Nf4Linear p) {
+__global__ void __launch_bounds__(kFinishThreads)
+    finish(const __grid_constant__ Nf4Linear p, const __grid_constant__ Nf4LinearShares shares) {
     __shared__ float s[kFinishRows][kRanks];
     const int64_t n = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
     const int64_t first = static_cast<int64_t>(blockIdx.y) * kFinishRows;
     const int rows = static_cast<int>(p.M - first < kFinishRows ? p.M - first : kFinishRows);
-    float added[kFinishRows] = {};
+    float sums[kFinishRows] = {}, added[kFinishRows] = {};
+    if (n < p.N) {
+        const uint32_t unit = shares.adapter_units + static_cast<uint32_t>(n / kLinearTileRows) * shares.steps;
+        const int64_t count = parts_of(shares, unit, shares.steps);
+        const float* partial = p.partial + shares.adapter_scratch + first * p.N + n;
+#pragma unroll 2
+        for (int64_t part = 0; part < count; ++part) {
+#pragma unroll
+            for (int m = 0; m < kFinishRows; ++m) {
+                if (m < rows) sums[m] = __fadd_rn(sums[m], partial[(part * p.M + m) * p.N]);
+            }
+        }
+    }
     for (int64_t rank = 0; rank < p.R; rank += kRanks) {
-        const int ranks = static_cast<int>(p.R - rank < kRanks ? p.R - rank : kRanks);
-        for (int i = threadIdx.x; i < rows * ranks; i += kFinishThreads) {
-            const int m = i / ranks, r = i % ranks;
-            const float value = rounded(whole(p, first + m, p.N + rank + r), p.compute);
+        const int ranks = static_cast<int>(p.R - rank < kRanks ? p.R - rank : kRanks), count = rows * ranks;
+        const int lane = threadIdx.x % kPartLanes, each = kFinishThreads / kPartLanes;
+        // All lanes go as often around.
+        for (int begin = 0; begin < count; begin += each) {
+            const int i = begin + threadIdx.x / kPartLanes, known = i < count ? i : count - 1;
+            const int m = known / ranks, r = known % ranks;
+            const float value = rounded(adapter_sum(p, shares, first + m, rank + r, lane), p.compute);
+            if (i >= count || lane > 0) continue;
             s[m][r] = value;
             if (blockIdx.x == 0) store(p.s, p.compute, (first + m) * p.R + rank + r, value);
         }
@@ -273,34 +366,35 @@ __global__ void __launch_bounds__(kFinishThreads) finish(Nf4Linear p) {
 #pragma unroll
     for (int m = 0; m < kFinishRows; ++m) {
         if (m >= rows) break;
-        float value = __fadd_rn(whole(p, first + m, n), bias);
+        float value = __fadd_rn(sums[m], bias);
         if (p.R > 0 || p.lora_bias != nullptr) value = __fmaf_rn(p.scaling, __fadd_rn(added[m], lora_bias), value);
         store(p.y, p.y_dtype, (first + m) * p.N + n, value);
     }
 }
 
 template <DType kCompute, DType kX, int kTiles>
-void launch(const Nf4Linear& p, cudaStream_t stream) {
+cudaError_t launch(const Nf4Linear& p, const Nf4LinearShares& shares, cudaStream_t stream) {
     int shift = 5;
     while ((int64_t{1} << shift) < p.weight.block_size) ++shift;
-    const int64_t steps = p.K / kLinearColumns, each = (steps + p.splits - 1) / p.splits;
-    const int64_t tiles = (p.N + kLinearTileRows - 1) / kLinearTileRows + (p.R + kLinearTileRows - 1) / kLinearTileRows;
-    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.splits));
-    multiply_part<kCompute, kX, kTiles><<<grid, kThreads, 0, stream>>>(p, shift, each);
+    const unsigned blocks = (shares.warps + kLinearWarps - 1) / kLinearWarps;
+    const cudaError_t error = allow_shared(multiply_part<kCompute, kX, kTiles>, kShared);
+    if (error != cudaSuccess) return error;
+    multiply_part<kCompute, kX, kTiles><<<blocks, kThreads, kShared, stream>>>(p, shares, shift);
+    return cudaGetLastError();
 }
 
 template <DType kCompute, DType kX>
-void launch(const Nf4Linear& p, cudaStream_t stream) {
-    if (p.M <= 8) return launch<kCompute, kX, 1>(p, stream);
-    if (p.M <= 16) return launch<kCompute, kX, 2>(p, stream);
-    if (p.M <= 32) return launch<kCompute, kX, 4>(p, stream);
-    return launch<kCompute, kX, 8>(p, stream);
+cudaError_t launch(const Nf4Linear& p, const Nf4LinearShares& shares, cudaStream_t stream) {
+    if (p.M <= 8) return launch<kCompute, kX, 1>(p, shares, stream);
+    if (p.M <= 16) return launch<kCompute, kX, 2>(p, shares, stream);
+    if (p.M <= 32) return launch<kCompute, kX, 4>(p, shares, stream);
+    return launch<kCompute, kX, 8>(p, shares, stream);
 }
 
 template <DType kCompute>
-void launch(const Nf4Linear& p, cudaStream_t stream) {
-    if (p.x_dtype == kCompute) return launch<kCompute, kCompute>(p, stream);
-    return launch<kCompute, DType::f32>(p, stream);
+cudaError_t launch(const Nf4Linear& p, const Nf4LinearShares& shares, cudaStream_t stream) {
+    if (p.x_dtype == kCompute) return launch<kCompute, kCompute>(p, shares, stream);
+    return launch<kCompute, DType::f32>(p, shares, stream);
 }
 
 }  // namespace
@@ -308,16 +402,16 @@ void launch(const Nf4Linear& p, cudaStream_t stream) {
 const char* launch_nf4_linear(const Nf4Linear& p, void* stream) {
     if (p.M == 0 || p.N == 0) return nullptr;
     const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-    if (p.compute == DType::bf16) {
-        launch<DType::bf16>(p, cuda_stream);
-    } else {
-        launch<DType::f16>(p, cuda_stream);
+    const Nf4LinearShares shares(p.M, p.N, p.K, p.R, p.warps);
+    cudaError_t error = cudaSuccess;
+    if (shares.units > 0) {
+        error = p.compute == DType::bf16 ? launch<DType::bf16>(p, shares, cuda_stream)
+                                         : launch<DType::f16>(p, shares, cuda_stream);
     }
-    cudaError_t error = cudaGetLastError();
     if (error == cudaSuccess) {
         const dim3 grid(static_cast<unsigned>((p.N + kFinishThreads - 1) / kFinishThreads),
                         static_cast<unsigned>((p.M + kFinishRows - 1) / kFinishRows));
-        finish<<<grid, kFinishThreads, 0, cuda_stream>>>(p);
+        finish<<<grid, kFinishThreads, 0, cuda_stream>>>(p, shares);
         error = cudaGetLastError();
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

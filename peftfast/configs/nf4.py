@@ -163,17 +163,21 @@ def nf4_linear(M: int, N: int, K: int, dtype: str, device: Device) -> LinearConf
     return replace(config, splits=parts(programs, blocks(K, config.block_k), device, 8))
 
 
-TILE_ROWS, SPLIT_COLUMNS = 64, 128  # of csrc/cuda/nf4_linear.cu
+TILE_ROWS, UNIT_COLUMNS, BLOCK_WARPS = 16, 128, 16  # of csrc/cuda/nf4_linear.cu
 
 
-def nf4_linear_splits(M: int, N: int, K: int, R: int, device: Device) -> int:
-    """Into how many parts the CUDA kernel cuts K: as many as let all its blocks begin at once, four on a multiprocessor, since what is
-    left would run by itself behind them. Each part beyond the first is M (N + R) float32 more to write and to read, so few rows are
-    cut further than many. Not measured; predicted for an H200, 8 rows, 4096 x 4096 and 4096 x 14336: 0.34 and 0.46 of the memory's
-    speed, where at least two blocks a multiprocessor came to 0.25 and 0.31."""
-    tiles = -(-(N + R) // TILE_ROWS)
-    wanted = 4 * device.multiprocessors // tiles
-    return max(1, min(wanted, K // SPLIT_COLUMNS, 16 if M <= 16 else 4))
+def nf4_linear_shares(M: int, N: int, K: int, R: int, device: Device) -> tuple[int, int]:
+    """The warps that share a product of the CUDA kernel, and the float32 that their parts of the sums take, as csrc/cuda/nf4.h says it.
+
+    A block of warps on each multiprocessor: all begin at once and have equally much to do, within a unit. Not measured; predicted for
+    an H200, 8 rows, without the launch that adds the parts: 0.44 of the memory's speed at 4096 x 4096, 0.56 at 14336 x 4096. A grid of
+    row tiles and parts of K came to 0.34 and 0.41, and the blocks of its adapter would have ended last."""
+    steps, adapter_steps = K // UNIT_COLUMNS, K // (64 if M <= 16 else 128)
+    units = -(-R // TILE_ROWS) * adapter_steps + -(-N // TILE_ROWS) * steps
+    warps = BLOCK_WARPS * device.multiprocessors
+    each = max(1, units // min(warps, units)) if units else 1
+    parts, adapter_parts = (-(-(of_tile - 1) // each) + 1 if of_tile else 0 for of_tile in (steps, adapter_steps))
+    return warps, M * (adapter_parts * R + parts * N)
 
 
 def launch_matrix(device: Device) -> Iterator[tuple[Case, Nf4Config]]:

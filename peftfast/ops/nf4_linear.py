@@ -141,15 +141,15 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     y, s = _results(x, shape[0], lora_a, compute, dtype)
     ranks = s.shape[1]
-    splits = configs.nf4_linear_splits(x.shape[0], shape[0], shape[1], ranks, device_of(x))
-    partial = torch.empty((splits, x.shape[0], shape[0] + ranks), dtype=torch.float32, device=x.device)
+    warps, scratch = configs.nf4_linear_shares(x.shape[0], shape[0], shape[1], ranks, device_of(x))
+    partial = torch.empty(scratch, dtype=torch.float32, device=x.device)
     # The kernel rounds x and A from float32 to the compute dtype on the way; the other 16-bit dtype is cast before it.
     x = x if x.dtype in (compute, torch.float32) else x.to(compute)
     lora_a = lora_a if lora_a is None or lora_a.dtype in (compute, torch.float32) else lora_a.to(compute)
     contiguous = [None if t is None else t.contiguous() for t in (bias, lora_a, lora_b, lora_bias)]
     nested = (nested_absmax, nested_code, nested_offset)
     torch.ops.peftfast_cuda.nf4_linear.default(
-        x.contiguous(), packed, absmax, code, block_size, *nested, *contiguous, scaling, partial, s, y
+        x.contiguous(), packed, absmax, code, block_size, *nested, *contiguous, scaling, warps, partial, s, y
     )
     return y, s
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from peftfast.configs import nf4
-from peftfast.configs.device import Device
 
 from .throughput import Grid, Pass
 
@@ -153,13 +152,16 @@ def _few_rows() -> list[Pass]:
     for distribution, limit, speed in (("gaussian", 17.5, 0.03), ("rademacher", 7.4, 0.06), ("scales", 5.3, 0.07)):
         kind = {"M": 16, "dtype": "bfloat16", "distribution": distribution, "nested": True}
         passes.append(part("zo_nf4_linear", packed, limit, speed, kind, whole_packed))
-    name = "multiply_part<(DType)1, (DType)1, 1>"
-    product = _fixed(nf4.TILE_ROWS * nf4.SPLIT_COLUMNS * PACKED)
-    blocks = 4096 // nf4.TILE_ROWS * nf4.nf4_linear_splits(8, 4096, 4096, 0, Device("", (9, 0), 132))
-    grid = Grid(4, blocks, {"x_ptr": 32} | _tables(48))
-    passes.append(
-        Pass(name, "nf4_linear.cu", product, 1.6, launch=whole_packed, speed=0.32, cached=ROWS, grid=grid, loop=True)
-    )
+    of_a = {"VIADDMNMX.U32": 1}  # how much of a tile of A a warp has; few warps have any
+    unit = _fixed(nf4.BLOCK_WARPS * nf4.TILE_ROWS * nf4.UNIT_COLUMNS * PACKED)
+    for tiles, N, limit, speed in ((1, 4096, 1.6, 0.42), (1, 14336, 1.6, 0.55), (2, 14336, 1.85, 0.45)):
+        passes.append(
+            Pass(
+                f"multiply_part<(DType)1, (DType)1, {tiles}>", "nf4_linear.cu", unit, limit, {"N": N}, loop=True,
+                launch=N * 4096 * PACKED, speed=speed, cached=ROWS, cold=of_a,
+                grid=Grid(nf4.BLOCK_WARPS, 132, {"x_ptr": 32} | _tables(48)),
+            )
+        )  # fmt: skip
     return passes
 
 

@@ -52,6 +52,12 @@ inline float __uint_as_float(uint32_t bits) {
     memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+    uint32_t picked = 0;
+    for (int i = 0; i < 4; ++i) picked |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+    return picked;
+}
 inline float __fadd_rn(float a, float b) { return a + b; }  // compiled with -ffp-contract=off
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
@@ -63,7 +69,13 @@ namespace emulated {
     abort();
 }
 
-inline dim3 thread_index, block_index;
+inline dim3 thread_index, block_index, grid_size;
+
+// What a launch may ask for, and a mark behind what it asked for.
+constexpr size_t kMostShared = 227 * 1024, kMark = 64;
+inline size_t shared_allowed = 48 * 1024;
+// Each library's own, where races.cpp looks for shared memory.
+__attribute__((visibility("hidden"))) alignas(16) inline char dynamic_shared[kMostShared + kMark];
 
 // races.cpp, where it is linked, is shown what a kernel reads and writes, and no more than that.
 inline bool in_kernel = false;
@@ -217,8 +229,12 @@ class Block {
     jmp_buf scheduler_;
 };
 
-inline void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const std::function<void()>& body) {
+inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t, const std::function<void()>& body) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || threads > 1024) fail("a grid that CUDA refuses");
+    if (shared > kMostShared || (shared > 48 * 1024 && shared > shared_allowed)) fail("more shared memory than allowed");
+    shared_allowed = 48 * 1024;
+    memset(dynamic_shared + shared, 0x5a, kMark);
+    grid_size = grid;
     begin_launch();
     for (unsigned z = 0; z < grid.z; ++z) {
         for (unsigned y = 0; y < grid.y; ++y) {
@@ -229,12 +245,16 @@ inline void launch(dim3 grid, unsigned threads, size_t, cudaStream_t, const std:
         }
     }
     end_launch();
+    for (size_t i = 0; i < kMark; ++i) {
+        if (dynamic_shared[shared + i] != 0x5a) fail("a write behind the shared memory");
+    }
 }
 
 }  // namespace emulated
 
 #define threadIdx emulated::thread_index
 #define blockIdx emulated::block_index
+#define gridDim emulated::grid_size
 
 inline void __syncthreads() { emulated::Block::current().barrier(); }
 inline void __syncwarp() { emulated::Block::current().exchange(0, true); }

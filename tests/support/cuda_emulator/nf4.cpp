@@ -43,7 +43,7 @@ extern "C" const char* nf4_linear(const void* packed, const void* absmax, const 
                                   int64_t N, int64_t K, int64_t R, const void* x, int32_t x_dtype, const void* bias,
                                   int32_t bias_dtype, const void* lora_a, int32_t a_dtype, const void* lora_b,
                                   int32_t b_dtype, const void* lora_bias, int32_t lora_bias_dtype, float scaling,
-                                  int32_t compute, int64_t splits, void* partial, void* s, void* y, int32_t y_dtype) {
+                                  int32_t compute, int64_t warps, void* partial, void* s, void* y, int32_t y_dtype) {
     cuda::Nf4Linear p = {};
     p.M = M, p.N = N, p.K = K, p.R = R;
     p.x = x, p.x_dtype = static_cast<DType>(x_dtype);
@@ -52,7 +52,11 @@ extern "C" const char* nf4_linear(const void* packed, const void* absmax, const 
     p.lora_a = lora_a, p.a_dtype = static_cast<DType>(a_dtype);
     p.lora_b = lora_b, p.b_dtype = static_cast<DType>(b_dtype);
     p.lora_bias = lora_bias, p.lora_bias_dtype = static_cast<DType>(lora_bias_dtype);
-    p.scaling = scaling, p.compute = static_cast<DType>(compute), p.splits = splits;
+    p.scaling = scaling, p.compute = static_cast<DType>(compute), p.warps = warps;
     p.partial = static_cast<float*>(partial), p.s = s, p.y = y, p.y_dtype = static_cast<DType>(y_dtype);
     return cuda::launch_nf4_linear(p, nullptr);
+}
+
+extern "C" int64_t nf4_linear_scratch(int64_t M, int64_t N, int64_t K, int64_t R, int64_t warps) {
+    return cuda::Nf4LinearShares(M, N, K, R, warps).scratch;
 }

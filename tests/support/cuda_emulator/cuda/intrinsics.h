@@ -11,6 +11,14 @@ inline uint64_t once_policy() { return 0; }
 
 inline uint4 load_once(const void* p, uint64_t) { return __ldg(static_cast<const uint4*>(p)); }
 
+inline char* dynamic_shared() { return emulated::dynamic_shared; }
+
+template <class... Arguments>
+cudaError_t allow_shared(void (*)(Arguments...), int bytes) {
+    emulated::shared_allowed = static_cast<size_t>(bytes);
+    return cudaSuccess;
+}
+
 inline uint16_t half_of(DType type, float value) {
     return type == DType::bf16 ? bf16_from_float(value) : f16_from_float(value);
 }
