@@ -386,6 +386,20 @@ def test_state_that_changes(change: str, when: str) -> None:
     check_same(found[1], found[3])
 
 
+def test_a_sibling_on_another_stream_runs_alone(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has been told to make its result by the stream of the first, for which nobody has told the other to wait."""
+    grouped, alone = patched_pair(blocks=1)
+    stream = [0]
+    monkeypatch.setattr(peft_groups, "_stream_of", lambda x: stream[0])
+    expected = step(alone)
+    assert counts.during(lambda: check_same(step(grouped), expected)) == (1, 1)
+    attention(grouped).between = lambda x, q: stream.__setitem__(0, 7)
+    assert counts.during(lambda: check_same(step(grouped), expected)) == (3, 1)  # k, v and o
+    stream[0] = 0
+    attention(grouped).between = lambda x, q: None
+    assert counts.during(lambda: check_same(step(grouped), expected)) == (1, 1)
+
+
 def test_a_weight_that_changes_between_siblings_is_refused_by_autograd() -> None:
     """Without gradients it is seen and k runs alone; with them the node of all three holds the old weight, and autograd says so."""
     results = []

@@ -181,7 +181,13 @@ class _Entry:
 def _key_of(x: Tensor) -> tuple[Any, ...]:
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.is_grad_enabled(), autocast, torch.is_inference_mode_enabled(), x.requires_grad
+    return torch.is_grad_enabled(), autocast, torch.is_inference_mode_enabled(), x.requires_grad, _stream_of(x)
+
+
+def _stream_of(x: Tensor) -> int:
+    """The stream that a call with x is for. A result that another computed may not be there yet, and nobody waits for it, who asked for
+    none there."""
+    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
 
 
 def _way() -> tuple[Any, ...]:
