@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from .launch import aside
+from .streams import Made
 
 Tables = tuple[torch.Tensor, ...]
 
@@ -17,8 +18,8 @@ class DeviceTables:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._kept: OrderedDict[Hashable, Tables] = OrderedDict()
-        self._captured: dict[Hashable, Tables] = {}
+        self._kept: OrderedDict[Hashable, tuple[Tables, Made]] = OrderedDict()
+        self._captured: dict[Hashable, tuple[Tables, Made]] = {}
         self._lock = threading.Lock()  # backwards run in autograd's threads
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Tables]) -> Tables:
@@ -39,14 +40,16 @@ class DeviceTables:
                     )
                 # Whoever records the call holds the tables as they are, not how they came.
                 with aside():
-                    found = tuple(_copied(table, device) for table in make())
+                    tables = tuple(_copied(table, device) for table in make())
+                found = tables, Made(*tables)
             if capturing:
                 self._captured[key] = found
             self._kept[key] = found
             self._kept.move_to_end(key)
             while len(self._kept) > self.most:
                 self._kept.popitem(last=False)
-        return found
+            found[1].meet()
+        return found[0]
 
 
 def _copied(table: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -13,12 +13,13 @@ from peftfast.kernels.device_tables import DeviceTables
 import peftfast
 import peftfast.functional as F
 from benchmarks import activity, dram, end_to_end, limits, memory, record, registry, run, timing
+from benchmarks.host import PretendedDriver
 from benchmarks.registry import Case, Work
 from peftfast import ops
 from peftfast.configs import nf4_product
 from peftfast.configs.device import Device
 from peftfast.functional import dora, lora_multi, nf4_routes
-from peftfast.ops import backends
+from peftfast.ops import backends, replay
 from peftfast.optim.readback import Unread
 from tests import test_gpu, test_gpu_sparse_delta
 from tests.support import pretended_gpu
@@ -151,6 +152,68 @@ def test_tables_that_kernels_read(gpu: None) -> None:
     assert get("first") is first and made == ["first", "second", "third", "fourth", "fifth"]
     get("second")
     assert made[-1] == "second"
+
+
+class _Streams:
+    """Streams whose work stays behind: who waits for whose events, and which tensors the allocator is told of."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        log = self.log
+
+        class Stream(torch.cuda.Stream):  # type: ignore[misc]
+            def record_event(self, event: Any = None) -> Any:
+                log.append(("made", self))
+                return self
+
+            def wait_event(self, event: Any) -> None:
+                log.append((self, "waits for", event))
+
+        patch.setattr(pretended_gpu.Pretended, "record_stream", lambda one, stream: log.append((stream, "reads", one)))
+        self.main, self.side, self.third = Stream(), Stream(), Stream()
+
+
+def test_tables_are_there_on_every_stream(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied by the stream that asked first. Another is told to wait for that, once, and the allocator that it reads them; one
+    that is captured may wait for nothing outside of its graph."""
+    device, tables, streams = torch.device("cuda", 0), DeviceTables(2), _Streams(monkeypatch)
+
+    def get() -> tuple[torch.Tensor, ...]:
+        return tables.get("key", device, lambda: (torch.tensor([1]), torch.tensor([2, 3])))
+
+    with torch.cuda.stream(streams.main):
+        found = get()
+        assert get() is found and streams.log == [("made", streams.main)]
+    with torch.cuda.stream(streams.third), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert get() is found
+    assert len(streams.log) == 1
+    for stream in (streams.side, streams.third):
+        del streams.log[:]
+        with torch.cuda.stream(stream):
+            assert get() is get() is found
+        assert streams.log[0] == (stream, "waits for", streams.main)
+        assert [one[:2] for one in streams.log[1:]] == [(stream, "reads")] * 2
+        assert all(one[2] is table for one, table in zip(streams.log[1:], found, strict=True))
+
+
+def test_what_a_recording_holds_is_there_on_every_stream(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed call asks for no table: it has those of the call that was recorded."""
+    from triton.runtime import driver
+
+    class Driver(PretendedDriver):
+        def get_current_stream(self, _: int) -> int:
+            return torch.cuda.current_stream().cuda_stream
+
+    monkeypatch.setattr(driver, "_active", Driver(), raising=False)
+    streams, table = _Streams(monkeypatch), torch.ones(3, device="cuda")
+    with torch.cuda.stream(streams.main):
+        held, nothing = replay.Device([table]), replay.Device([torch.ones(3)])
+        assert streams.log == [("made", streams.main)] and held.stream() == streams.main.cuda_stream
+    with torch.cuda.stream(streams.side):
+        for _ in range(2):
+            assert held.stream() == nothing.stream() == streams.side.cuda_stream
+    assert streams.log[1] == (streams.side, "waits for", streams.main)
+    assert streams.log[2][:2] == (streams.side, "reads") and streams.log[2][2] is table and len(streams.log) == 3
 
 
 def test_scalars_are_read_when_their_own_device_has_them(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..configs.variable import Choice, settings
 from ..kernels import launch as launches  # type: ignore[attr-defined]
+from ..kernels import streams  # type: ignore[attr-defined]
 
 # Of one function: a model's layers times the numbers of tokens that its batches have. One that has seen more begins again. A recording
 # and its key take about 8 kB.
@@ -296,22 +297,27 @@ def _launch(compiled: Any, grid: tuple[int, ...], slots: list[int]) -> Callable[
 
 
 class Device:
-    """The device on which a recording was made, as Triton's driver knows it, and its current stream."""
+    """The device on which a recording was made, as Triton's driver knows it, and its current stream. ``kept``: tensors that the
+    recording holds, which other streams than the one that it was made on have to wait for."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Sequence[Tensor] = ()) -> None:
         import triton
 
         active = triton.runtime.driver.active
         self.current, self._stream = active.get_current_device, active.get_current_stream
         self._hooks = triton.knobs.runtime
         self.index = self.current()
+        self._kept = streams.Made(*kept) if any([one.is_cuda for one in kept]) else None
 
     def stream(self) -> Any:
         """What a launch takes, or None where somebody waits for launches by Triton's hooks."""
         enter, leave = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return None
-        return self._stream(self.index)
+        stream = self._stream(self.index)
+        if self._kept is not None and stream not in self._kept.streams:
+            self._kept.meet()
+        return stream
 
 
 class Recording:
@@ -408,7 +414,10 @@ def record(
         # Of modes of torch's functions none is here but that of a default device, which the operators' implementations are not to see.
         with torch._C.DisableTorchFunction(), recorder, launches.recorded_by(recorder):
             out = function(*args)
-        return recorder, out, Device() if recorder.launches and not _interpreted() else None
+        if not recorder.launches or _interpreted():
+            return recorder, out, None
+        kept = [recorder.values[place] for place in recorder.constants]
+        return recorder, out, Device([one for one in kept if isinstance(one, Tensor)])
 
 
 def _on_device_of(values: Sequence[Any]) -> Any:

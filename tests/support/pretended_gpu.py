@@ -68,6 +68,8 @@ class Pretended(torch.Tensor):
     def get_device(self) -> int:
         return 0
 
+    def record_stream(self, stream: Any) -> None: ...
+
     def cpu(self, memory_format: Any = None) -> torch.Tensor:
         return torch.ops.aten._to_copy.default(self, device=torch.device("cpu"))
 
@@ -456,7 +458,7 @@ def installed() -> Iterator[None]:
         for name, stand_in in _STAND_INS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         for name, stand_in in (
-            ("_cuda_getCurrentRawStream", lambda _: 0),
+            ("_cuda_getCurrentRawStream", lambda _: _streams[-1].cuda_stream),
             ("_cuda_endAllocateToPool", lambda *_: None),
         ):
             stack.enter_context(mock.patch.object(torch._C, name, stand_in, create=True))
