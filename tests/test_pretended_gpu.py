@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,33 @@ def test_what_a_recording_holds_is_there_on_every_stream(gpu: None, monkeypatch:
             assert held.stream() == nothing.stream() == streams.side.cuda_stream
     assert streams.log[1] == (streams.side, "waits for", streams.main)
     assert streams.log[2][:2] == (streams.side, "reads") and streams.log[2][2] is table and len(streams.log) == 3
+
+
+def test_norms_that_are_kept_are_there_on_every_stream(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for as long as a graph reads them, which knows of no weight that changed since."""
+    streams, weight = _Streams(monkeypatch), torch.randn(8, 2 * dora.SHORT_ROW, device="cuda")
+    a, b, magnitude = torch.randn(2, weight.shape[1]).cuda(), torch.randn(8, 2).cuda(), torch.ones(8).cuda()
+
+    def gain() -> torch.Tensor:
+        return dora.row_gain(weight, a, b, 1.0, magnitude, torch.float32)
+
+    with torch.cuda.stream(streams.main):
+        gain()
+    norms = getattr(weight, dora._KEPT).norms
+    assert streams.log == [("made", streams.main)]
+    with torch.cuda.stream(streams.side):
+        gain()
+    assert streams.log[1] == (streams.side, "waits for", streams.main)
+    assert streams.log[2][:2] == (streams.side, "reads") and streams.log[2][2] is norms
+    with torch.cuda.stream(streams.main), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        gain()
+    assert len(streams.log) == 3
+    alive = weakref.ref(norms)
+    del norms, streams.log[:]
+    weight.mul_(2.0)
+    with torch.cuda.stream(streams.main):
+        gain()
+    assert alive() is not None and getattr(weight, dora._KEPT).norms is not alive()
 
 
 def test_scalars_are_read_when_their_own_device_has_them(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

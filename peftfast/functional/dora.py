@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import ops
+from ..kernels import streams  # type: ignore[attr-defined]
 from ..reference.lora import weight_norm
 from .nf4 import NF4Weight, nf4_dequantize
 
@@ -27,6 +28,7 @@ class _Kept:
     def __init__(self, tensors: list[Tensor], key: tuple[object, ...], norms: Tensor) -> None:
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         self.key, self.norms = key, norms
+        self.made = streams.Made(norms)
 
     def __reduce__(self) -> tuple[type[set[object]], tuple[()]]:
         # A copy or a pickle of the weight is another tensor: it gets what any loader reads and nobody takes for norms.
@@ -69,6 +71,7 @@ def _row_norms(weight: Tensor | NF4Weight, dense: Tensor, dtype: torch.dtype) ->
         if norms.is_cuda and torch.cuda.is_current_stream_capturing():
             return norms  # which are there when the graph is replayed, and not before
         known = tensors[0].__dict__[_KEPT] = _Kept(tensors, key, norms)
+    known.made.meet()
     return known.norms
 
 
