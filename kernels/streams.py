@@ -43,3 +43,6 @@ class Made:
             for one in self._tensors:
                 one.record_stream(stream)
         self.streams.add(stream.cuda_stream)
+
+    def __reduce__(self) -> tuple[type["Made"], tuple[()]]:
+        return Made, ()  # a copy is another's, made by the stream that copies

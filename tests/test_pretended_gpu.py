@@ -1,7 +1,9 @@
 """The lines that run only with a GPU, run without one: the GPU's own tests and the paths of the benchmarks that a CPU never takes."""
 
 import contextlib
+import copy
 import json
+import pickle
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from peftfast.configs import nf4_product
 from peftfast.configs.device import Device
 from peftfast.functional import dora, lora_multi, nf4_routes
 from peftfast.ops import backends, replay
+from peftfast.optim import SparseAdamW
 from peftfast.optim.readback import Unread
 from tests import test_gpu, test_gpu_sparse_delta
 from tests.support import pretended_gpu
@@ -242,6 +245,54 @@ def test_norms_that_are_kept_are_there_on_every_stream(gpu: None, monkeypatch: p
     with torch.cuda.stream(streams.main):
         gain()
     assert alive() is not None and getattr(weight, dora._KEPT).norms is not alive()
+
+
+def test_what_is_kept_of_a_support_is_there_on_every_stream(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams, indices = _Streams(monkeypatch), torch.arange(0, 64 * 64, 3)
+    pattern = F.SparsePattern(indices.cuda(), torch.Size((64, 64)))
+    blocks = F.SparsePattern.from_blocks([1, 2, 7], 16, (64, 64)).to("cuda")
+    for kept, count in (
+        (lambda: pattern.runs(128), 1),
+        (lambda: pattern.tiles(16, 16), 3),
+        (lambda: blocks.blocks(False), 2),
+    ):
+        with torch.cuda.stream(streams.main):
+            first = kept()
+        for stream in (streams.main, streams.side, streams.side):
+            with torch.cuda.stream(stream):
+                again = kept()
+            for one, other in zip(first, again, strict=True) if isinstance(first, tuple) else ((first, again),):
+                assert one is other
+        assert [one[:2] for one in streams.log[1:]] == [(streams.side, "waits for"), *[(streams.side, "reads")] * count]
+        del streams.log[:]
+    copied = pickle.loads(pickle.dumps(F.SparsePattern(indices, torch.Size((64, 64)))))
+    assert torch.equal(copied.runs(128), copy.deepcopy(copied).runs(128))
+
+
+def test_runs_of_a_captured_graph_are_not_kept(gpu: None) -> None:
+    """They are there once it is replayed; who asks before would read memory that nothing has written."""
+    pattern = F.SparsePattern(torch.arange(0, 64 * 64, 3).cuda(), torch.Size((64, 64)))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert pattern.runs(128) is not pattern.runs(128)
+    kept = pattern.runs(128)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert pattern.runs(128) is kept
+
+
+def test_the_rate_of_a_captured_step_is_not_kept(gpu: None) -> None:
+    """What a graph writes of it is there once that is replayed: an eager step of the same rate may come before."""
+    values = torch.nn.Parameter(torch.zeros(5).cuda())
+    optimizer = SparseAdamW([values], lr=1e-3)
+    group = optimizer.param_groups[0]
+    first = optimizer._hyper_for(group, values.device)
+    group["lr"] = 2e-3
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        captured = optimizer._hyper_for(group, values.device)
+    later = optimizer._hyper_for(group, values.device)
+    assert later is not captured and optimizer._hyper_for(group, values.device) is later
+    group["lr"] = 1e-3
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert optimizer._hyper_for(group, values.device) is first
 
 
 def test_scalars_are_read_when_their_own_device_has_them(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

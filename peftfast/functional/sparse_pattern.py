@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import streams  # type: ignore[attr-defined]
+
 STRUCTURES = ("rows", "columns", "blocks")
 _LARGEST_INT32 = 2**31 - 1
 
@@ -132,13 +134,13 @@ class SparsePattern:
             stride = counts[group] * side
             packed = torch.unique(column, return_inverse=True)[1]
             tables = tuple(torch.stack((row * side, of * side, start, stride), 1) for of in (column, packed))
-            object.__setattr__(self, "_blocks", tables)
-        return self.__dict__["_blocks"][sliced]
+            object.__setattr__(self, "_blocks", _Kept(*tables))
+        return self.__dict__["_blocks"].tensors()[sliced]
 
     def tiles(self, block_n: int, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The support by tiles of the weight, int32: the positions of ``indices`` sorted by tile ``[S]``, the tiles that hold any, and
         where each begins (one more, the end). Kept: 4 bytes per active weight."""
-        known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = self.__dict__["_tiles"]
+        known: dict[tuple[int, int], _Kept] = self.__dict__["_tiles"]
         if (block_n, block_k) not in known:
             width = self.shape[1]
             tile = self.indices // width // block_n * -(-width // block_k) + self.indices % width // block_k
@@ -146,8 +148,8 @@ class SparsePattern:
             found, counts = torch.unique(tile, return_counts=True)
             starts = torch.zeros(found.numel() + 1, dtype=torch.int32, device=self.device)
             starts[1:] = counts.cumsum(0)
-            known[block_n, block_k] = (order, found.to(torch.int32), starts)
-        return known[block_n, block_k]
+            known[block_n, block_k] = _Kept(order, found.to(torch.int32), starts)
+        return known[block_n, block_k].tensors()  # type: ignore[return-value]
 
     def has_tiles(self, block_n: int, block_k: int) -> bool:
         """Whether :meth:`tiles` are kept: to sort them asks the device how many there are, which a compiler does not follow."""
@@ -155,18 +157,33 @@ class SparsePattern:
 
     def runs(self, length: int) -> Tensor:
         """int32: the first entry of each ``length`` elements of the weight, and one more, the end. Kept: 4 bytes a run."""
-        known: dict[int, Tensor] = self.__dict__.setdefault("_runs", {})
+        known: dict[int, _Kept] = self.__dict__.setdefault("_runs", {})
         if length not in known:
             total = self.shape[0] * self.shape[1]
             begins = torch.arange(0, total, length, device=self.device).to(self.indices.dtype)
             starts = torch.full((begins.numel() + 1,), self.count, dtype=torch.int32, device=self.device)
             starts[:-1] = torch.searchsorted(self.indices, begins, out_int32=True)
-            known[length] = starts
-        return known[length]
+            if not torch.compiler.is_compiling() and starts.is_cuda and torch.cuda.is_current_stream_capturing():
+                return starts  # which are there when the graph is replayed, and not before
+            known[length] = _Kept(starts)
+        return known[length].tensors()[0]
 
     def __repr__(self) -> str:
         kind = f", {self.structure}" if self.structure else ""
         return f"SparsePattern({self.count} of {tuple(self.shape)}, {100 * self.density:.3g} %{kind})"
+
+
+class _Kept:
+    """What is kept of a pattern, for calls on any stream."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._made = None if torch.compiler.is_compiling() else streams.Made(*tensors)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        if self._made is not None and not torch.compiler.is_compiling():
+            self._made.meet()
+        return self._tensors
 
 
 def _numbers(structure: str, parts: Sequence[int]) -> Tensor:

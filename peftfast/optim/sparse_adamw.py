@@ -274,11 +274,15 @@ class SparseAdamW(torch.optim.Optimizer):
 
 
 def _kept(made: dict[Any, Tensor], key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """``made[key]``, made where it is missing. A schedule changes a number at every step: no more than the last 64 are kept."""
+    """``made[key]``, made where it is missing. A schedule changes a number at every step: no more than the last 64 are kept, and none
+    that a captured graph makes, which is there when that is replayed and not before."""
     if key not in made:
+        fresh = make()
+        if fresh.is_cuda and torch.cuda.is_current_stream_capturing():
+            return fresh
         if len(made) >= 64:
             del made[next(iter(made))]
-        made[key] = make()
+        made[key] = fresh
     return made[key]
 
 
