@@ -1,6 +1,7 @@
 """How long a call takes: providers interleaved round by round, medians with the 20th and 80th percentile.
 
-CUDA: events around replays of a graph that holds one call for each copy of the inputs, the copies together beyond three times L2.
+CUDA: events around replays of a graph that holds one call for each copy of the inputs, the copies and their results together beyond
+three times L2.
 CPU: torch.utils.benchmark with the number of threads stated, over the same copies against the last-level cache. One thread is
 timed by the processor time it had, which other processes do not lengthen; several by the wall, and a reading during which the
 system took a core away for another process (an involuntary context switch) is dropped where enough others are left, and counted.
@@ -238,6 +239,12 @@ def waits(steps: Sequence[Callable[[], Any]]) -> str:
     return ""
 
 
+def _turn(steps: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of all steps, alive together: given back, the memory of one would be the next one's, whose writes would then meet
+    their lines in L2 and not leave it."""
+    return [step() for step in steps]
+
+
 def _captured(steps: Sequence[Callable[[], Any]]) -> "tuple[torch.cuda.CUDAGraph | None, str]":
     """A graph of one call of each step, or None and why."""
     stream = torch.cuda.current_stream()
@@ -248,8 +255,8 @@ def _captured(steps: Sequence[Callable[[], Any]]) -> "tuple[torch.cuda.CUDAGraph
     graph = torch.cuda.CUDAGraph()
     try:
         with capturing(graph, stream):
-            for step in steps:
-                step()
+            results = _turn(steps)
+        del results
     except Exception as error:  # whatever else a graph cannot hold; it is timed without one, and says so
         return None, f"no graph: {_one_line(error)}"
     return graph, ""
@@ -266,8 +273,7 @@ def _cuda_clock(runner: Runner, settings: Settings) -> _Clock:
         if graph is not None:
             graph.replay()
         else:
-            for step in runner.steps:
-                step()
+            _turn(runner.steps)
 
     def stretch(number: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -295,6 +295,30 @@ def test_the_rate_of_a_captured_step_is_not_kept(gpu: None) -> None:
         assert optimizer._hyper_for(group, values.device) is first
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_results_of_a_timed_turn_lie_beside_each_other(gpu: None, graph: bool) -> None:
+    """A result that is given back leaves its memory to the next call, which would write to lines that are in L2 already."""
+    results: list[Any] = []
+    alive: list[int] = []
+
+    def step() -> torch.Tensor:
+        alive.append(sum(one() is not None for one in results))
+        result = torch.ones(5, device="cuda")
+        if not graph:
+            result.sum().item()  # which cannot be captured
+        results.append(weakref.ref(result))
+        return result
+
+    with timing.side_stream("cuda"):
+        if graph:
+            assert timing._captured([step] * 3)[0] is not None
+        else:
+            clock = timing._cuda_clock(timing.Runner([step] * 3), timing.Settings(1, 0.01))
+            assert not clock.graph
+            clock.read()
+    assert alive[-3:] == [0, 1, 2]
+
+
 def test_scalars_are_read_when_their_own_device_has_them(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event without a stream belongs to the current device, which may be another than the parameters'."""
     asked: list[object] = []
