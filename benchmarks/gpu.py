@@ -222,6 +222,10 @@ def _dram(context: Context) -> list[list[str]]:
     return [[*command, "--dram", "--limit", half, "--dram-limit", half, "--out", str(context.work / "dram.json")]]
 
 
+def _needs_peft(context: Context) -> str:
+    return "" if importlib.util.find_spec("peft") is not None else "peft is not installed"
+
+
 def _needs_ncu(context: Context) -> str:
     if not context.cuda:
         return "no CUDA device"
@@ -261,7 +265,7 @@ STAGES = (
     Stage("bench", 300, _bench),
     Stage("end-to-end", 180, _end_to_end),
     Stage("plots", 40, _plots, _needs_rows),
-    Stage("host", 40, lambda context: [context.python("-m", "benchmarks.host")]),
+    Stage("host", 40, lambda context: [context.python("-m", "benchmarks.host")], _needs_peft),
     Stage("product", 120, _product, _needs_cuda),
     Stage("nf4-product", 180, _nf4_product, _needs_cuda),
     Stage("dram", 150, _dram, _needs_ncu),

@@ -99,6 +99,14 @@ def test_the_stages_as_they_are(context: Context, monkeypatch: pytest.MonkeyPatc
                 command and all(isinstance(word, str) for word in command) for command in found.commands(context)
             )
     assert {s.name for s in gpu.STAGES if s.needs(context)} == {"sanitizer", "product", "nf4-product", "dram", "plots"}
+    with monkeypatch.context() as bare:
+        bare.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+        missing = {s.name: reason for s in gpu.STAGES if "not installed" in (reason := s.needs(context))}
+    assert missing == {
+        "tests": "pytest is not installed",
+        "host": "peft is not installed",
+        "suite": "pytest is not installed",
+    }
     # Every command of a benchmark is one that its parser takes, and none can outlast the tool that cuts the whole off.
     on_gpu = replace(context, device="cuda", quick=False)
     for name, parse in (
