@@ -220,6 +220,32 @@ def test_two_streams_do_not_meet() -> None:
             assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
+def test_what_another_stream_has_still_to_make_is_waited_for() -> None:
+    """Tables of addresses, DoRA's norms: kept by the first call, on a stream whose work stays behind."""
+    tensors, side = layer_inputs(64, 256, 512, 8), torch.cuda.Stream()
+    x, weight, a, b = (tensors[name].detach() for name in ("x", "weight", "lora_a", "lora_b"))
+    rows = torch.arange(64, device="cuda", dtype=torch.int32) % 3
+    magnitude = torch.rand(256, device="cuda") + 0.5
+
+    def several(scaling: float) -> torch.Tensor:
+        return F.multi_lora_linear(x, weight, [F.Adapter(a, b, scaling * i) for i in (1, 2, 3)], rows)
+
+    def dora(scaling: float) -> torch.Tensor:
+        return F.lora_linear(x, weights[scaling], a, b, magnitude=magnitude)
+
+    weights = {scaling: weight * scaling for scaling in (1.0, 2.0)}
+    for call in (several, dora):
+        with torch.no_grad():
+            call(1.0)  # what is compiled now is not waited for below
+            torch.cuda.synchronize()
+            torch.cuda._sleep(200_000_000)  # a tenth of a second
+            call(2.0)
+            with torch.cuda.stream(side):
+                found = call(2.0)
+            torch.cuda.synchronize()
+            assert torch.equal(found, call(2.0)), call.__name__
+
+
 def test_run_to_run_bits() -> None:
     tensors = layer_inputs(3001, 1111, 2222, 32)
     seed = torch.tensor([9], device="cuda")
