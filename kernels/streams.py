@@ -31,12 +31,13 @@ class Made:
         """Before the current stream of their device reads them."""
         if self._event is None:
             return
+        raw = torch._C._cuda_getCurrentRawStream(self._tensors[0].get_device())
+        if raw in self.streams and not torch.cuda.is_current_stream_capturing():
+            return
         with torch.cuda.device(self._tensors[0].device):
             stream, capturing = torch.cuda.current_stream(), torch.cuda.is_current_stream_capturing()
         if capturing:
             _read_by_graphs.add(self)
-            return
-        if stream.cuda_stream in self.streams:
             return
         stream.wait_event(self._event)
         with aside():
