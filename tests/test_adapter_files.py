@@ -202,6 +202,67 @@ def test_options_beside_a_saved_head_are_refused_first(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in other.parameters())
 
 
+def classifier(labels: int = 3) -> nn.Module:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=99, num_labels=labels, **sizes)).eval()
+
+
+CLASSIFIERS = {
+    "lora": (peft.LoraConfig, {"r": 4, "init_lora_weights": False}),
+    "pissa": (peft.LoraConfig, {"r": 4, "init_lora_weights": "pissa"}),
+    "adalora": (peft.AdaLoraConfig, {"total_step": 10}),
+    "vera": (peft.VeraConfig, {"r": 4}),
+    "shira": (peft.ShiraConfig, {"r": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_of_peft(name: str, tmp_path: Path) -> None:
+    """PEFT writes the names of both heads that a classifier may have, and again where a config is used twice."""
+    kind, options = CLASSIFIERS[name]
+    config = kind(task_type="SEQ_CLS", target_modules=["query", "value"], **options)
+    tokens = torch.arange(3, 21).reshape(2, 9)
+    for _ in range(2):
+        stock = peft.get_peft_model(classifier(), config).eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        expected = stock(tokens).logits
+        stock.save_pretrained(tmp_path / "a")
+        assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["modules_to_save"].count("score") == 2
+        model = peftfast.load_adapter(classifier(), tmp_path / "a").eval()
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-6)
+        peftfast.save_adapter(model, tmp_path / "b")
+        again = peft.PeftModel.from_pretrained(classifier(), tmp_path / "b").eval()
+        torch.testing.assert_close(again(tokens).logits, expected, rtol=1e-5, atol=1e-6)
+    # A name without a module is passed over only where the file holds nothing of it.
+    rewritten(tmp_path / "a", lambda t: t.update({"base_model.model.score.weight": torch.ones(3, 32)}))
+    other = classifier()
+    with pytest.raises(ValueError, match="modules_to_save: the model has no score"):
+        peftfast.load_adapter(other, tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-xs", "vera"])
+def test_a_head_of_another_size_changes_nothing(method: str, tmp_path: Path) -> None:
+    model = classifier()
+    peftfast.adapt(model, method, r=4, target_modules=["query"], modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.classifier.dense.weight.add_(1.0)
+    peftfast.save_adapter(model, tmp_path)
+    other = classifier(labels=5)
+    with pytest.raises(ValueError, match="^directory: .*modules_to_save: classifier: expected the tensors"):
+        peftfast.load_adapter(other, tmp_path)
+    before = classifier(labels=5).state_dict()
+    assert other.state_dict().keys() == before.keys() and all(
+        parameter.requires_grad for parameter in other.parameters()
+    )
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
 def edited(folder: Path, **changes: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -146,17 +146,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
 
         method = serving(config)
         if method is not None:
-            restore(model, method, config, read_tensors("load_adapter", "directory", folder / WEIGHTS))
+            restore(model, method, config, read_tensors("load_adapter", "directory", folder / WEIGHTS), folder)
             return model
     if isinstance(config, dict) and config.get("init_lora_weights") in ("pissa", "olora"):
         from ..methods.saved import restore_residual
 
         _check_config(config | {"init_lora_weights": True}, folder)
-        restore_residual(model, config, read_tensors("load_adapter", "directory", folder / WEIGHTS))
+        restore_residual(model, config, read_tensors("load_adapter", "directory", folder / WEIGHTS), folder)
         return model
     _check_config(config, folder)
     tensors = read_tensors("load_adapter", "directory", folder / WEIGHTS)
-    heads = _taken_heads(tensors, config, model, folder)
+    heads = taken_heads(tensors, config, model, folder)
     grouped = _grouped(tensors, folder)
     if config.get("use_dora"):
         plain = [path for path, parts in grouped.items() if "lora_magnitude_vector" not in parts]
@@ -206,16 +206,23 @@ def _remember(
     model.__dict__[HANDLE] = handle
 
 
-def _taken_heads(
-    tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Module, folder: Path
+def taken_heads(
+    tensors: dict[str, Tensor], config: dict[str, Any], model: nn.Module, folder: Path, by_path: bool = False
 ) -> dict[str, dict[str, Tensor]]:
-    """Path of a module that was saved whole (``modules_to_save``) -> its state, taken out of ``tensors``."""
+    """Path of a module that was saved whole (``modules_to_save``) -> its state, taken out of ``tensors``. ``by_path``: names are paths,
+    as in files of our own peft_type.
+
+    Raises:
+        ValueError: tensors are not a module's of the model.
+    """
     heads: dict[str, dict[str, Tensor]] = {}
-    for name in config.get("modules_to_save") or []:
+    # Each once: PEFT adds a classifier's names to the config that it is given, again where that is used again.
+    for name in dict.fromkeys(config.get("modules_to_save") or []):
         paths = [path for path, _ in model.named_modules() if path == name or path.endswith(f".{name}")]
         # A name is the end of a path, as in PEFT; of adapt's files it is a path, and what else ends so is not in them.
         others = tuple(f"{PREFIX}{path}." for path in paths if path != name)
-        if name in paths and not any(key.startswith(others) and not key.endswith(tuple(PARTS)) for key in tensors):
+        ours = by_path or not any(key.startswith(others) and not key.endswith(tuple(PARTS)) for key in tensors)
+        if name in paths and ours:
             paths = [name]
         for path in paths:
             start = f"{PREFIX}{path}."
@@ -227,7 +234,8 @@ def _taken_heads(
                     f"directory: {folder / CONFIG}: modules_to_save: {path}: expected the tensors {expected}, got {found}"
                 )
             heads[path] = state
-        if not paths:
+        # With a classifier's task_type PEFT names "classifier" and "score", whichever of them the model has.
+        if not paths and any(f".{name}." in key for key in tensors):
             raise ValueError(f"directory: {folder / CONFIG}: modules_to_save: the model has no {name}")
     return heads
 

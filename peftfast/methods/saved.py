@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,36 +171,42 @@ def _check_shapes(model: nn.Module, config: Mapping[str, Any]) -> None:
             )
 
 
-def restore(model: nn.Module, method: Method, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterHandle:
+def restore(
+    model: nn.Module, method: Method, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> AdapterHandle:
     """Adapt ``model`` as the files say and copy their tensors in.
 
     Raises:
         ValueError, TypeError: the files do not fit the model or each other; the model is as it was then.
     """
+    from ..integrations.adapter_files import taken_heads
+
     own = config.get("peft_type") == OWN_TYPE
-    saved = list(config.get("modules_to_save") or [])
-    kept = {name: tensors.pop(name) for name in list(tensors) if _module_of(name, saved)}
+    heads = taken_heads(tensors, config, model, folder, by_path=own)
     if own:
         options, names = _own_config(config)
         _check_shapes(model, config)
     elif method.files is not None:
         options, names = method.files.read(config, tensors)
     fill = fill_own if own else method.files.fill  # type: ignore[union-attr]
-    return _restored(model, method.name, options, names, saved, kept, lambda handle: fill(handle, tensors))
+    return _restored(model, method.name, options, names, heads, lambda handle: fill(handle, tensors))
 
 
-def restore_residual(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterHandle:
+def restore_residual(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> AdapterHandle:
     """PEFT's files of an initialisation that is a function of the weight alone (PiSSA, OLoRA): the residual is formed again, as
     PEFT does it, and A and B are copied in.
 
     Raises:
         ValueError, TypeError: the files do not fit the model, or the ranks of their layers differ; the model is as it was then.
     """
+    from ..integrations.adapter_files import taken_heads
+
     for name in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias"):
         if config.get(name):
             raise ValueError(f"directory: {name}={config[name]!r} is not served with {config['init_lora_weights']}")
-    saved = list(config.get("modules_to_save") or [])
-    kept = {name: tensors.pop(name) for name in list(tensors) if _module_of(name, saved)}
+    heads = taken_heads(tensors, config, model, folder)
     parts = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
     grouped: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -219,7 +226,7 @@ def restore_residual(model: nn.Module, config: dict[str, Any], tensors: dict[str
             for name, tensor in own.items():
                 getattr(layer, name).data.copy_(tensor)
 
-    return _restored(model, config["init_lora_weights"], options, list(grouped), saved, kept, fill)
+    return _restored(model, config["init_lora_weights"], options, list(grouped), heads, fill)
 
 
 def _restored(
@@ -227,8 +234,7 @@ def _restored(
     method: str,
     options: dict[str, Any],
     names: list[str] | str,
-    saved: list[str],
-    kept: dict[str, Tensor],
+    heads: dict[str, dict[str, Tensor]],
     fill: Callable[[AdapterHandle], None],
 ) -> AdapterHandle:
     """The model adapted and filled, or as it was and an error."""
@@ -236,7 +242,7 @@ def _restored(
     targets = names if isinstance(names, str) else "(" + "|".join(re.escape(name) for name in names) + ")"
     before = dict(model.named_modules())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    handle = _adapt(model, method, targets, None, saved, None, None, options, True)
+    handle = _adapt(model, method, targets, None, list(heads), None, None, options, True)
     try:
         if not isinstance(names, str) and set(handle.layers) != set(names):
             missing = sorted(set(names) - set(handle.layers))
@@ -244,8 +250,7 @@ def _restored(
                 f"directory: the adapter has a layer {missing[0]}, which the model's is not: {handle.skipped}"
             )
         fill(handle)
-        for module in saved:
-            state = {n.removeprefix(f"{PREFIX}{module}."): t for n, t in kept.items() if _module_of(n, [module])}
+        for module, state in heads.items():
             model.get_submodule(module).load_state_dict(state)
     except BaseException:
         handle.runtime.detach()
@@ -258,10 +263,6 @@ def _restored(
             parameter.requires_grad_(flag)
         raise
     return handle
-
-
-def _module_of(name: str, modules: list[str]) -> bool:
-    return any(name.startswith(f"{PREFIX}{module}.") for module in modules)
 
 
 def fill_own(handle: AdapterHandle, tensors: Mapping[str, Tensor]) -> None:
