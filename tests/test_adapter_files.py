@@ -263,6 +263,34 @@ def test_a_head_of_another_size_changes_nothing(method: str, tmp_path: Path) -> 
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
+class Patches(nn.Module):
+    """A layer whose name other modules' end in: a convolution's, as timm has it, and a container's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.ModuleDict({"proj": nn.Conv2d(3, 8, 2, 2)})
+        self.attn = nn.ModuleDict({"proj": nn.Linear(8, 8)})
+        self.head = nn.ModuleDict({"proj": nn.Sequential(nn.GELU())})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head["proj"](self.attn["proj"](self.patch["proj"](x).flatten(2).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "adalora", "shira", "poly"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_names_that_other_modules_end_in(method: str, outer: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # Outside, the path of the layer itself is the end of another's.
+    stock = nn.ModuleDict({"proj": nn.Linear(8, 8), "rest": Patches()}) if outer else Patches()
+    model = copy.deepcopy(stock)
+    path = "proj" if outer else "attn.proj"
+    peftfast.adapt(model, method, target_modules=path, **({} if method == "adalora" else {"r": 2}))
+    peftfast.save_adapter(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(stock), tmp_path)
+    adapted = [name for name, module in loaded.base_model.model.named_modules() if hasattr(module, "base_layer")]
+    assert adapted == [path]
+
+
 def edited(folder: Path, **changes: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

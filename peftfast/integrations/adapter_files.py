@@ -305,12 +305,13 @@ def _most_frequent(values: dict[str, Any]) -> Any:
 
 
 def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """Short names where they select these layers and no other linear layer; else a pattern that does. PEFT takes a list's entry as the
-    end of a path, and matches a string as a whole."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Short names where they select these layers and no other module; else a pattern that does. PEFT takes a list's entry as the end of
+    a path, and matches a string as a whole; it adapts a convolution or an embedding of such a name too, and refuses a container."""
     chosen = set(names)
+    inside = tuple(f"{name}." for name in names)  # what an adapter layer holds, the base does not have
+    known = [name for name, _ in model.named_modules() if not name.startswith(inside)]
     for candidates in ({name.rpartition(".")[2] for name in names}, chosen):
-        hit = {name for name in linear if any(name == end or name.endswith("." + end) for end in candidates)}
+        hit = {name for name in known if any(name == end or name.endswith("." + end) for end in candidates)}
         # "all-linear" is the one string that PEFT reads as a word; a list never is.
         if hit == chosen:
             return sorted(candidates)

@@ -171,6 +171,8 @@ class AdaLoRARuntime(Runtime):
 
 
 def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from ..integrations.adapter_files import _targets
+
     given, masks = handle.options, handle.runtime.masks  # type: ignore[attr-defined]
     tensors: dict[str, Tensor] = {}
     for path, layer in handle.layers.items():
@@ -181,7 +183,7 @@ def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = {
         "task_type": None,
         "inference_mode": True,
-        "target_modules": sorted(handle.layers),
+        "target_modules": _targets(handle.model, list(handle.layers)),
         "init_r": given.init_r,
         "target_r": given.target_r,
         "lora_alpha": given.lora_alpha,

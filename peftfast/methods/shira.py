@@ -42,8 +42,9 @@ def save_shira(
     Raises:
         ValueError: no such layer or module, or another count of active weights; nothing is written then.
     """
-    save = imported("safetensors.torch", "save_shira").save
+    from ..integrations.adapter_files import _targets
 
+    save = imported("safetensors.torch", "save_shira").save
     _check_model(model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseDeltaLinear)}
     if not layers:
@@ -73,7 +74,7 @@ def save_shira(
         "r": next(iter(ranks.values())),
         "random_seed": None,
         "revision": None,
-        "target_modules": sorted(layers),
+        "target_modules": _targets(model, list(layers)),
         "task_type": task_type,
     }
     folder = Path(directory)
