@@ -220,12 +220,17 @@ def test_s2ft_by_name(tmp_path: Path) -> None:
     handle = peftfast.adapt(model, "s2ft", head_ratio=0.5, channel_ratio=0.1)
     torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
     stir(handle, 0.02)
-    handle.runtime.s2ft.restore()
     after = model(**batch).logits.detach()
     assert (after - before).abs().max() > 0.01
-    peftfast.save_adapter(model, tmp_path)
-    loaded = peftfast.load_adapter(base("llama"), tmp_path)
-    torch.testing.assert_close(loaded(**batch).logits, after, rtol=1e-4, atol=1e-5)
+    for folder in (tmp_path / "permuted", tmp_path / "restored"):
+        peftfast.save_adapter(model, folder)
+        loaded = peftfast.load_adapter(base("llama"), folder)
+        torch.testing.assert_close(loaded(**batch).logits, after, rtol=1e-4, atol=1e-5)
+        peftfast.save_adapter(loaded, folder)
+        loaded = peftfast.load_adapter(base("llama"), folder)
+        torch.testing.assert_close(loaded(**batch).logits, after, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(**batch).logits, after, rtol=1e-4, atol=1e-5)
+        handle.runtime.s2ft.restore()
 
 
 def test_a_head_is_trained_and_saved_whole(tmp_path: Path) -> None:

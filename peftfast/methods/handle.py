@@ -47,6 +47,10 @@ class Runtime:
         """The method's own optimiser over parameter groups as torch's optimisers take them; None: AdamW serves."""
         return None
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Tensors that files are to hold otherwise than the layers do, by their names in the model."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside the model's and the optimiser's states."""
         return {}

@@ -31,9 +31,10 @@ class S2FT:
     """Makes a transformer train the input columns of its attention's and FFN's output layers that belong to some heads and channels.
 
     Blocks are modules with ``self_attn.{q,k,v,o}_proj`` and ``mlp.{gate,up,down}_proj``, as in transformers' Llama, Mistral and Qwen2,
-    or BERT's layers; all of these are nn.Linear. Heads move in groups that share a key and value head, the rows of q, k and v with
-    the columns of o; channels move as rows of gate and up with columns of down. The trained part then lies side by side, so that its
-    gradient is one product with a slice of x, the only part of x that is saved. Everything else is frozen.
+    or BERT's layers; all of these are nn.Linear, and beside them attention and FFN hold no weights but norms of a single head. Heads
+    move in groups that share a key and value head, the rows of q, k and v with the columns of o; channels move as rows of gate and up
+    with columns of down. The trained part then lies side by side, so that its gradient is one product with a slice of x, the only part
+    of x that is saved. Everything else is frozen.
 
     Args:
         model: any module with such blocks. Its output layers are replaced in place.
@@ -77,8 +78,8 @@ class S2FT:
                 width = getattr(attention, "head_dim", None)
                 heads = _heads(layers, attention, "o_proj", width, head_ratio, generator)
                 coupled.append((f"{path}.self_attn.o_proj", heads))
-                wide = [_linear(ffn, "gate_proj"), _linear(ffn, "up_proj")]
-                channels = _channels(wide, _linear(ffn, "down_proj"), ffn, "down_proj", channel_ratio, generator)
+                wide, down = [_linear(ffn, "gate_proj"), _linear(ffn, "up_proj")], _linear(ffn, "down_proj")
+                channels = _channels(wide, down, ffn, "down_proj", channel_ratio, generator)
                 coupled.append((f"{path}.mlp.down_proj", channels))
             elif hasattr(getattr(getattr(block, "attention", None), "self", None), "query"):
                 inner: Any = block.attention.self  # type: ignore[union-attr]
@@ -110,23 +111,36 @@ class S2FT:
         return [layer.delta_values for layer in self.layers.values()]
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put heads and channels back where they were: base weights are then torch.equal to the model's own, and the deltas lie on the
-        same columns as before the permutation. To be called before saving; does nothing the second time. An optimiser's states do
-        not follow."""
-        if not self._permuted:
-            return
+    def restored(self) -> dict[str, tuple[SparsePattern, Tensor]]:
+        """Name of a layer -> its pattern in the weight as it was before the permutation, and the values there ``[pattern.count]``, in
+        float32 on the layer's device. Nothing is changed."""
+        found = {}
         for name, group in self._coupled.items():
             layer = self.layers[name]
+            values = layer.delta_values.detach().reshape(layer.out_features, -1)
+            if self._permuted:
+                columns, order = _expanded(group.order[: group.chosen], group.width).sort()
+                pattern = SparsePattern.from_columns(columns, (layer.out_features, layer.in_features))
+                found[name] = pattern, values[:, order.to(values.device)].reshape(-1)
+            else:
+                found[name] = layer.pattern, values.reshape(-1)
+        return found
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put heads and channels back where they were: base weights are then torch.equal to the model's own, and the deltas lie on the
+        same columns as before the permutation. To be called before saving but by ``peftfast.save_adapter``, which writes these columns either
+        way; does nothing the second time. An optimiser's states do not follow."""
+        if not self._permuted:
+            return
+        for name, (pattern, values) in self.restored().items():
+            group, layer = self._coupled[name], self.layers[name]
             was_merged = layer.merged
             layer.unmerge()
-            values = layer.delta_values.detach().reshape(layer.out_features, -1)
             _permute(group, layer, torch.argsort(group.order))
-            columns, order = _expanded(group.order[: group.chosen], group.width).sort()
-            pattern = SparsePattern.from_columns(columns, (layer.out_features, layer.in_features))
             layer.delta_indices = pattern.indices.to(layer.weight.device)
             layer._pattern = pattern.to(layer.weight.device)
-            layer.delta_values.copy_(values[:, order.to(values.device)].reshape(-1))
+            layer.delta_values.copy_(values)
             if was_merged:
                 layer.merge()
         self._permuted = False

@@ -45,6 +45,7 @@ def contents(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config, tensors = lora_contents(handle)
     else:
         config, tensors = own_contents(handle)
+        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in handle.runtime.file_tensors().items()}
     for module in handle.modules_to_save:
         for name, tensor in handle.model.get_submodule(module).state_dict().items():
             tensors[f"{PREFIX}{module}.{name}"] = tensor

@@ -185,10 +185,16 @@ class S2ftOptions:
 
 
 class S2ftRuntime(SparseRuntime):
-    """Keeps the permutation: ``s2ft.restore()`` undoes it, and an adapter can be saved after that."""
+    """Keeps the permutation: ``s2ft.restore()`` undoes it, and files hold the deltas where they belong without it."""
 
     def __init__(self, s2ft: S2FT | None) -> None:
         self.s2ft = s2ft
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for path, (pattern, values) in self.s2ft.restored().items() if self.s2ft is not None else ():
+            tensors |= {f"{path}.delta_indices": pattern.indices, f"{path}.delta_values": values}
+        return tensors
 
 
 @register(
@@ -205,7 +211,7 @@ class S2ftRuntime(SparseRuntime):
     kind="layer",
     fused="the gradient as one product with a slice of x, the only part of x that is kept",
     choices="Heads and channels are drawn at random. target_modules is not used: the layers are the output layers of attention and "
-    "FFN. Saving needs handle.runtime.s2ft.restore() first.",
+    "FFN. Files hold the places before the permutation, which handle.runtime.s2ft.restore() undoes in the model.",
     demo={"head_ratio": 4 / 12, "channel_ratio": 160 / 1536},
     learning_rate=1e-3,
 )
