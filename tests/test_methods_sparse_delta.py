@@ -442,6 +442,39 @@ def test_s2ft_of_bert() -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
 
 
+# What a model has beside its layers that heads or channels would be moved past: norms over all heads or channels, a norm for each
+# head, numbers by which heads are paired.
+MOVED_PAST: dict[str, tuple[str, dict]] = {
+    "Olmo2": ("q_norm.weight", {}),
+    "Cohere": ("q_norm.weight", {"use_qk_norm": True}),
+    "StableLm": ("q_layernorm.norms.0.weight", {"qk_layernorm": True}),
+    "DiffLlama": ("lambda_q1", {}),
+    "BitNet": ("attn_sub_norm.weight", {}),
+}
+
+
+@pytest.mark.parametrize("name", [*MOVED_PAST, "Qwen3"])
+def test_s2ft_moves_heads_past_no_weights(name: str) -> None:
+    import transformers
+
+    held, options = MOVED_PAST.get(name, ("", {"head_dim": 8}))
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(num_attention_heads=4, num_key_value_heads=2, **sizes, **options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)  # norms do not begin as all of them do
+        expected = model(input_ids=TOKENS).logits
+        if held:
+            with pytest.raises(ValueError, match=f"^model: .*{held} of shape .* which s2ft would move past it"):
+                S2FT(model, head_ratio=0.5, channel_ratio=0.3)
+            assert torch.equal(model(input_ids=TOKENS).logits, expected)
+        else:
+            S2FT(model, head_ratio=0.5, channel_ratio=0.3)
+            assert torch.allclose(model(input_ids=TOKENS).logits, expected, atol=1e-4)
+
+
 def test_bad_s2ft() -> None:
     with pytest.raises(ValueError, match="model: expected blocks"):
         S2FT(nn.Linear(3, 3))

@@ -76,9 +76,11 @@ class S2FT:
                 ffn: Any = block.mlp
                 layers = tuple(_linear(attention, f"{name}_proj") for name in "qkvo")
                 width = getattr(attention, "head_dim", None)
+                _check_shared(attention, layers, width)
                 heads = _heads(layers, attention, "o_proj", width, head_ratio, generator)
                 coupled.append((f"{path}.self_attn.o_proj", heads))
                 wide, down = [_linear(ffn, "gate_proj"), _linear(ffn, "up_proj")], _linear(ffn, "down_proj")
+                _check_shared(ffn, (*wide, down), None)
                 channels = _channels(wide, down, ffn, "down_proj", channel_ratio, generator)
                 coupled.append((f"{path}.mlp.down_proj", channels))
             elif hasattr(getattr(getattr(block, "attention", None), "self", None), "query"):
@@ -86,9 +88,11 @@ class S2FT:
                 outer: Any = block.attention.output  # type: ignore[union-attr]
                 last: Any = block.output
                 layers = (*(_linear(inner, name) for name in ("query", "key", "value")), _linear(outer, "dense"))
+                _check_shared(inner, layers, inner.attention_head_size)
                 heads = _heads(layers, outer, "dense", inner.attention_head_size, head_ratio, generator)
                 coupled.append((f"{path}.attention.output.dense", heads))
                 wide = [_linear(block.intermediate, "dense")]  # type: ignore[arg-type]
+                _check_shared(block.intermediate, tuple(wide), None)  # type: ignore[arg-type]
                 channels = _channels(wide, _linear(last, "dense"), last, "dense", channel_ratio, generator)
                 coupled.append((f"{path}.output.dense", channels))
         if not coupled:
@@ -129,8 +133,8 @@ class S2FT:
     @torch.no_grad()
     def restore(self) -> None:
         """Put heads and channels back where they were: base weights are then torch.equal to the model's own, and the deltas lie on the
-        same columns as before the permutation. To be called before saving but by ``peftfast.save_adapter``, which writes these columns either
-        way; does nothing the second time. An optimiser's states do not follow."""
+        same columns as before the permutation. To be called before saving but by ``peftfast.save_adapter``, which writes these
+        columns either way; does nothing the second time. An optimiser's states do not follow."""
         if not self._permuted:
             return
         for name, (pattern, values) in self.restored().items():
@@ -170,6 +174,21 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     if not isinstance(found, nn.Linear) or not found.weight.is_floating_point() or isinstance(found, SparseDeltaLinear):
         raise TypeError(f"{name}: expected an nn.Linear with a floating weight, got {type(found).__name__}")
     return found
+
+
+def _check_shared(module: nn.Module, layers: tuple[nn.Linear, ...], head: Any) -> None:
+    """A weight beside the layers would stay where it is while heads or channels move past it: only what all heads share may be there,
+    a norm or an embedding of the size of one."""
+    known = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    for name, parameter in module.named_parameters():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        of_one = parameter.dim() == 1 or isinstance(owner, nn.Embedding)
+        if id(parameter) in known or (name.count(".") == 1 and of_one and parameter.shape[-1] == head):
+            continue
+        raise ValueError(
+            f"model: {type(module).__name__}.{name} of shape {tuple(parameter.shape)} has places for heads or channels, which s2ft "
+            "would move past it"
+        )
 
 
 def _chosen_first(total: int, ratio: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
