@@ -129,6 +129,37 @@ def test_ba_lora_counts_labelled_tokens_and_keeps_its_start(tmp_path: Path) -> N
     assert all(p.grad is not None for p in trained(handle).values())
 
 
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_a_second_pass_of_an_encoder_decoder(name: str) -> None:
+    """Its decoder reads the shifted labels: without them T5 raises, and BART's reads the encoder's tokens."""
+    import transformers
+
+    given: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "num_layers": 1, "num_heads": 4, "d_ff": 48, "d_kv": 8}
+    if name == "Bart":
+        sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 48))}
+        given = {"vocab_size": 64, "d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, **sides}
+    config = getattr(transformers, f"{name}Config")(decoder_start_token_id=0, dropout_rate=0.0, dropout=0.0, **given)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).train()
+    tokens = torch.randint(3, 64, (2, 3, 7))
+    plain = {"schedule": False, "lambda1": 1.0, "lambda2": 0.0, "lambda3": 0.0}
+    handle = peftfast.adapt(model, "ba-lora", r=4, target_modules=["fc1", "wi"], **plain)
+    model(input_ids=tokens[0], labels=tokens[1])
+    assert abs(float(handle.loss())) < 1e-6  # nothing is trained yet
+    with torch.no_grad():
+        for parameter in handle.adapter_parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model(input_ids=tokens[0], labels=tokens[1])
+    assert float(handle.loss()) > 1e-4
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).train()
+    handle = peftfast.adapt(model, "mosa", r=4, parts=1, reg_weight=1.0, target_modules=["fc1", "wi"])
+    with torch.no_grad():
+        for parameter in handle.adapter_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model(input_ids=tokens[0], labels=tokens[1])
+    assert abs(float(handle.loss())) < 1e-6  # of one part two draws are the same
+
+
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
 def test_singular_values_have_svds_gradient(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()

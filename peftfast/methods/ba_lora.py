@@ -149,7 +149,7 @@ class BALoRARuntime(Watching):
             return None
         own = dict(self.model.named_parameters())
         self.pretrained = {name: tensor.to(own[name].device) for name, tensor in self.pretrained.items()}
-        before = self.run(seen.args, inputs_of(seen.kwargs), parameters=self.pretrained)
+        before = self.run(seen.args, inputs_of(seen.kwargs, self.model), parameters=self.pretrained)
         return self.penalty(logits_of(seen.output), logits_of(before), seen.kwargs.get("labels"))
 
     def step(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:

@@ -106,7 +106,7 @@ class MoSARuntime(Watching):
             # It computes the first pass again when the second draw's masks stand in the layers.
             raise ValueError("reg_weight: expected 0 with gradient checkpointing, which cannot keep two draws apart")
         self.draw()
-        other = logits_of(self.run(seen.args, inputs_of(seen.kwargs), training=True))
+        other = logits_of(self.run(seen.args, inputs_of(seen.kwargs, self.model), training=True))
         logits = logits_of(seen.output)
         one, two = (torch.log_softmax(wide(z).reshape(-1, z.shape[-1]), -1) for z in (logits, other))
         apart = functional.kl_div(one, two.detach(), reduction="batchmean", log_target=True)

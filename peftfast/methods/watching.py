@@ -114,8 +114,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def inputs_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments without those of the loss."""
+def inputs_of(kwargs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The arguments without those of the loss. An encoder-decoder keeps its labels, from which it forms what its decoder reads."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return dict(kwargs)
     return {name: value for name, value in kwargs.items() if name not in NO_INPUT}
 
 
