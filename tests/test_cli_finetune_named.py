@@ -96,6 +96,21 @@ def test_bad_input_is_one_line(llama, texts, tmp_path, capsys):  # noqa: F811
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_of_steps_are_held_against_the_run_s(llama, texts, tmp_path, capsys):  # noqa: F811
+    def options(tinit: int, *more: str) -> list[str]:
+        given = ("--method-option", f"tinit={tinit}", "--method-option", "tfinal=1")
+        return command(llama, texts, tmp_path / "out", "--method", "adalora", *given, *more)
+
+    assert main(options(2, "--max-steps", "3")) == 2
+    assert "--method-option: tinit: expected less than total_steps - tfinal = 2, got 2" in error_line(capsys)
+    assert main(options(1000, "--num_train_epochs", "1")) == 2  # the steps are counted once the records are read
+    assert "--method-option: tinit: expected less than total_steps - tfinal = " in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+    assert main(options(1, "--max-steps", "3")) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["tinit"], config["tfinal"], config["total_step"]) == (1, 1, 3)
+
+
 def test_values_of_options() -> None:
     assert [_value(text) for text in ("3", "0.5", "true", "False", "none", "ipm", "1e-3")] == [
         3,

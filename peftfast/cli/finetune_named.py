@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -49,25 +50,29 @@ class Named(Method):
         return given
 
     def check(self, options: argparse.Namespace, extra: Mapping[str, Any]) -> None:
+        super().check(options, extra)
+        # How many steps the records make is known when they are read: until then no number of an option is too many.
+        self._checked(self._given(options), options.max_steps or sys.maxsize)
+
+    def _checked(self, given: dict[str, Any], total_steps: int) -> dict[str, Any]:
+        """``given``, with the run's steps where the method asks for them and they are not given."""
         from ..methods.registry import get, read_options
 
-        super().check(options, extra)
         method = get(self.name)
-        given = self._given(options)
-        missing = {"total_steps": 1} if "total_steps" in method.defaults() and "total_steps" not in given else {}
+        if "total_steps" in method.defaults():
+            given = {"total_steps": total_steps, **given}
         try:
-            read_options(method, {**given, **missing})
+            read_options(method, given)
         except (TypeError, ValueError) as error:
             raise UserError(f"--method-option: {error}") from None
+        return given
 
     def adapt(self, model: Any, target: Target) -> Any:
         from ..methods.adapting import adapt
         from ..methods.registry import get
 
         self._target = target
-        method, given = get(self.name), self._given(target.options)
-        if "total_steps" in method.defaults() and "total_steps" not in given:
-            given["total_steps"] = target.total_steps
+        method, given = get(self.name), self._checked(self._given(target.options), target.total_steps)
         self.handle = adapt(
             model,
             self.name,
