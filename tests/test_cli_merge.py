@@ -265,3 +265,34 @@ def test_an_adapter_that_began_in_4_bits(llama, tmp_path, capsys) -> None:  # no
         assert main([*argv, "--out", str(out), *more]) == 0
         assert relative(logits(out), expected) < 1e-5
     assert relative(adapted_logits(llama, tmp_path / "adapter"), expected) > 1e-3
+
+
+OF_METHODS = {
+    # PEFT cuts AdaLoRA's layers to the ranks that are left, once.
+    "adalora": ("init_r=6", "target_r=4", "tinit=1", "tfinal=1"),
+    # Their files hold a weight in 4 bits, into which the sum would not go without rounding it anew.
+    "lq-lora": ("r=4",),
+    "finequant": ("r=4",),
+    "loftq": ("r=4", "loftq_iter=3"),
+}
+
+
+@pytest.mark.parametrize("method", OF_METHODS)
+def test_an_adapter_of_a_method(llama, texts, tmp_path, capsys, method) -> None:  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    import peftfast
+
+    given = [word for option in OF_METHODS[method] for word in ("--method-option", option)]
+    options = ("--method", method, "--max-steps", "4", "--learning-rate", "1e-2", *given)
+    assert main(command(llama, texts, tmp_path / "adapter", *options)) == 0
+    out = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(out), "--dtype", "float32"]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    if method == "adalora":
+        expected = adapted_logits(llama, tmp_path / "adapter")
+    else:
+        model = peftfast.load_adapter(AutoModelForCausalLM.from_pretrained(str(llama)), tmp_path / "adapter").eval()
+        with torch.no_grad():
+            expected = model(TOKENS).logits
+    assert relative(logits(out), expected) < 1e-4

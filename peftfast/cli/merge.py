@@ -194,6 +194,8 @@ def _merged(
             model: Any = load_adapter(base, options.adapter).eval()
         else:
             model = PeftModel.from_pretrained(base, str(options.adapter)).eval()
+            if model.active_peft_config.peft_type == "ADALORA":
+                model.active_peft_config.rank_pattern = None  # the layers are cut to it, which loading would do again
             # Which of the file's tensors found no place, as those of layers that the base has not, only a second loading says.
             found = model.load_adapter(str(options.adapter), model.active_adapter)
             _check_whole(options.adapter, directory, found, model.state_dict())
@@ -203,7 +205,7 @@ def _merged(
     with torch.no_grad():
         expected = model(input_ids=probe).logits.float().cpu()
         try:
-            merged = model.peftfast_handle.merge_and_unload() if own else model.merge_and_unload(safe_merge=True)
+            merged = _own_merged(model) if own else model.merge_and_unload(safe_merge=True)
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
             raise UserError(f"--adapter: it cannot be merged: {arguments.first_line(error)}") from None
         gap = _relative(merged(input_ids=probe).logits, expected)
@@ -213,6 +215,22 @@ def _merged(
             "merged, or it is not of this base"
         )
     return merged, probe, expected, gap
+
+
+def _own_merged(model: Any) -> Any:
+    """The model of an adapter of our own peft_type, merged. What the adapter brought a 4-bit weight for becomes dense: in these 4 bits
+    the sum would be rounded anew."""
+    import torch
+
+    from ..nn import LoRANF4Linear
+    from ..nn.hooks import replace
+
+    handle = model.peftfast_handle
+    for path, layer in list(handle.layers.items()):
+        if isinstance(layer, LoRANF4Linear):
+            replace(model, path, layer.merged_linear(torch.float32))
+            del handle.layers[path]
+    return handle.merge_and_unload()
 
 
 def _check_whole(adapter: Path, directory: str, found: Any, state: dict[str, Any]) -> None:
