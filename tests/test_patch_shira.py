@@ -312,6 +312,26 @@ def test_what_stock_peft_saved_loads_here(tmp_path: Path) -> None:
     assert torch.allclose(net(x), stock(x), atol=1e-5)
 
 
+def test_a_module_that_was_saved_whole_is_loaded(tmp_path: Path) -> None:
+    stock = get_peft_model(Net(F32, False), ShiraConfig(r=2, target_modules=["first"], modules_to_save=["second"]))
+    with torch.no_grad():
+        stock.base_model.model.second.modules_to_save["default"].weight.normal_()
+    stock.save_pretrained(tmp_path / "peft")
+    net, x = Net(F32, False), torch.randn(3, 64)
+    assert load_shira(net, tmp_path / "peft") == ["first"]
+    assert torch.allclose(net(x), stock(x), atol=1e-5)
+    save_shira(net, tmp_path / "ours", modules_to_save=["second"])
+    again = Net(F32, False)
+    load_shira(again, tmp_path / "ours")
+    assert torch.equal(again(x), net(x))
+    other = Net(F32, False)
+    other.second = nn.Linear(other.second.in_features, 7)
+    before = other.second.weight.clone()
+    with pytest.raises(ValueError, match="modules_to_save: second: expected the tensors"):
+        load_shira(other, tmp_path / "ours")
+    assert torch.equal(other.second.weight, before) and type(other.first) is nn.Linear
+
+
 def test_bad_shira_files(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

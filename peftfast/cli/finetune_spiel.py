@@ -157,17 +157,9 @@ class SpIELMethod(Method):
         )
 
     def load(self, model: Any, folder: Path) -> None:
-        from safetensors.torch import load_file
-
         from ..methods import load_shira
-        from ..methods.shira import PREFIX, WEIGHTS
 
         load_shira(model, folder)
-        saved = load_file(folder / WEIGHTS)
-        for name in self._whole:
-            start = f"{PREFIX}{name}."
-            own = {key.removeprefix(start): value for key, value in saved.items() if key.startswith(start)}
-            model.get_submodule(name).load_state_dict(own)
 
     def save_state(self, folder: Path) -> None:
         import torch

@@ -140,7 +140,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     except ValueError as error:
         raise ValueError(f"directory: {folder / CONFIG} is not JSON ({error})") from None
     imported("safetensors", "load_adapter")  # before the files are looked at
-    _check_modules(config, folder)
+    check_modules(config, folder)
     if isinstance(config, dict) and config.get("peft_type") != "LORA":
         from ..methods.saved import restore, serving
 
@@ -332,7 +332,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_modules(config: Any, folder: Path) -> None:
+def check_modules(config: Any, folder: Path) -> None:
     """Of a config of any kind the lists of names that are read of it."""
     saved = config.get("modules_to_save") if isinstance(config, dict) else None
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):

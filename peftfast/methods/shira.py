@@ -85,7 +85,8 @@ def save_shira(
 
 def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident: bool = False) -> list[str]:
     """Give a model the sparse deltas of a SHiRA adapter: each nn.Linear (or 4-bit linear) that the file names becomes a
-    :class:`SparseDeltaLinear` on its storage, and one that is a SparseDeltaLinear already takes the file's support and values.
+    :class:`SparseDeltaLinear` on its storage, and one that is a SparseDeltaLinear already takes the file's support and values. Modules
+    that were saved whole take the file's tensors.
 
     Args:
         model: the base that the adapter was trained on.
@@ -96,11 +97,14 @@ def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident:
         The names of the layers.
 
     Raises:
-        ValueError: not a SHiRA adapter, a layer that the model lacks, or indices that do not fit it; nothing is changed then.
+        ValueError: not a SHiRA adapter, a layer that the model lacks, or indices or a saved module that do not fit it; nothing is
+            changed then.
         OSError: a file cannot be read.
     """
     load = imported("safetensors.torch", "load_shira").load
     from safetensors import SafetensorError
+
+    from ..integrations.adapter_files import check_modules, taken_heads
 
     _check_model(model)
     folder = Path(directory)
@@ -112,6 +116,8 @@ def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident:
         tensors = load((folder / WEIGHTS).read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS}: expected a safetensors file: {error}") from None
+    check_modules(config, folder)
+    heads = taken_heads(tensors, config, model, folder)
     ends = (".shira_weight", ".shira_indices")
     names = sorted({key.removesuffix(end) for key in tensors for end in ends if key.endswith(end)})
     if not names:
@@ -158,6 +164,8 @@ def load_shira(model: nn.Module, directory: str | os.PathLike[str], *, resident:
             layer.delta_values.copy_(values)
         if resident or was_merged:
             layer.merge()
+    for module, state in heads.items():
+        model.get_submodule(module).load_state_dict(state)
     return list(ready)
 
 
