@@ -132,6 +132,43 @@ def test_a_classifier(llama, labelled, tmp_path):  # noqa: F811
     assert torch.equal(model.score.weight, saved.bfloat16())
 
 
+@pytest.mark.parametrize("kind", ["LoraConfig", "VeraConfig", "ShiraConfig"])
+def test_a_classifier_that_peft_trained(tmp_path, kind):
+    """Whose file names no classes, and whose head is more than one layer."""
+    import peft
+    from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaModel
+
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    RobertaModel(RobertaConfig(vocab_size=99, **sizes)).save_pretrained(str(base))
+    model = AutoModelForSequenceClassification.from_pretrained(str(base), num_labels=5)
+    model = peft.get_peft_model(model, getattr(peft, kind)(task_type="SEQ_CLS", r=2, target_modules=["query"])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        expected = model(TOKENS).logits
+    model.save_pretrained(str(adapter))
+    argv = ["merge", "--model", str(base), "--adapter", str(adapter), "--out", str(out), "--dtype", "float32"]
+    assert main(argv) == 0
+    with torch.no_grad():
+        merged = AutoModelForSequenceClassification.from_pretrained(str(out)).eval()(TOKENS).logits
+    assert merged.shape == (1, 5) and relative(merged, expected) < 1e-5
+
+
+def test_what_has_no_merged_form_is_one_line(llama, tmp_path, capsys):  # noqa: F811
+    from peft import PolyConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(str(llama))
+    get_peft_model(base, PolyConfig(r=2, n_splits=1, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    argv = ["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--model", str(llama)]
+    assert main(argv) == 2
+    assert "--adapter: it cannot be merged: task_ids" in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_layers_that_share_a_tensor_lack_none(llama, tmp_path):  # noqa: F811
     """Its file holds VB-LoRA's bank of vectors once, and PEFT calls it missing for each layer."""
     from peft import VBLoRAConfig, get_peft_model

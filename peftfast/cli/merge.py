@@ -122,8 +122,12 @@ def _run(options: argparse.Namespace, directory: str, device: str, started: dict
     with models.named("--model", directory, "config"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     labels = options.adapter / LABEL_NAMES
-    classify = labels.is_file()
-    if classify:
+    classify = labels.is_file() or _adapter_config(options.adapter).get("task_type") == "SEQ_CLS"
+    if not labels.is_file():
+        count = _labels_of(options.adapter) if classify else None
+        if count is not None and count != config.num_labels:
+            config.num_labels = count
+    else:
         names = [str(name) for name in json.loads(labels.read_text(encoding="utf-8"))]
         config.num_labels = len(names)
         config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
@@ -151,6 +155,17 @@ def _run(options: argparse.Namespace, directory: str, device: str, started: dict
         _copy_tokenizer(directory, new)
         _check(written.state_dict(), new, classify, device, probe, expected)
     print(f"written to {options.out}")
+
+
+def _labels_of(adapter: Path) -> int | None:
+    """How many classes the head has that an adapter's file holds; None where it holds none."""
+    from safetensors import safe_open
+
+    if not (adapter / WEIGHTS[0]).is_file():
+        return None
+    ends = tuple(f".{name}{inner}.weight" for name in _heads() for inner in ("", ".out_proj"))
+    with safe_open(adapter / WEIGHTS[0], framework="pt") as file:
+        return next((file.get_slice(name).get_shape()[0] for name in file.keys() if name.endswith(ends)), None)  # noqa: SIM118
 
 
 def _heads() -> list[str]:
@@ -203,8 +218,10 @@ def _merged(
     vocabulary = base.get_input_embeddings().weight.shape[0]
     probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(device)
     with torch.no_grad():
-        expected = model(input_ids=probe).logits.float().cpu()
         try:
+            expected = model(input_ids=probe).logits.float().cpu()
+            if not own:
+                _unwrap(model)
             merged = _own_merged(model) if own else model.merge_and_unload(safe_merge=True)
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
             raise UserError(f"--adapter: it cannot be merged: {arguments.first_line(error)}") from None
@@ -215,6 +232,17 @@ def _merged(
             "merged, or it is not of this base"
         )
     return merged, probe, expected, gap
+
+
+def _unwrap(model: Any) -> None:
+    """Put the modules that were saved whole in their places, which some of PEFT's tuners do for a single layer alone."""
+    from peft.utils import ModulesToSaveWrapper
+
+    from ..nn.hooks import replace
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            replace(model, name, module.modules_to_save[module.active_adapters[0]])
 
 
 def _own_merged(model: Any) -> Any:
