@@ -106,6 +106,26 @@ def test_lst(kind: str, tmp_path: Path) -> None:
         peftfast.adapt(Mlp(), "lst")
 
 
+@pytest.mark.parametrize("method", ["lst", "qst"])
+@pytest.mark.parametrize("name", ["T5", "Bloom"])
+def test_a_number_for_each_head_is_refused(method: str, name: str) -> None:
+    """A side block has fewer heads than the model's position bias or slopes are of."""
+    import transformers
+
+    options = {
+        "T5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+        "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    }[name]
+    kind = transformers.T5ForConditionalGeneration if name == "T5" else transformers.BloomForCausalLM
+    model = kind(getattr(transformers, f"{name}Config")(vocab_size=64, **options))
+    before = dict(model.named_modules())
+    with pytest.raises(
+        ValueError, match=f"^model: {name}Block is given (position_bias|alibi), of each of the model's heads"
+    ):
+        peftfast.adapt(model, method, reduction=4)
+    assert dict(model.named_modules()) == before and all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_lst_begins_at_the_models_own_weights(kind: str) -> None:
     """What a side block keeps are the rows and columns of the largest sums of magnitudes, the same channels everywhere."""

@@ -124,6 +124,7 @@ def _as(value: Any, dtype: torch.dtype) -> Any:
     return tuple(_as(one, dtype) for one in value) if isinstance(value, tuple) else value
 
 
+FOR_EACH_HEAD = ("position_bias", "alibi")  # T5's and MPT's, BLOOM's
 WIDTHS = ("hidden_size", "intermediate_size", "ffn_dim", "num_attention_heads", "num_key_value_heads")
 
 
@@ -175,7 +176,16 @@ def block_names(model: nn.Module) -> list[str]:
 
 def side_block(block: nn.Module, config: Any, number: int, count: int) -> nn.Module:
     """A block of the same class, drawn at random by transformers' rules, with ``config``'s widths. ``count``: of the model's blocks,
-    behind whose keys and values in a cache its own go."""
+    behind whose keys and values in a cache its own go.
+
+    Raises:
+        ValueError: a block is given a number for each of the model's heads, of which the side block has fewer.
+    """
+    given = next((name for name in FOR_EACH_HEAD if name in inspect.signature(type(block).forward).parameters), None)
+    if given is not None:
+        raise ValueError(
+            f"model: {type(block).__name__} is given {given}, of each of the model's heads, which a side block of fewer cannot take"
+        )
     takes = inspect.signature(type(block).__init__).parameters
     made: nn.Module = type(block)(config, layer_idx=number) if "layer_idx" in takes else type(block)(config)
     for module in made.modules():
