@@ -155,6 +155,18 @@ def test_a_second_load_fills_the_layers(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_weight_without_its_first_components_takes_no_other_adapter(method: str, tmp_path: Path) -> None:
+    peftfast.save_adapter(adapt(base(), OPTIONS["plain"]), tmp_path)
+    model = base()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    peftfast.adapt(model, method, r=config["r"], lora_alpha=float(config["lora_alpha"]), target_modules=["up", "down"])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="^model: parts.0.*its weight lacks what its adapter began as"):
+        peftfast.load_adapter(model, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_training_goes_on_after_a_load(tmp_path: Path) -> None:
     peftfast.save_adapter(adapt(base(), OPTIONS["plain"]), tmp_path)
     model = peftfast.load_adapter(base(), tmp_path)

@@ -127,7 +127,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     Raises:
         FileNotFoundError: one of the files is missing. TypeError: ``model`` is not a module, or a layer is not one of those above.
         ValueError: not a LoRA adapter, one that uses what a LoRALinear does not compute, or one whose names or shapes are not the
-            model's. Nothing is changed then.
+            model's, or a layer whose weight lacks what its adapter began as (adapt's PiSSA and its like). Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -409,6 +409,11 @@ def _adapted(
         raise TypeError(f"model: {path}: expected a linear layer, got {type(layer).__name__}")
     if not isinstance(layer, LoRALinear) and (reason := why_no_base(layer)):
         raise TypeError(f"model: {path}: expected a layer without an adapter; {reason}")
+    if getattr(layer, "initial_A", None) is not None:
+        raise ValueError(
+            f"model: {path}: its weight lacks what its adapter began as, and others' values would give another function; expected "
+            "the model as it was before adapt"
+        )
     if started is not None:
         layer = in_its_4_bits(layer, path, started)
     r = _of_pattern(config.get("rank_pattern"), path, config["r"])
