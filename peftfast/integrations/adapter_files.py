@@ -274,7 +274,7 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
         "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
-        "target_modules": _targets(model, list(layers)),
+        "target_modules": targets_of(model, list(layers)),
         "r": rank,
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
         "lora_alpha": alpha,
@@ -304,7 +304,7 @@ def _most_frequent(values: dict[str, Any]) -> Any:
     return max(dict.fromkeys(listed), key=listed.count)
 
 
-def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+def targets_of(model: nn.Module, names: list[str]) -> list[str] | str:
     """Short names where they select these layers and no other module; else a pattern that does. PEFT takes a list's entry as the end of
     a path, and matches a string as a whole; it adapts a convolution or an embedding of such a name too, and refuses a container."""
     chosen = set(names)

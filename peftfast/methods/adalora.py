@@ -171,7 +171,7 @@ class AdaLoRARuntime(Runtime):
 
 
 def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from ..integrations.adapter_files import _targets
+    from ..integrations.adapter_files import targets_of
 
     given, masks = handle.options, handle.runtime.masks  # type: ignore[attr-defined]
     tensors: dict[str, Tensor] = {}
@@ -183,7 +183,7 @@ def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = {
         "task_type": None,
         "inference_mode": True,
-        "target_modules": _targets(handle.model, list(handle.layers)),
+        "target_modules": targets_of(handle.model, list(handle.layers)),
         "init_r": given.init_r,
         "target_r": given.target_r,
         "lora_alpha": given.lora_alpha,

@@ -102,13 +102,13 @@ class PolyLinear(Unmergeable, FactoredLinear):  # type: ignore[misc]
 
 
 def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from ..integrations.adapter_files import _targets
+    from ..integrations.adapter_files import targets_of
 
     given = handle.options
     config = {
         "task_type": None,
         "inference_mode": True,
-        "target_modules": _targets(handle.model, list(handle.layers)),
+        "target_modules": targets_of(handle.model, list(handle.layers)),
         "r": given.r,
         "n_tasks": given.n_tasks,
         "n_skills": given.n_skills,

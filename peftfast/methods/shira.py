@@ -42,7 +42,7 @@ def save_shira(
     Raises:
         ValueError: no such layer or module, or another count of active weights; nothing is written then.
     """
-    from ..integrations.adapter_files import _targets
+    from ..integrations.adapter_files import targets_of
 
     save = imported("safetensors.torch", "save_shira").save
     _check_model(model)
@@ -74,7 +74,7 @@ def save_shira(
         "r": next(iter(ranks.values())),
         "random_seed": None,
         "revision": None,
-        "target_modules": _targets(model, list(layers)),
+        "target_modules": targets_of(model, list(layers)),
         "task_type": task_type,
     }
     folder = Path(directory)

@@ -66,12 +66,12 @@ class VeRALinear(FactoredLinear):
 
 
 def _write(handle: AdapterHandle) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from ..integrations.adapter_files import _targets
+    from ..integrations.adapter_files import targets_of
 
     options: Options = handle.options
     config = {
         "r": options.r,
-        "target_modules": _targets(handle.model, list(handle.layers)),
+        "target_modules": targets_of(handle.model, list(handle.layers)),
         "projection_prng_key": options.projection_prng_key,
         "save_projection": True,
         "vera_dropout": options.vera_dropout,
