@@ -38,7 +38,12 @@ def test_there_are_sources() -> None:
 
 def check_the_few_row_product(kernels: dict[str, str]) -> None:
     """16 bytes a load that pass L1 by and leave L2 first; products on tensor cores; x and A in 16 bytes too."""
+    (finish,) = [text for name, text in kernels.items() if "finish" in name]
+    # The second launch begins beside the first, and reads and writes nothing of the device's memory before that has ended.
+    waited, *more = [at.start() for at in re.finditer(r"griddepcontrol\.wait", finish)]
+    assert not more and waited < min(at.start() for at in re.finditer(r"(ld|st)\.global", finish))
     kernels = {name: text for name, text in kernels.items() if "multiply_part" in name}
+    assert all("griddepcontrol.launch_dependents" in text for text in kernels.values())
     assert len(kernels) == 16  # two dtypes, x of that dtype or float32, four numbers of rows
     for name, text in kernels.items():
         streamed = re.findall(r"ld\.global\.nc\.L1::no_allocate\.L2::cache_hint\.v4\.u32", text)

@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "narrow.h"
 
 namespace peftfast::cuda {
@@ -36,6 +38,51 @@ template <class... Arguments>
 cudaError_t allow_shared(void (*kernel)(Arguments...), int bytes) {
     return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 bytes);
+}
+
+// For two launches of which the second needs the first's results: the first says when the second may begin, beside it
+// and as room permits, and the second where it waits until the first has ended and what it wrote can be read. From
+// sm_90 on; launch_behind makes a launch that begins so.
+__device__ __forceinline__ void let_the_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_the_last() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether the current device runs code of this kernel that waits: what was compiled for older devices does not.
+template <class Kernel>
+bool waits_for_the_last(Kernel* kernel) {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+    int found = known[device].load(std::memory_order_relaxed);
+    if (found == 0) {
+        cudaFuncAttributes attributes;
+        if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) != cudaSuccess) return false;
+        found = attributes.ptxVersion >= 90 ? 2 : 1;
+        known[device].store(found, std::memory_order_relaxed);
+    }
+    return found == 2;
+}
+
+// A launch that begins before the one before it on the stream has ended, where its kernel waits for that.
+template <class... Parameters>
+cudaError_t launch_behind(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cudaStream_t stream,
+                          const Parameters&... arguments) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = dim3(threads), config.stream = stream;
+    config.attrs = &attribute, config.numAttrs = waits_for_the_last(kernel) ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Two floats, rounded to nearest even, the first in the low half.

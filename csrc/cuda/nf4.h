@@ -93,7 +93,8 @@ struct Nf4Linear {
 };
 
 // y = x Wᵀ + bias + scaling (S Bᵀ + lora_bias), S = x Aᵀ, everything contiguous, in two launches: the warps'
-// products, then their sums in a fixed order with what is added to them. No atomics and no host synchronisation.
+// products, then their sums in a fixed order with what is added to them. The
+// second begins beside the first where the device knows of that. No atomics and no host synchronisation.
 const char* launch_nf4_linear(const Nf4Linear& problem, void* stream);
 
 }  // namespace peftfast::cuda

@@ -242,6 +242,7 @@ __device__ __forceinline__ void multiply_adapter(const Nf4Linear& p, const Nf4Li
 template <DType kCompute, DType kX, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply_part(const __grid_constant__ Nf4Linear p, const __grid_constant__ Nf4LinearShares shares, int shift) {
+    let_the_next_begin();
     char* table = dynamic_shared();
     float* nested_code = reinterpret_cast<float*>(table + kTableBytes);
     const uint32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
@@ -324,6 +325,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     const int64_t first = static_cast<int64_t>(blockIdx.y) * kFinishRows;
     const int rows = static_cast<int>(p.M - first < kFinishRows ? p.M - first : kFinishRows);
     float sums[kFinishRows] = {}, added[kFinishRows] = {};
+    wait_for_the_last();
     if (n < p.N) {
         const uint32_t unit = shares.adapter_units + static_cast<uint32_t>(n / kLinearTileRows) * shares.steps;
         const int64_t count = parts_of(shares, unit, shares.steps);
@@ -411,8 +413,7 @@ const char* launch_nf4_linear(const Nf4Linear& p, void* stream) {
     if (error == cudaSuccess) {
         const dim3 grid(static_cast<unsigned>((p.N + kFinishThreads - 1) / kFinishThreads),
                         static_cast<unsigned>((p.M + kFinishRows - 1) / kFinishRows));
-        finish<<<grid, kFinishThreads, 0, cuda_stream>>>(p, shares);
-        error = cudaGetLastError();
+        error = launch_behind(finish, grid, kFinishThreads, cuda_stream, p, shares);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
