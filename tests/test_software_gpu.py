@@ -45,6 +45,15 @@ for scale in (1.0, 3.0):
     graph.replay()
     torch.testing.assert_close(captured, expected.detach() * scale, rtol=1e-4, atol=1e-3 * scale)
 
+few, kept = half[0][:3].clone(), torch.cuda.CUDAGraph()  # csrc/cuda, with shared memory that a launch asks for
+with torch.no_grad(), torch.cuda.graph(kept):
+    captured = F.lora_linear(few, weight, *half[2:], scaling=2.0)
+for scale in (1.0, 2.0):
+    few.copy_(half[0][:3] * scale)
+    kept.replay()
+    wide = [few.double(), F.nf4_dequantize(weight, dtype=few.dtype).double(), half[2].double(), half[3].double()]
+    torch.testing.assert_close(captured.double(), wide[0] @ wide[1].T + 2.0 * wide[0] @ wide[2].T @ wide[3].T, rtol=2e-2, atol=0.3)
+
 torch.cuda.set_sync_debug_mode("error")
 try:
     x.sum().item()

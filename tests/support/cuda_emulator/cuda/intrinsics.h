@@ -25,7 +25,7 @@ inline void wait_for_the_last() {}
 template <class... Parameters>
 cudaError_t launch_behind(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cudaStream_t stream,
                           const Parameters&... arguments) {
-    emulated::launch(grid, threads, 0, stream, [&] { kernel(arguments...); });
+    emulated::launch(grid, threads, 0, stream, [=] { kernel(arguments...); });  // a captured graph does it again
     return cudaSuccess;
 }
 

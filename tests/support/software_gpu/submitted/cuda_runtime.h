@@ -9,9 +9,13 @@ extern "C" void software_gpu_submit(void* stream, const char* what, void (*funct
 
 namespace emulated {
 
-inline void launch(dim3 grid, unsigned threads, size_t, cudaStream_t stream, const std::function<void()>& body) {
+inline void launch(dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, const std::function<void()>& body) {
+    const size_t allowed = shared_allowed;
     // Kept: a graph may hold it.
-    auto* kept = new std::function<void()>([=] { launch_at_once(grid, threads, 0, stream, body); });
+    auto* kept = new std::function<void()>([=] {
+        shared_allowed = allowed;
+        launch_at_once(grid, threads, shared, stream, body);
+    });
     software_gpu_submit(
         stream, "csrc/cuda", [](void* context) { (*static_cast<std::function<void()>*>(context))(); }, kept);
 }
