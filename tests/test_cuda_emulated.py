@@ -212,10 +212,45 @@ def scratch(library: ctypes.CDLL, *sizes: int) -> int:
 def test_both_sides_know_a_product_s_scratch(library: ctypes.CDLL) -> None:
     draw = random.Random(2)
     for _ in range(300):
-        M, N, K = draw.choice((1, 16, 17, 64)), draw.choice((1, 70, 4096, 14336)), 128 * draw.randint(1, 40)
+        M, N, K = draw.choice((0, 1, 16, 17, 64)), draw.choice((0, 1, 70, 4096, 14336)), 128 * draw.randint(0, 40)
         R, device = draw.choice((0, 3, 16, 70)), Device("", (9, 0), draw.choice((1, 20, 132)))
         warps, size = configs.nf4_linear_shares(M, N, K, R, device)
         assert size == scratch(library, M, N, K, R, warps), (M, N, K, R, device)
+
+
+@pytest.mark.parametrize(("N", "K"), [(0, 256), (5, 0), (0, 0)])
+def test_an_adapter_s_product_is_there_without_a_weight(N: int, K: int, library: ctypes.CDLL) -> None:
+    """Of a weight without rows S is all that there is, and without columns it is nothing, and y the biases."""
+    M, R, warps = 9, 20, 7
+    generator = torch.Generator().manual_seed(N + K)
+    x, lora_a, lora_b, bias, lora_bias = (
+        torch.randn(shape, generator=generator) for shape in ((M, K), (R, K), (N, R), (N,), (N,))
+    )
+    weight = torch.empty(0, dtype=torch.uint8), torch.empty(0), definition.code_table("nf4", CPU), None, None, None
+    partial = Guarded((scratch(library, M, N, K, R, warps),), F32)
+    s, y = Guarded((M, R), BF16), Guarded((M, N), F32)
+    adapter = [one for t in (bias, lora_a, lora_b, lora_bias) for one in (t, F32)]
+    sizes = (M, N, K, R)
+    call(
+        library.nf4_linear,
+        *weight,
+        64,
+        *sizes,
+        x,
+        F32,
+        *adapter,
+        0.5,
+        BF16,
+        warps,
+        partial.tensor,
+        s.tensor,
+        y.tensor,
+        F32,
+    )
+    partial.check()
+    exact = x.double() @ lora_a.double().T
+    assert_within_budget("s", s.check(), x.bfloat16() @ lora_a.bfloat16().T, exact)
+    assert torch.equal(y.check(), (bias + 0.5 * lora_bias).expand(M, N))
 
 
 CHECKS = {"dequantize": check_dequantize, "quantize": check_quantize, "nest": check_nest, "linear": check_linear}

@@ -61,7 +61,7 @@ struct Nf4LinearShares {
         adapter_units = static_cast<uint32_t>((R + kLinearTileRows - 1) / kLinearTileRows * adapter_steps);
         units = adapter_units + static_cast<uint32_t>((N + kLinearTileRows - 1) / kLinearTileRows * steps);
         warps = wanted < units ? static_cast<uint32_t>(wanted) : units;
-        each = warps > 0 ? units / warps : 0, more = warps > 0 ? units % warps : 0;
+        each = warps > 0 ? units / warps : 1, more = warps > 0 ? units % warps : 0;
         adapter_parts = parts_of(adapter_steps), parts = parts_of(steps);
         adapter_scratch = adapter_parts * M * R, scratch = adapter_scratch + parts * M * N;
     }

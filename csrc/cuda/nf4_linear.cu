@@ -402,7 +402,7 @@ cudaError_t launch(const Nf4Linear& p, const Nf4LinearShares& shares, cudaStream
 }  // namespace
 
 const char* launch_nf4_linear(const Nf4Linear& p, void* stream) {
-    if (p.M == 0 || p.N == 0) return nullptr;
+    if (p.M == 0 || (p.N == 0 && p.R == 0)) return nullptr;
     const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
     const Nf4LinearShares shares(p.M, p.N, p.K, p.R, p.warps);
     cudaError_t error = cudaSuccess;
@@ -411,7 +411,8 @@ const char* launch_nf4_linear(const Nf4Linear& p, void* stream) {
                                          : launch<DType::f16>(p, shares, cuda_stream);
     }
     if (error == cudaSuccess) {
-        const dim3 grid(static_cast<unsigned>((p.N + kFinishThreads - 1) / kFinishThreads),
+        const int64_t columns = p.N > 0 ? p.N : 1;  // a weight without rows leaves S
+        const dim3 grid(static_cast<unsigned>((columns + kFinishThreads - 1) / kFinishThreads),
                         static_cast<unsigned>((p.M + kFinishRows - 1) / kFinishRows));
         error = launch_behind(finish, grid, kFinishThreads, cuda_stream, p, shares);
     }
