@@ -163,7 +163,7 @@ __device__ __forceinline__ void multiply_weight(const Nf4Linear& p, const Nf4Lin
     const int64_t x_bytes = element_size(kX), tile_bytes = 8 * p.K * x_bytes;
     const int group = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * kChunk;
     const char* row_of_x = static_cast<const char*>(p.x) + (group * p.K + column) * x_bytes;
-    const char* x = row_of_x + walk.step * kLinearColumns * x_bytes;
+    const char* x = row_of_x + int64_t{walk.step} * kLinearColumns * x_bytes;
     const int rows = static_cast<int>(p.M) - group;  // of x from the thread's first on
     float* partial = p.partial + shares.adapter_scratch;
     while (true) {
@@ -224,7 +224,7 @@ __device__ __forceinline__ void multiply_adapter(const Nf4Linear& p, const Nf4Li
         const char* second = static_cast<const char*>(p.lora_a) + a.at[1] * a_bytes;
         float sums[kTiles][4] = {};
 #pragma unroll(kUnrolled)
-        for (uint32_t left = here * shares.adapter_columns / kColumns; left > 0; --left) {
+        for (uint32_t left = here * (shares.adapter_columns / kColumns); left > 0; --left) {
             uint32_t pairs[2][4];
             load_pairs<kCompute, kA>(first, pairs[0]);
             load_pairs<kCompute, kA>(second, pairs[1]);
