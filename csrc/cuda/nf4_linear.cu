@@ -318,7 +318,8 @@ __device__ __forceinline__ float adapter_sum(const Nf4Linear& p, const Nf4Linear
     return sum;
 }
 
-__global__ void __launch_bounds__(kFinishThreads)
+// Without the 1 ptxas keeps to 56 registers and spills.
+__global__ void __launch_bounds__(kFinishThreads, 1)
     finish(const __grid_constant__ Nf4Linear p, const __grid_constant__ Nf4LinearShares shares) {
     __shared__ float s[kFinishRows][kRanks];
     const int64_t n = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
