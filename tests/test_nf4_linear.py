@@ -259,6 +259,14 @@ def test_contract(name: str) -> None:
         ops.nf4_linear(*arguments)
 
 
+@pytest.mark.parametrize(("rows", "taken"), [(2**30, True), (2**30 + 1, False)])
+def test_the_cuda_kernel_counts_a_weight_in_32_bits(rows: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "takes_cuda", lambda *tensors: (True, ""))
+    x, packed = torch.zeros(1, 128, device="meta"), torch.empty(0, dtype=torch.uint8)
+    ok, reason = ops._cuda_accepts(x, packed, x, x, 64, (rows, 128), *[None] * 7, 1.0, BF16, BF16)
+    assert ok == taken and ("2^37 elements" in reason) == (not taken)
+
+
 def _argument(position: int, change: Any) -> Any:
     def fault(run: Any, *given: Any) -> Any:
         changed = list(given)

@@ -132,6 +132,9 @@ void nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, con
                     problem.M);
     STD_TORCH_CHECK(problem.K % cuda::kLinearColumns == 0, "x: expected a multiple of ", cuda::kLinearColumns,
                     " columns, got ", problem.K);
+    STD_TORCH_CHECK(problem.N == 0 || problem.K <= cuda::kLinearElements / problem.N,
+                    "y, x: expected a weight of at most ", cuda::kLinearElements, " elements, got ", problem.N, " x ",
+                    problem.K);
     check_power_of_two(block_size);
     check_matrix(x, "x", problem.M, problem.K, device);
     check_matrix(y, "y", problem.M, problem.N, device);

@@ -37,6 +37,8 @@ const char* launch_nf4_quantize(const void* weight, DType dtype, int64_t count, 
 const char* launch_nf4_nest(const float* values, int64_t count, const float* bounds, bool snapped, uint8_t* index,
                             float* absmax, void* stream);
 
+constexpr int64_t kLinearElements = int64_t{1} << 37;  // of the weight at most
+
 constexpr int kLinearRows = 64;      // of x at most
 constexpr int kLinearColumns = 128;  // which divide K: of the weight, what a warp multiplies at a time
 constexpr int kLinearTileRows = 16;  // of the weight or of A, to a warp

@@ -10,7 +10,8 @@ namespace {
 // which 16 columns a tile multiplies does not matter as long as weight and x agree. One block fills a multiprocessor:
 // its warps go their own ways and have the decoding table in common, which takes a warp as long to write as four steps.
 constexpr int kThreads = 32 * kLinearWarps;
-constexpr int kChunk = 32;     // columns of a thread; four threads make kLinearColumns
+constexpr int kChunk = 32;  // columns of a thread
+constexpr int kUnitChunks = kLinearColumns / kChunk;
 constexpr int kReplicas = 16;  // of the decoding table
 constexpr int kTableBytes = 256 * 256, kShared = kTableBytes + 256 * sizeof(float);
 constexpr int kFinishThreads = 128, kFinishRows = 8;  // of the second launch: columns and rows of y to a block
@@ -51,13 +52,16 @@ struct Piece {
     float nested;
 };
 
-__device__ __forceinline__ void load_piece(const Nf4Weight& weight, int shift, int64_t element, uint64_t policy,
-                                           Piece& piece) {
-    piece.words = load_once(weight.packed + element / 2, policy);
-    const int64_t block = element >> shift;
-    if (weight.nested_absmax != nullptr) {
+// A chunk is kChunk elements, whose number has 32 bits, and a block 2^shift of them. This and a loop for each kind of
+// maxima save a sixth of the instructions.
+__device__ __forceinline__ void load_piece(const Nf4Weight& weight, bool nested, int shift, uint32_t chunk,
+                                           uint64_t policy, Piece& piece) {
+    static_assert(kLinearElements / kChunk <= int64_t{1} << 32, "a chunk's number");
+    piece.words = load_once(weight.packed + uint64_t{chunk} * (kChunk / 2), policy);
+    const uint32_t block = chunk >> shift;
+    if (nested) {
         piece.byte = __ldg(static_cast<const uint8_t*>(weight.absmax) + block);
-        piece.nested = __ldg(weight.nested_absmax + static_cast<uint64_t>(block) / nf4::kNestedBlock);
+        piece.nested = __ldg(weight.nested_absmax + block / static_cast<uint32_t>(nf4::kNestedBlock));
     } else {
         piece.absmax = __ldg(static_cast<const float*>(weight.absmax) + block);
     }
@@ -92,17 +96,18 @@ __device__ __forceinline__ uint32_t warp_of(const Nf4LinearShares& shares, uint3
     return unit < longer ? unit / (shares.each + 1) : shares.more + (unit - longer) / shares.each;
 }
 
-// The places in a matrix [limit, K] of the two rows that a thread has of a row tile. Rows past the last are the last
-// again, and their products are dropped.
+// The places in a matrix [limit, width] of the two rows that a thread has of a row tile. Rows past the last are the
+// last again, and their products are dropped.
+template <class Place>
 struct Rows {
-    int64_t at[2];
+    Place at[2];
 
-    __device__ __forceinline__ void enter(int64_t tile, int64_t column, int64_t limit, int64_t K) {
-        const int64_t first = tile * kLinearTileRows + threadIdx.x % 32 / 4;
+    __device__ __forceinline__ void enter(Place tile, Place column, Place limit, Place width) {
+        const Place first = tile * kLinearTileRows + threadIdx.x % 32 / 4;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int64_t row = first + 8 * i;
-            at[i] = (row < limit ? row : limit - 1) * K + column;
+            const Place row = first + 8 * i;
+            at[i] = (row < limit ? row : limit - 1) * width + column;
         }
     }
 };
@@ -142,23 +147,27 @@ __device__ __forceinline__ void multiply_eight(float (&sums)[kTiles][4], const u
 struct Walk {
     uint32_t tile, step;
     int left;
-    Rows rows;
+    Rows<uint32_t> rows;  // in chunks
     Piece pieces[2];
 
-    __device__ __forceinline__ void read(const Nf4Weight& weight, int shift, uint64_t policy) {
+    __device__ __forceinline__ void enter(const Nf4Linear& p, uint32_t tile, uint32_t step) {
+        rows.enter(tile, step * kUnitChunks + threadIdx.x % kUnitChunks, static_cast<uint32_t>(p.N),
+                   static_cast<uint32_t>(p.K / kChunk));
+    }
+
+    __device__ __forceinline__ void read(const Nf4Weight& weight, bool nested, int shift, uint64_t policy) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) load_piece(weight, shift, rows.at[i], policy, pieces[i]);
+        for (int i = 0; i < 2; ++i) load_piece(weight, nested, shift, rows.at[i], policy, pieces[i]);
     }
 };
 
-template <DType kCompute, DType kX, int kTiles>
+template <DType kCompute, DType kX, int kTiles, bool kNested>
 __device__ __forceinline__ void multiply_weight(const Nf4Linear& p, const Nf4LinearShares& shares, int shift,
                                                 uint32_t warp, uint64_t policy, const char* table,
                                                 const float* nested_code, Walk& walk) {
     // What x needs of many tiles at once would not fit into the registers.
     constexpr int kUnrolled = kTiles < 4 ? 4 : 1;
-    const bool nested = p.weight.nested_absmax != nullptr;
-    const float offset = nested ? __ldg(p.weight.nested_offset) : 0.0f;
+    const float offset = kNested ? __ldg(p.weight.nested_offset) : 0.0f;
     const uint32_t replica = threadIdx.x % kReplicas * sizeof(float2);
     const int64_t x_bytes = element_size(kX), tile_bytes = 8 * p.K * x_bytes;
     const int group = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * kChunk;
@@ -176,15 +185,15 @@ __device__ __forceinline__ void multiply_weight(const Nf4Linear& p, const Nf4Lin
             Piece pieces[2] = {walk.pieces[0], walk.pieces[1]};
             if (left > last) {  // in flight while this unit is multiplied
                 if (left > 1) {
-                    walk.rows.at[0] += kLinearColumns, walk.rows.at[1] += kLinearColumns;
+                    walk.rows.at[0] += kUnitChunks, walk.rows.at[1] += kUnitChunks;
                 } else {
-                    walk.rows.enter(walk.tile + 1, column, p.N, p.K);
+                    walk.enter(p, walk.tile + 1, 0);
                 }
-                walk.read(p.weight, shift, policy);
+                walk.read(p.weight, kNested, shift, policy);
             }
             float maxima[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) maxima[i] = maximum_of(pieces[i], nested, nested_code, offset);
+            for (int i = 0; i < 2; ++i) maxima[i] = maximum_of(pieces[i], kNested, nested_code, offset);
 #pragma unroll(kUnrolled)
             for (int w = 0; w < 4; ++w) {
                 uint32_t pairs[2][4];
@@ -217,7 +226,7 @@ __device__ __forceinline__ void multiply_adapter(const Nf4Linear& p, const Nf4Li
         const uint32_t tile = begin / shares.adapter_steps, step = begin - tile * shares.adapter_steps;
         const uint32_t in_tile = shares.adapter_steps - step, here = end - begin < in_tile ? end - begin : in_tile;
         const int64_t column = int64_t{step} * shares.adapter_columns + threadIdx.x % 4 * 8;
-        Rows a;
+        Rows<int64_t> a;
         a.enter(tile, column, p.R, p.K);
         const char* x = static_cast<const char*>(p.x) + (group * p.K + column) * x_bytes;
         const char* first = static_cast<const char*>(p.lora_a) + a.at[0] * a_bytes;
@@ -249,13 +258,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool works = warp < shares.warps;
     const uint32_t begin = works ? first_unit(shares, warp) : 0, end = works ? first_unit(shares, warp + 1) : 0;
     const uint32_t unit = begin > shares.adapter_units ? begin - shares.adapter_units : 0;
+    const bool nested = p.weight.nested_absmax != nullptr;
     const uint64_t policy = once_policy();
     Walk walk;
     walk.left = static_cast<int>(end - shares.adapter_units - unit);
     if (walk.left > 0) {
         walk.tile = unit / shares.steps, walk.step = unit - walk.tile * shares.steps;
-        walk.rows.enter(walk.tile, int64_t{walk.step} * kLinearColumns + threadIdx.x % 4 * kChunk, p.N, p.K);
-        walk.read(p.weight, shift, policy);
+        walk.enter(p, walk.tile, walk.step);
+        walk.read(p.weight, nested, shift, policy);
     }
     // Eight threads write a byte's row of the table: one low nibble to a thread, one high one of every four.
     static_assert(kThreads == 512 && kReplicas == 16, "places of the table");
@@ -266,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int byte = i * (kThreads / 8) + threadIdx.x / 8;
         *reinterpret_cast<float4*>(table + 256 * byte + threadIdx.x % 8 * 16) = {high, low, high, low};
     }
-    if (p.weight.nested_absmax != nullptr && threadIdx.x < 256) {
+    if (nested && threadIdx.x < 256) {
         nested_code[threadIdx.x] = __ldg(p.weight.nested_code + threadIdx.x);
     }
     __syncthreads();
@@ -278,8 +288,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             multiply_adapter<kCompute, kX, DType::f32, kTiles>(p, shares, warp, begin, adapter_end);
         }
     }
-    if (walk.left > 0) {
-        multiply_weight<kCompute, kX, kTiles>(p, shares, shift, warp, policy, table, nested_code, walk);
+    if (walk.left <= 0) return;
+    if (nested) {
+        multiply_weight<kCompute, kX, kTiles, true>(p, shares, shift, warp, policy, table, nested_code, walk);
+    } else {
+        multiply_weight<kCompute, kX, kTiles, false>(p, shares, shift, warp, policy, table, nested_code, walk);
     }
 }
 
@@ -377,8 +390,8 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
 
 template <DType kCompute, DType kX, int kTiles>
 cudaError_t launch(const Nf4Linear& p, const Nf4LinearShares& shares, cudaStream_t stream) {
-    int shift = 5;
-    while ((int64_t{1} << shift) < p.weight.block_size) ++shift;
+    int shift = 0;
+    while ((int64_t{kChunk} << shift) < p.weight.block_size) ++shift;
     const unsigned blocks = (shares.warps + kLinearWarps - 1) / kLinearWarps;
     const cudaError_t error = allow_shared(multiply_part<kCompute, kX, kTiles>, kShared);
     if (error != cudaSuccess) return error;

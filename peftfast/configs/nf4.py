@@ -170,7 +170,7 @@ def nf4_linear_shares(M: int, N: int, K: int, R: int, device: Device) -> tuple[i
     """The warps that share a product of the CUDA kernel, and the float32 that their parts of the sums take, as csrc/cuda/nf4.h says it.
 
     A block of warps on each multiprocessor: all begin at once and have equally much to do, within a unit. Not measured; predicted for
-    an H200, 8 rows, without the launch that adds the parts: 0.44 of the memory's speed at 4096 x 4096, 0.56 at 14336 x 4096. A grid of
+    an H200, 8 rows, without the launch that adds the parts: 0.48 of the memory's speed at 4096 x 4096, 0.59 at 14336 x 4096. A grid of
     row tiles and parts of K came to 0.34 and 0.41, and the blocks of its adapter would have ended last."""
     steps, adapter_steps = K // UNIT_COLUMNS, K // (64 if M <= 16 else 128)
     units = -(-R // TILE_ROWS) * adapter_steps + -(-N // TILE_ROWS) * steps

@@ -1,6 +1,7 @@
 """A product of a few rows with a 4-bit weight, the adapter inside: the packed bytes are read once and no dense weight is written."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -239,6 +240,8 @@ def _cuda_accepts(x: Tensor, *rest: Any) -> Verdict:
         ok, reason = _takes_dtypes(rest)
     if ok:
         ok, reason = cuda_serves(x.shape[0], rest[4][1], rest[3], rest[-2])
+    if ok and math.prod(rest[4]) > 2**37:
+        ok, reason = False, f"the CUDA kernel takes weights of up to 2^37 elements, got {tuple(rest[4])}"
     if ok and any(t is not None and t.data_ptr() % 16 for t in (x, rest[0], rest[9])):
         ok, reason = False, "the CUDA kernel reads 16 bytes at a time, and x, packed or lora_a begins between two such"
     return ok, reason

@@ -154,7 +154,7 @@ def _few_rows() -> list[Pass]:
         passes.append(part("zo_nf4_linear", packed, limit, speed, kind, whole_packed))
     of_a = {"VIADDMNMX.U32": 1}  # how much of a tile of A a warp has; few warps have any
     unit = _fixed(nf4.BLOCK_WARPS * nf4.TILE_ROWS * nf4.UNIT_COLUMNS * PACKED)
-    for tiles, N, limit, speed in ((1, 4096, 1.6, 0.42), (1, 14336, 1.6, 0.55), (2, 14336, 1.85, 0.45)):
+    for tiles, N, limit, speed in ((1, 4096, 1.55, 0.46), (1, 14336, 1.55, 0.58), (2, 14336, 1.8, 0.47)):
         passes.append(
             Pass(
                 f"multiply_part<(DType)1, (DType)1, {tiles}>", "nf4_linear.cu", unit, limit, {"N": N}, loop=True,
