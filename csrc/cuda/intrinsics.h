@@ -55,9 +55,9 @@ __device__ __forceinline__ void wait_for_the_last() {
 #endif
 }
 
-// Whether the current device runs code of this kernel that waits: what was compiled for older devices does not.
-template <class Kernel>
-bool waits_for_the_last(Kernel* kernel) {
+// Whether the current device runs code of such a kernel that waits: what was compiled for older devices does not. All
+// kernels are compiled for the same ones, so that one is asked for all.
+inline bool waits_for_the_last(const void* kernel) {
     constexpr int kDevices = 64;
     static std::atomic<int> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
     int device = 0;
@@ -65,7 +65,7 @@ bool waits_for_the_last(Kernel* kernel) {
     int found = known[device].load(std::memory_order_relaxed);
     if (found == 0) {
         cudaFuncAttributes attributes;
-        if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) != cudaSuccess) return false;
+        if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
         found = attributes.ptxVersion >= 90 ? 2 : 1;
         known[device].store(found, std::memory_order_relaxed);
     }
@@ -81,7 +81,7 @@ cudaError_t launch_behind(void (*kernel)(Parameters...), dim3 grid, unsigned thr
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid, config.blockDim = dim3(threads), config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = waits_for_the_last(kernel) ? 1 : 0;
+    config.attrs = &attribute, config.numAttrs = waits_for_the_last(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

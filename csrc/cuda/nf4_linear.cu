@@ -8,7 +8,8 @@ namespace {
 // A warp multiplies 16 weight rows; the rows of x are the narrow side of the tensor cores' tile (16 x 8), so that few
 // of them waste little. A thread reads 32 consecutive elements of two weight rows, which are its share of eight tiles:
 // which 16 columns a tile multiplies does not matter as long as weight and x agree. One block fills a multiprocessor:
-// its warps go their own ways and have the decoding table in common, which takes a warp as long to write as four steps.
+// its warps go their own ways and have the decoding table in common, which takes as long to write as three of their
+// units.
 constexpr int kThreads = 32 * kLinearWarps;
 constexpr int kChunk = 32;  // columns of a thread
 constexpr int kUnitChunks = kLinearColumns / kChunk;
