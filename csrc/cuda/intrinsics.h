@@ -33,11 +33,31 @@ __device__ __forceinline__ char* dynamic_shared() {
     return reinterpret_cast<char*>(dynamic);
 }
 
-// Before a launch that asks for more than 48 KB of it.
-template <class... Arguments>
-cudaError_t allow_shared(void (*kernel)(Arguments...), int bytes) {
-    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                bytes);
+// What `ask` says, asked once on each device and kept in `known`.
+constexpr int kDevices = 64;
+template <class Ask>
+bool once_a_device(std::atomic<int> (&known)[kDevices], Ask ask) {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return ask();
+    int found = known[device].load(std::memory_order_relaxed);  // 0: not asked yet, 1: no, 2: yes
+    if (found == 0) {
+        found = ask() ? 2 : 1;
+        known[device].store(found, std::memory_order_relaxed);
+    }
+    return found == 2;
+}
+
+// Before a launch that asks for more than 48 KB of it. Where that is refused a later launch says so itself.
+template <auto kKernel>
+cudaError_t allow_shared(int bytes) {
+    static std::atomic<int> known[kDevices];
+    cudaError_t error = cudaSuccess;
+    once_a_device(known, [&] {
+        error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        return error == cudaSuccess;
+    });
+    return error;
 }
 
 // For two launches of which the second needs the first's results: the first says when the second may begin, beside it
@@ -58,18 +78,11 @@ __device__ __forceinline__ void wait_for_the_last() {
 // Whether the current device runs code of such a kernel that waits: what was compiled for older devices does not. All
 // kernels are compiled for the same ones, so that one is asked for all.
 inline bool waits_for_the_last(const void* kernel) {
-    constexpr int kDevices = 64;
-    static std::atomic<int> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
-    int found = known[device].load(std::memory_order_relaxed);
-    if (found == 0) {
+    static std::atomic<int> known[kDevices];
+    return once_a_device(known, [&] {
         cudaFuncAttributes attributes;
-        if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
-        found = attributes.ptxVersion >= 90 ? 2 : 1;
-        known[device].store(found, std::memory_order_relaxed);
-    }
-    return found == 2;
+        return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    });
 }
 
 // A launch that begins before the one before it on the stream has ended, where its kernel waits for that.

@@ -394,7 +394,7 @@ cudaError_t launch(const Nf4Linear& p, const Nf4LinearShares& shares, cudaStream
     int shift = 0;
     while ((int64_t{kChunk} << shift) < p.weight.block_size) ++shift;
     const unsigned blocks = (shares.warps + kLinearWarps - 1) / kLinearWarps;
-    const cudaError_t error = allow_shared(multiply_part<kCompute, kX, kTiles>, kShared);
+    const cudaError_t error = allow_shared<multiply_part<kCompute, kX, kTiles>>(kShared);
     if (error != cudaSuccess) return error;
     multiply_part<kCompute, kX, kTiles><<<blocks, kThreads, kShared, stream>>>(p, shares, shift);
     return cudaGetLastError();

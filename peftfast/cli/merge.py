@@ -123,14 +123,12 @@ def _run(options: argparse.Namespace, directory: str, device: str, started: dict
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     labels = options.adapter / LABEL_NAMES
     classify = labels.is_file() or _adapter_config(options.adapter).get("task_type") == "SEQ_CLS"
-    if not labels.is_file():
-        count = _labels_of(options.adapter) if classify else None
-        if count is not None and count != config.num_labels:
-            config.num_labels = count
-    else:
+    if labels.is_file():
         names = [str(name) for name in json.loads(labels.read_text(encoding="utf-8"))]
         config.num_labels = len(names)
         config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
+    elif classify and (count := _labels_of(options.adapter)) is not None:
+        config.num_labels = count  # names of as many stay
     merged, probe, expected, gap = _merged(options, directory, config, classify, device, started)
     print(f"merged: logits of the probe within {gap:.1e} of the adapter's, in float32")
 

@@ -13,8 +13,8 @@ inline uint4 load_once(const void* p, uint64_t) { return __ldg(static_cast<const
 
 inline char* dynamic_shared() { return emulated::dynamic_shared; }
 
-template <class... Arguments>
-cudaError_t allow_shared(void (*)(Arguments...), int bytes) {
+template <auto kKernel>
+cudaError_t allow_shared(int bytes) {
     emulated::shared_allowed = static_cast<size_t>(bytes);
     return cudaSuccess;
 }
