@@ -176,6 +176,7 @@ LINEAR = [
     (Case(M=64, N=130, K=256, R=5, x=BF16, out=BF16, block_size=32, data=5), 4),
     (Case(M=9, N=70, K=256, R=0, x=BF16, adapted=True, data=6), 32),
     (Case(M=3, N=20, K=256, R=40, x=BF16, data=7), 7),
+    (Case(M=40, N=40, K=640, R=20, x=BF16, data=8), 7),  # a tile's two groups of rows have not as many parts
 ]
 
 
@@ -278,18 +279,23 @@ def test_kernels(name: str, library: ctypes.CDLL) -> None:
         (
             "linear",
             (
-                "{pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]}",
-                "{pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]}",
+                "{upper[0], lower[0], upper[1], lower[1]}",
+                "{upper[0], upper[1], lower[0], lower[1]}",
             ),
         ),
-        ("linear", ("walk.rows.at[1] += kUnitChunks", "walk.rows.at[1] += 0")),
-        ("linear", ("walk.enter(p, walk.tile + 1", "walk.enter(p, walk.tile")),
+        ("linear", ("rows.at[i] += kUnitChunks", "rows.at[i] += i == 1 ? 0 : kUnitChunks")),
+        ("linear", ("(shares, walk.number + 1)", "(shares, walk.number)")),
         ("linear", ("walk.left > here ? 0 : 1", "1")),
-        ("linear", ("++walk.tile, walk.step = 0, x = row_of_x;", "++walk.tile, walk.step = 0;")),
-        ("linear", ("++walk.tile, walk.step = 0, x = row_of_x;", "++walk.tile, x = row_of_x;")),
+        ("linear", ("++walk.number, walk.step = 0;", "++walk.number;")),
+        ("linear", ("(number & (shares.groups - 1))", "(0)")),
+        ("linear", ("kWide ? number >> (shares.groups - 1) : number", "number")),
+        ("linear", ("group + (2 * r + i / 2) * 8", "group + i / 2 * 8")),
+        ("linear", ("upper)[4] = pairs[2 * r]", "upper)[4] = pairs[0]")),
+        ("linear", ("m / kLinearGroupRows", "m / (2 * kLinearGroupRows)")),
+        ("linear", ("first + kBytes > 256 && byte >= 256", "false")),
         ("linear", ("warp < shares.more ? warp : shares.more", "0")),
         ("linear", ("shares.more + (unit - longer) / shares.each", "unit / shares.each")),
-        ("linear", ("shares.adapter_units + walk.tile * shares.steps", "walk.tile * shares.steps")),
+        ("linear", ("shares.adapter_units + walk.number * shares.steps", "walk.number * shares.steps")),
         ("linear", ("0x5504 | i << 4", "0x5504")),
         ("linear", ("* sizeof(float2);\n    const int64_t x_bytes", "* sizeof(float);\n    const int64_t x_bytes")),
         ("linear", ("threadIdx.x / 8 % 16);", "threadIdx.x / 16 % 16);")),

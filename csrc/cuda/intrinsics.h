@@ -27,6 +27,15 @@ __device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
     return v;
 }
 
+// What another part of the launch reads too, but not this multiprocessor.
+__device__ __forceinline__ uint4 load_past_l1(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
 // The block's shared memory beyond what its kernel declares: as many bytes as the launch says, 16-byte aligned.
 __device__ __forceinline__ char* dynamic_shared() {
     extern __shared__ uint4 dynamic[];

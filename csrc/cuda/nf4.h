@@ -39,17 +39,24 @@ const char* launch_nf4_nest(const float* values, int64_t count, const float* bou
 
 constexpr int64_t kLinearElements = int64_t{1} << 37;  // of the weight at most
 
-constexpr int kLinearRows = 64;      // of x at most
-constexpr int kLinearColumns = 128;  // which divide K: of the weight, what a warp multiplies at a time
-constexpr int kLinearTileRows = 16;  // of the weight or of A, to a warp
-constexpr int kLinearWarps = 16;     // to a block of threads
+constexpr int kLinearRows = 64;          // of x at most
+constexpr int kLinearColumns = 128;      // which divide K: of the weight, what a warp multiplies at a time
+constexpr int kLinearTileRows = 16;      // of A, to a warp, and of the weight for as few rows of x
+constexpr int kLinearWideTileRows = 32;  // of the weight for more: what is read of x is used twice
+constexpr int kLinearGroupRows = 32;     // of x at a time, at most
+constexpr int kLinearWarps = 16;         // to a block of threads, which fills a multiprocessor
+constexpr int kLinearWideWarps = 12;     // for more than kLinearTileRows rows of x, which need more registers
 
 // How a product's warps share it: in units, one row tile's after the other's, A's before the weight's; a unit is so
-// many columns of A, or kLinearColumns of the weight. Each warp has `each` that follow one another, the first `more` of
-// them one more. A tile's products are sums of parts, one of each warp that has units of it.
+// many columns of A, or kLinearColumns of the weight. More than kLinearGroupRows rows of x are multiplied in groups,
+// which have units of their own: a tile's for one group follow those for the other, and find the weight in the cache.
+// Each warp has `each` units that follow one another, the first `more` of them one more. The products of a tile and a
+// group are sums of parts, one of each warp that has units of them.
 struct Nf4LinearShares {
+    uint32_t groups;                // of x's rows
+    uint32_t tile_rows;             // of the weight
     uint32_t adapter_columns;       // of a unit
-    uint32_t adapter_steps, steps;  // units of a row tile, of A and of the weight
+    uint32_t adapter_steps, steps;  // units of a row tile and a group, of A and of the weight
     uint32_t adapter_units, units;  // of A, and all
     uint32_t warps, each, more;     // at most a warp a unit
     int64_t adapter_parts, parts;   // of a row tile, at most
@@ -57,11 +64,13 @@ struct Nf4LinearShares {
         scratch;  // float32: the parts [adapter_parts, M, R] of S, and [parts, M, N] behind them, in all
 
     Nf4LinearShares(int64_t M, int64_t N, int64_t K, int64_t R, int64_t wanted) {
-        adapter_columns = M <= 16 ? 64 : 128;
+        groups = static_cast<uint32_t>((M + kLinearGroupRows - 1) / kLinearGroupRows);
+        tile_rows = M <= kLinearTileRows ? kLinearTileRows : kLinearWideTileRows;
+        adapter_columns = M <= kLinearTileRows ? 64 : 128;
         adapter_steps = static_cast<uint32_t>(K / adapter_columns);
         steps = static_cast<uint32_t>(K / kLinearColumns);
-        adapter_units = static_cast<uint32_t>((R + kLinearTileRows - 1) / kLinearTileRows * adapter_steps);
-        units = adapter_units + static_cast<uint32_t>((N + kLinearTileRows - 1) / kLinearTileRows * steps);
+        adapter_units = groups * static_cast<uint32_t>((R + kLinearTileRows - 1) / kLinearTileRows * adapter_steps);
+        units = adapter_units + groups * static_cast<uint32_t>((N + tile_rows - 1) / tile_rows * steps);
         warps = wanted < units ? static_cast<uint32_t>(wanted) : units;
         each = warps > 0 ? units / warps : 1, more = warps > 0 ? units % warps : 0;
         adapter_parts = parts_of(adapter_steps), parts = parts_of(steps);

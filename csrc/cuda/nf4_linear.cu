@@ -9,8 +9,17 @@ namespace {
 // of them waste little. A thread reads 32 consecutive elements of two weight rows, which are its share of eight tiles:
 // which 16 columns a tile multiplies does not matter as long as weight and x agree. One block fills a multiprocessor:
 // its warps go their own ways and have the decoding table in common, which takes as long to write as three of their
-// units.
-constexpr int kThreads = 32 * kLinearWarps;
+// units. Of more rows of x a weight row's share is what x itself takes of the caches: there a warp multiplies 32 weight
+// rows with what it has read, which fewer warps have the registers for.
+template <int kTiles>  // of x
+constexpr bool kIsWide = 8 * kTiles > kLinearTileRows;
+
+template <bool kWide>
+struct Form {
+    static constexpr int kRowTiles = kWide ? kLinearWideTileRows / kLinearTileRows : 1;
+    static constexpr int kThreads = 32 * (kWide ? kLinearWideWarps : kLinearWarps);
+};
+
 constexpr int kChunk = 32;  // columns of a thread
 constexpr int kUnitChunks = kLinearColumns / kChunk;
 constexpr int kReplicas = 16;  // of the decoding table
@@ -55,10 +64,12 @@ struct Piece {
 
 // A chunk is kChunk elements, whose number has 32 bits, and a block 2^shift of them. This and a loop for each kind of
 // maxima save a sixth of the instructions.
+template <bool kWide>
 __device__ __forceinline__ void load_piece(const Nf4Weight& weight, bool nested, int shift, uint32_t chunk,
                                            uint64_t policy, Piece& piece) {
     static_assert(kLinearElements / kChunk <= int64_t{1} << 32, "a chunk's number");
-    piece.words = load_once(weight.packed + uint64_t{chunk} * (kChunk / 2), policy);
+    const uint8_t* const packed = weight.packed + uint64_t{chunk} * (kChunk / 2);
+    piece.words = kWide ? load_past_l1(packed) : load_once(packed, policy);
     const uint32_t block = chunk >> shift;
     if (nested) {
         piece.byte = __ldg(static_cast<const uint8_t*>(weight.absmax) + block);
@@ -97,16 +108,28 @@ __device__ __forceinline__ uint32_t warp_of(const Nf4LinearShares& shares, uint3
     return unit < longer ? unit / (shares.each + 1) : shares.more + (unit - longer) / shares.each;
 }
 
-// The places in a matrix [limit, width] of the two rows that a thread has of a row tile. Rows past the last are the
-// last again, and their products are dropped.
-template <class Place>
+// A row tile and a group of rows of x, which units count together. Few rows are one group.
+template <bool kWide>
+struct Target {
+    uint32_t tile;
+    int first;  // row of x
+
+    static_assert(kLinearRows <= 2 * kLinearGroupRows, "one group or two");
+    __device__ __forceinline__ Target(const Nf4LinearShares& shares, uint32_t number)
+        : tile(kWide ? number >> (shares.groups - 1) : number),
+          first(kWide ? static_cast<int>(number & (shares.groups - 1)) * kLinearGroupRows : 0) {}
+};
+
+// The places in a matrix [limit, width] of the rows that a thread has of a row tile, two of each 16. Rows past the last
+// are the last again, and their products are dropped.
+template <class Place, int kRowTiles>
 struct Rows {
-    Place at[2];
+    Place at[2 * kRowTiles];
 
     __device__ __forceinline__ void enter(Place tile, Place column, Place limit, Place width) {
-        const Place first = tile * kLinearTileRows + threadIdx.x % 32 / 4;
+        const Place first = tile * (kRowTiles * kLinearTileRows) + threadIdx.x % 32 / 4;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < 2 * kRowTiles; ++i) {
             const Place row = first + 8 * i;
             at[i] = (row < limit ? row : limit - 1) * width + column;
         }
@@ -114,92 +137,112 @@ struct Rows {
 };
 
 // A warp's sums of one row tile, into its part of them.
-template <int kTiles>
-__device__ __forceinline__ void store_sums(float* part, int64_t tile, int64_t limit, int64_t M,
-                                           const float (&sums)[kTiles][4]) {
+template <int kRowTiles, int kTiles>
+__device__ __forceinline__ void store_sums(float* part, uint32_t tile, int first_of_x, int64_t limit, int64_t M,
+                                           const float (&sums)[kRowTiles][kTiles][4]) {
     const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
+    for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // rows group and group + 8, columns 2 * member and the next
-            const int64_t row = tile * kLinearTileRows + group + (i / 2) * 8, m = t * 8 + 2 * member + i % 2;
-            if (row < limit && m < M) part[m * limit + row] = sums[t][i];
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {  // rows group and group + 8, columns 2 * member and the next
+                const int64_t row = int64_t{tile} * (kRowTiles * kLinearTileRows) + group + (2 * r + i / 2) * 8;
+                const int64_t m = first_of_x + t * 8 + 2 * member + i % 2;
+                if (row < limit && m < M) part[m * limit + row] = sums[r][t][i];
+            }
         }
     }
 }
 
-// Eight columns of a thread's two rows, four pairs each, times those of x.
-template <DType kCompute, DType kX, int kTiles>
-__device__ __forceinline__ void multiply_eight(float (&sums)[kTiles][4], const uint32_t (&pairs)[2][4], const char* x,
+// Eight columns of a thread's rows, four pairs each, times those of x.
+template <DType kCompute, DType kX, int kRowTiles, int kTiles>
+__device__ __forceinline__ void multiply_eight(float (&sums)[kRowTiles][kTiles][4],
+                                               const uint32_t (&pairs)[2 * kRowTiles][4], const char* x,
                                                int64_t tile_bytes, int rows) {
-    const uint32_t early[4] = {pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]};
-    const uint32_t late[4] = {pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3]};
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
         uint32_t of_x[4] = {0, 0, 0, 0};
         if (8 * t < rows) load_pairs<kCompute, kX>(x + t * tile_bytes, of_x);
-        multiply_tile<kCompute>(sums[t], early, of_x[0], of_x[1]);
-        multiply_tile<kCompute>(sums[t], late, of_x[2], of_x[3]);
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+            const uint32_t (&upper)[4] = pairs[2 * r], (&lower)[4] = pairs[2 * r + 1];
+            const uint32_t early[4] = {upper[0], lower[0], upper[1], lower[1]};
+            const uint32_t late[4] = {upper[2], lower[2], upper[3], lower[3]};
+            multiply_tile<kCompute>(sums[r][t], early, of_x[0], of_x[1]);
+            multiply_tile<kCompute>(sums[r][t], late, of_x[2], of_x[3]);
+        }
     }
 }
 
-// A warp's units of the weight, `left` of them from unit `step` of a row tile on, and of the first of them what was
-// read before the decoding table is there.
+// A warp's units of the weight, `left` of them from unit `step` of a row tile and a group on, and of the first of them
+// what was read before the decoding table is there.
+template <bool kWide>
 struct Walk {
-    uint32_t tile, step;
+    static constexpr int kRows = 2 * Form<kWide>::kRowTiles;  // a thread's
+
+    uint32_t number, step;
     int left;
-    Rows<uint32_t> rows;  // in chunks
-    Piece pieces[2];
+    Rows<uint32_t, Form<kWide>::kRowTiles> rows;  // in chunks
+    Piece pieces[kRows];
 
     __device__ __forceinline__ void enter(const Nf4Linear& p, uint32_t tile, uint32_t step) {
         rows.enter(tile, step * kUnitChunks + threadIdx.x % kUnitChunks, static_cast<uint32_t>(p.N),
                    static_cast<uint32_t>(p.K / kChunk));
     }
 
+    __device__ __forceinline__ void go_on() {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) rows.at[i] += kUnitChunks;
+    }
+
     __device__ __forceinline__ void read(const Nf4Weight& weight, bool nested, int shift, uint64_t policy) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) load_piece(weight, nested, shift, rows.at[i], policy, pieces[i]);
+        for (int i = 0; i < kRows; ++i) load_piece<kWide>(weight, nested, shift, rows.at[i], policy, pieces[i]);
     }
 };
 
 template <DType kCompute, DType kX, int kTiles, bool kNested>
 __device__ __forceinline__ void multiply_weight(const Nf4Linear& p, const Nf4LinearShares& shares, int shift,
                                                 uint32_t warp, uint64_t policy, const char* table,
-                                                const float* nested_code, Walk& walk) {
-    // What x needs of many tiles at once would not fit into the registers.
-    constexpr int kUnrolled = kTiles < 4 ? 4 : 1;
+                                                const float* nested_code, Walk<kIsWide<kTiles>>& walk) {
+    constexpr bool kWide = kIsWide<kTiles>;
+    constexpr int kRows = Walk<kWide>::kRows;
     const float offset = kNested ? __ldg(p.weight.nested_offset) : 0.0f;
     const uint32_t replica = threadIdx.x % kReplicas * sizeof(float2);
     const int64_t x_bytes = element_size(kX), tile_bytes = 8 * p.K * x_bytes;
     const int group = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * kChunk;
-    const char* row_of_x = static_cast<const char*>(p.x) + (group * p.K + column) * x_bytes;
-    const char* x = row_of_x + int64_t{walk.step} * kLinearColumns * x_bytes;
-    const int rows = static_cast<int>(p.M) - group;  // of x from the thread's first on
+    const char* first_of_x = static_cast<const char*>(p.x) + (group * p.K + column) * x_bytes;
     float* partial = p.partial + shares.adapter_scratch;
     while (true) {
+        const Target<kWide> target(shares, walk.number);
+        const char* x = first_of_x + (target.first * p.K + int64_t{walk.step} * kLinearColumns) * x_bytes;
+        const int rows = static_cast<int>(p.M) - target.first - group;  // of x from the thread's first on
         const int in_tile = static_cast<int>(shares.steps - walk.step),
                   here = walk.left < in_tile ? walk.left : in_tile;
         const int last = walk.left > here ? 0 : 1;  // with so many steps left there is nothing more to read
-        float sums[kTiles][4] = {};
+        float sums[Form<kWide>::kRowTiles][kTiles][4] = {};
 #pragma unroll 1
         for (int left = here; left > 0; --left) {
-            Piece pieces[2] = {walk.pieces[0], walk.pieces[1]};
+            Piece pieces[kRows];
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) pieces[i] = walk.pieces[i];
             if (left > last) {  // in flight while this unit is multiplied
                 if (left > 1) {
-                    walk.rows.at[0] += kUnitChunks, walk.rows.at[1] += kUnitChunks;
+                    walk.go_on();
                 } else {
-                    walk.enter(p, walk.tile + 1, 0);
+                    walk.enter(p, Target<kWide>(shares, walk.number + 1).tile, 0);
                 }
                 walk.read(p.weight, kNested, shift, policy);
             }
-            float maxima[2];
+            float maxima[kRows];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) maxima[i] = maximum_of(pieces[i], kNested, nested_code, offset);
-#pragma unroll(kUnrolled)
+            for (int i = 0; i < kRows; ++i) maxima[i] = maximum_of(pieces[i], kNested, nested_code, offset);
+#pragma unroll(kWide ? 2 : 4)
             for (int w = 0; w < 4; ++w) {
-                uint32_t pairs[2][4];
+                uint32_t pairs[kRows][4];
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
+                for (int i = 0; i < kRows; ++i) {
                     uint4& words = pieces[i].words;
                     decode_word<kCompute>(words.x, maxima[i], table, replica, pairs[i]);
                     words = {words.y, words.z, words.w, words.x};
@@ -208,11 +251,11 @@ __device__ __forceinline__ void multiply_weight(const Nf4Linear& p, const Nf4Lin
             }
             x += kLinearColumns * x_bytes;
         }
-        const int64_t part = warp - warp_of(shares, shares.adapter_units + walk.tile * shares.steps);
-        store_sums(partial + part * p.M * p.N, walk.tile, p.N, p.M, sums);
+        const int64_t part = warp - warp_of(shares, shares.adapter_units + walk.number * shares.steps);
+        store_sums(partial + part * p.M * p.N, target.tile, target.first, p.N, p.M, sums);
         walk.left -= here;
         if (walk.left == 0) return;
-        ++walk.tile, walk.step = 0, x = row_of_x;
+        ++walk.number, walk.step = 0;
     }
 }
 
@@ -220,20 +263,22 @@ __device__ __forceinline__ void multiply_weight(const Nf4Linear& p, const Nf4Lin
 template <DType kCompute, DType kX, DType kA, int kTiles>
 __device__ __forceinline__ void multiply_adapter(const Nf4Linear& p, const Nf4LinearShares& shares, uint32_t warp,
                                                  uint32_t begin, uint32_t end) {
-    constexpr int kColumns = 32, kUnrolled = kTiles < 4 ? 2 : 1;  // of the warp at a time, eight of a thread
+    constexpr int kColumns = 32;  // of the warp at a time, eight of a thread
     const int64_t x_bytes = element_size(kX), a_bytes = element_size(kA), tile_bytes = 8 * p.K * x_bytes;
-    const int group = threadIdx.x % 32 / 4, rows = static_cast<int>(p.M) - group;
+    const int group = threadIdx.x % 32 / 4;
     while (begin < end) {
-        const uint32_t tile = begin / shares.adapter_steps, step = begin - tile * shares.adapter_steps;
+        const uint32_t number = begin / shares.adapter_steps, step = begin - number * shares.adapter_steps;
         const uint32_t in_tile = shares.adapter_steps - step, here = end - begin < in_tile ? end - begin : in_tile;
         const int64_t column = int64_t{step} * shares.adapter_columns + threadIdx.x % 4 * 8;
-        Rows<int64_t> a;
-        a.enter(tile, column, p.R, p.K);
-        const char* x = static_cast<const char*>(p.x) + (group * p.K + column) * x_bytes;
+        const Target<kIsWide<kTiles>> target(shares, number);
+        const int rows = static_cast<int>(p.M) - target.first - group;
+        Rows<int64_t, 1> a;
+        a.enter(target.tile, column, p.R, p.K);
+        const char* x = static_cast<const char*>(p.x) + (int64_t{target.first + group} * p.K + column) * x_bytes;
         const char* first = static_cast<const char*>(p.lora_a) + a.at[0] * a_bytes;
         const char* second = static_cast<const char*>(p.lora_a) + a.at[1] * a_bytes;
-        float sums[kTiles][4] = {};
-#pragma unroll(kUnrolled)
+        float sums[1][kTiles][4] = {};
+#pragma unroll 2
         for (uint32_t left = here * (shares.adapter_columns / kColumns); left > 0; --left) {
             uint32_t pairs[2][4];
             load_pairs<kCompute, kA>(first, pairs[0]);
@@ -241,16 +286,16 @@ __device__ __forceinline__ void multiply_adapter(const Nf4Linear& p, const Nf4Li
             multiply_eight<kCompute, kX>(sums, pairs, x, tile_bytes, rows);
             first += kColumns * a_bytes, second += kColumns * a_bytes, x += kColumns * x_bytes;
         }
-        const int64_t part = warp - warp_of(shares, tile * shares.adapter_steps);
-        store_sums(p.partial + part * p.M * p.R, tile, p.R, p.M, sums);
+        const int64_t part = warp - warp_of(shares, number * shares.adapter_steps);
+        store_sums(p.partial + part * p.M * p.R, target.tile, target.first, p.R, p.M, sums);
         begin += here;
     }
 }
 
-// A warp's units; kTiles * 8 rows of x. Neighbours' are those of warps of different blocks: so the longer shares are
-// spread.
+// A warp's units; kTiles * 8 rows of x at a time. Neighbours' are those of warps of different blocks: so the longer
+// shares are spread.
 template <DType kCompute, DType kX, int kTiles>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Form<kIsWide<kTiles>>::kThreads, 1)
     multiply_part(const __grid_constant__ Nf4Linear p, const __grid_constant__ Nf4LinearShares shares, int shift) {
     let_the_next_begin();
     char* table = dynamic_shared();
@@ -261,20 +306,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t unit = begin > shares.adapter_units ? begin - shares.adapter_units : 0;
     const bool nested = p.weight.nested_absmax != nullptr;
     const uint64_t policy = once_policy();
-    Walk walk;
+    Walk<kIsWide<kTiles>> walk;
     walk.left = static_cast<int>(end - shares.adapter_units - unit);
     if (walk.left > 0) {
-        walk.tile = unit / shares.steps, walk.step = unit - walk.tile * shares.steps;
-        walk.enter(p, walk.tile, walk.step);
+        walk.number = unit / shares.steps, walk.step = unit - walk.number * shares.steps;
+        walk.enter(p, Target<kIsWide<kTiles>>(shares, walk.number).tile, walk.step);
         walk.read(p.weight, nested, shift, policy);
     }
-    // Eight threads write a byte's row of the table: one low nibble to a thread, one high one of every four.
-    static_assert(kThreads == 512 && kReplicas == 16, "places of the table");
+    // Eight threads write a byte's row of the table: one low nibble to a thread.
+    constexpr int kThreads = Form<kIsWide<kTiles>>::kThreads, kBytes = kThreads / 8;
+    static_assert(kReplicas == 16 && kBytes % 16 == 0, "places of the table");
     const float low = __ldg(p.weight.code + threadIdx.x / 8 % 16);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float high = __ldg(p.weight.code + 4 * i + threadIdx.x / 128);
-        const int byte = i * (kThreads / 8) + threadIdx.x / 8;
+    for (int first = 0; first < 256; first += kBytes) {
+        const int byte = first + threadIdx.x / 8;
+        if (first + kBytes > 256 && byte >= 256) break;
+        const float high = __ldg(p.weight.code + byte / 16);
         *reinterpret_cast<float4*>(table + 256 * byte + threadIdx.x % 8 * 16) = {high, low, high, low};
     }
     if (nested && threadIdx.x < 256) {
@@ -310,6 +357,11 @@ __device__ __forceinline__ void store(void* data, DType dtype, int64_t i, float 
     }
 }
 
+// What units count of a row tile and the group of a row of x.
+__device__ __forceinline__ uint32_t number_of(const Nf4LinearShares& shares, int64_t tile, int64_t m) {
+    return static_cast<uint32_t>(tile) * shares.groups + static_cast<uint32_t>(m / kLinearGroupRows);
+}
+
 // How many parts there are of a row tile whose units, so many, begin with `unit`.
 __device__ __forceinline__ uint32_t parts_of(const Nf4LinearShares& shares, uint32_t unit, uint32_t steps) {
     return steps == 0 ? 0 : warp_of(shares, unit + steps - 1) - warp_of(shares, unit) + 1;
@@ -318,8 +370,8 @@ __device__ __forceinline__ uint32_t parts_of(const Nf4LinearShares& shares, uint
 // Of one element of S the parts' sum, in every one of the kPartLanes lanes that share them.
 __device__ __forceinline__ float adapter_sum(const Nf4Linear& p, const Nf4LinearShares& shares, int64_t m, int64_t rank,
                                              int lane) {
-    const uint32_t steps = shares.adapter_steps, tile = static_cast<uint32_t>(rank / kLinearTileRows);
-    const int64_t count = parts_of(shares, tile * steps, steps);
+    const uint32_t steps = shares.adapter_steps, number = number_of(shares, rank / kLinearTileRows, m);
+    const int64_t count = parts_of(shares, number * steps, steps);
     float sum = 0.0f;
 #pragma unroll 4
     for (int64_t part = lane; part < count; part += kPartLanes) {
@@ -342,7 +394,8 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
     float sums[kFinishRows] = {}, added[kFinishRows] = {};
     wait_for_the_last();
     if (n < p.N) {
-        const uint32_t unit = shares.adapter_units + static_cast<uint32_t>(n / kLinearTileRows) * shares.steps;
+        static_assert(kLinearGroupRows % kFinishRows == 0, "a block's rows are of one group");
+        const uint32_t unit = shares.adapter_units + number_of(shares, n / shares.tile_rows, first) * shares.steps;
         const int64_t count = parts_of(shares, unit, shares.steps);
         const float* partial = p.partial + shares.adapter_scratch + first * p.N + n;
 #pragma unroll 2
@@ -393,7 +446,8 @@ template <DType kCompute, DType kX, int kTiles>
 cudaError_t launch(const Nf4Linear& p, const Nf4LinearShares& shares, cudaStream_t stream) {
     int shift = 0;
     while ((int64_t{kChunk} << shift) < p.weight.block_size) ++shift;
-    const unsigned blocks = (shares.warps + kLinearWarps - 1) / kLinearWarps;
+    constexpr int kThreads = Form<kIsWide<kTiles>>::kThreads;
+    const unsigned blocks = (shares.warps + kThreads / 32 - 1) / (kThreads / 32);
     const cudaError_t error = allow_shared<multiply_part<kCompute, kX, kTiles>>(kShared);
     if (error != cudaSuccess) return error;
     multiply_part<kCompute, kX, kTiles><<<blocks, kThreads, kShared, stream>>>(p, shares, shift);
@@ -403,9 +457,8 @@ cudaError_t launch(const Nf4Linear& p, const Nf4LinearShares& shares, cudaStream
 template <DType kCompute, DType kX>
 cudaError_t launch(const Nf4Linear& p, const Nf4LinearShares& shares, cudaStream_t stream) {
     if (p.M <= 8) return launch<kCompute, kX, 1>(p, shares, stream);
-    if (p.M <= 16) return launch<kCompute, kX, 2>(p, shares, stream);
-    if (p.M <= 32) return launch<kCompute, kX, 4>(p, shares, stream);
-    return launch<kCompute, kX, 8>(p, shares, stream);
+    if (p.M <= kLinearTileRows) return launch<kCompute, kX, 2>(p, shares, stream);
+    return launch<kCompute, kX, kLinearGroupRows / 8>(p, shares, stream);
 }
 
 template <DType kCompute>

@@ -163,7 +163,10 @@ def nf4_linear(M: int, N: int, K: int, dtype: str, device: Device) -> LinearConf
     return replace(config, splits=parts(programs, blocks(K, config.block_k), device, 8))
 
 
-TILE_ROWS, UNIT_COLUMNS, BLOCK_WARPS = 16, 128, 16  # of csrc/cuda/nf4_linear.cu
+# Of csrc/cuda/nf4_linear.cu: rows of a tile of A, and of the weight for as few rows of x; of the weight for more, which are
+# multiplied so many at a time; columns of a unit; warps of a block for few rows and for more.
+TILE_ROWS, WIDE_TILE_ROWS, GROUP_ROWS = 16, 32, 32
+UNIT_COLUMNS, BLOCK_WARPS, WIDE_BLOCK_WARPS = 128, 16, 12
 
 
 def nf4_linear_shares(M: int, N: int, K: int, R: int, device: Device) -> tuple[int, int]:
@@ -172,9 +175,11 @@ def nf4_linear_shares(M: int, N: int, K: int, R: int, device: Device) -> tuple[i
     A block of warps on each multiprocessor: all begin at once and have equally much to do, within a unit. Not measured; predicted for
     an H200, 8 rows, without the launch that adds the parts: 0.48 of the memory's speed at 4096 x 4096, 0.59 at 14336 x 4096. A grid of
     row tiles and parts of K came to 0.34 and 0.41, and the blocks of its adapter would have ended last."""
-    steps, adapter_steps = K // UNIT_COLUMNS, K // (64 if M <= 16 else 128)
-    units = -(-R // TILE_ROWS) * adapter_steps + -(-N // TILE_ROWS) * steps
-    warps = BLOCK_WARPS * device.multiprocessors
+    wide = M > TILE_ROWS
+    steps, adapter_steps = K // UNIT_COLUMNS, K // (128 if wide else 64)
+    tiles = -(-N // (WIDE_TILE_ROWS if wide else TILE_ROWS))
+    units = -(-M // GROUP_ROWS) * (-(-R // TILE_ROWS) * adapter_steps + tiles * steps)
+    warps = (WIDE_BLOCK_WARPS if wide else BLOCK_WARPS) * device.multiprocessors
     each = max(1, units // min(warps, units)) if units else 1
     parts, adapter_parts = (-(-(of_tile - 1) // each) + 1 if of_tile else 0 for of_tile in (steps, adapter_steps))
     return warps, M * (adapter_parts * R + parts * N)

@@ -11,6 +11,8 @@ inline uint64_t once_policy() { return 0; }
 
 inline uint4 load_once(const void* p, uint64_t) { return __ldg(static_cast<const uint4*>(p)); }
 
+inline uint4 load_past_l1(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+
 inline char* dynamic_shared() { return emulated::dynamic_shared; }
 
 template <auto kKernel>
