@@ -86,11 +86,14 @@ def test_how_many_programs_fit() -> None:
 
 
 def test_the_way_through_the_code() -> None:
-    """LISTING has a loop in a loop: the inner one runs, the outer one once."""
+    """LISTING has a loop in a loop: the inner one runs, the outer one once, or both."""
     code = read_listing(LISTING)
     for trips in (1, 5):
         kinds = [step.kind for step in steps_of(code, Way(trips), 90)]
         assert kinds == ["LDC", "LDG", *["IMAD", "LOP3", "BRA"] * trips, "IADD3", "BRA", "MUFU", "EXIT"]
+        kinds = [step.kind for step in steps_of(code, Way(trips, rounds=3), 90)]
+        around = ["LDG", *["IMAD", "LOP3", "BRA"] * 3, "IADD3", "BRA"]
+        assert kinds == ["LDC", *around * trips, "MUFU", "EXIT"]
 
 
 BRANCHES = """

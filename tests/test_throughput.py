@@ -41,6 +41,8 @@ def test_a_listing_is_read() -> None:
     code = read_listing(LISTING)
     assert code.whole.units == {"issue": 10, "memory": 4, "imad": 2, "alu": 2, "special": 1}
     assert [loop.names for loop in code.loops] == [{"IMAD.HI.U32": 1, "LOP3.LUT": 1, "BRA": 1}]  # the inner one
+    around = {"LDG.E.128": 1, "IMAD.HI.U32": 3, "LOP3.LUT": 3, "BRA": 4, "IADD3": 1}
+    assert code.longest_nest == ((2, 4), (1, 6)) and code.nested(3).names == around
     assert code.whole.cycles(warps=8, arch=90) == {
         "issue": 20.0, "alu": 8.0, "imad": 8.0, "float": 0.0, "special": 16.0, "memory": 32.0
     }  # fmt: skip

@@ -79,12 +79,14 @@ class Way:
 
     Attributes:
         trips: how often it goes through the loop of the most instructions; 0: past all innermost loops.
+        rounds: past 1, trips are those of the loop around an innermost one, which it goes through so often in each.
         ahead: how many trips before the last its copies run out, which the loop asks for ahead.
         cold: blocks with so many of an opcode are not entered.
         cached: offsets among the parameters of the pointers to what lies in the L2 cache.
     """
 
     trips: int = 1
+    rounds: int = 1
     ahead: int = 0
     cold: dict[str, int] = field(default_factory=dict)
     cached: Collection[int] = ()
@@ -93,7 +95,10 @@ class Way:
 def steps_of(code: Code, way: Way, arch: int) -> list[Step]:
     """What a warp executes from the beginning to an exit; of a program that takes one tile after the other, for the first."""
     instructions = code.instructions
-    loop = code.longest_loop
+    # The loops from the outermost on, how often each is to run, and how often it has.
+    loops = [code.longest_loop] if way.rounds == 1 else [*reversed(code.longest_nest or ())]
+    wanted, trips = [way.trips, way.rounds][: len(loops)], [0] * len(loops)
+    loop = loops[-1] if loops else None
     avoided = _cold_instructions(code, way.cold)
     if not way.trips:
         avoided |= {number for low, high in code.loop_ranges for number in range(low, high + 1)}
@@ -102,28 +107,33 @@ def steps_of(code: Code, way: Way, arch: int) -> list[Step]:
     entering = _leading_to(code, [loop[0]], avoided) if loop and way.trips else set()
     origins = _Origins(PARAMETERS[arch])
     found: list[Step] = []
-    number, trips = 0, 0
+    number = 0
     while len(found) < _LONGEST:
         one = instructions[number]
-        if loop and number == loop[0] and way.trips:
-            trips += 1
+        for i, one_loop in enumerate(loops):
+            if one_loop and number == one_loop[0] and way.trips:
+                trips[i] += 1
+                trips[i + 1 :] = [0] * (len(trips) - i - 1)
         sources = origins.follow(one)
         if not one.predicate.startswith("@!PT"):
             step = _step(one, bool(sources & set(way.cached)))
-            if step.kind == "LDGSTS" and trips > way.trips - way.ahead:
+            if step.kind == "LDGSTS" and trips[0] > way.trips - way.ahead:
                 step.size = 0
             found.append(step)
-        again = one.target is not None and one.target <= number and not one.follows
-        if (one.opcode == "EXIT" and not one.predicate) or again:
+        back = one.target is not None and one.target <= number and not one.follows
+        if (one.opcode == "EXIT" and not one.predicate) or back:
             return found
-        number = _next(number, one, loop if trips < way.trips else None, entering if not trips else set(), ending)
+        again = {one_loop for one_loop, times, done in zip(loops, wanted, trips, strict=True) if done < times}
+        number = _next(number, one, again, entering if loops and not trips[-1] else set(), ending)
     raise RuntimeError(f"the way has not come to an exit after {len(found)} instructions")
 
 
-def _next(number: int, one: Instruction, loop: tuple[int, int] | None, entering: set[int], ending: set[int]) -> int:
+def _next(
+    number: int, one: Instruction, again: Collection[tuple[int, int] | None], entering: set[int], ending: set[int]
+) -> int:
     if one.opcode != "BRA" or one.target is None:
         return number + 1
-    if not one.follows or (loop and (one.target, number) == loop):
+    if not one.follows or (one.target, number) in again:
         return one.target
     for wanted in (entering, ending):
         ahead = [choice for choice in (number + 1, one.target) if choice > number and choice in wanted]

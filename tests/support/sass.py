@@ -110,19 +110,38 @@ class Code:
     @cached_property
     def loop_ranges(self) -> list[tuple[int, int]]:
         """The numbers of the first and the last instruction of each innermost loop, in order."""
+        ranges = self._all_loops
+        return [one for one in sorted(ranges) if not any(_around(one, other) for other in ranges)]
+
+    @cached_property
+    def _all_loops(self) -> set[tuple[int, int]]:
         # A branch to itself is the padding that ends every kernel.
-        ranges = {
+        return {
             (one.target, number)
             for number, one in enumerate(self.instructions)
             if one.opcode == "BRA" and one.target is not None and one.target < number
         }
-        inside = lambda one, other: one[0] <= other[0] and other[1] < one[1]  # noqa: E731
-        return [one for one in sorted(ranges) if not any(inside(one, other) for other in ranges)]
 
     @cached_property
     def longest_loop(self) -> tuple[int, int] | None:
         """Of the innermost loops' ranges. Not the first: where the compiler's waits for barriers are loops too."""
         return max(self.loop_ranges, key=lambda one: one[1] - one[0], default=None)
+
+    @cached_property
+    def longest_nest(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """The range of the longest innermost loop with another around it, and that one's; of equals, the one of the longer outer one."""
+        nests = []
+        for inner in self.loop_ranges:
+            outer = [one for one in self._all_loops if _around(one, inner)]
+            if outer:
+                nests.append((inner, min(outer, key=lambda one: one[1] - one[0])))
+        return max(nests, key=lambda nest: [high - low for low, high in nest], default=None)
+
+    def nested(self, rounds: int) -> Counts:
+        """What the outer of the longest nest's loops holds, with so many rounds of the inner one."""
+        assert self.longest_nest is not None
+        inner, outer = ([one.name for one in self.instructions[low : high + 1]] for low, high in self.longest_nest)
+        return _count(outer + inner * (rounds - 1))
 
     @cached_property
     def loops(self) -> list[Counts]:
@@ -178,6 +197,10 @@ def spread(start: list[int], after: list[list[int]], allowed: list[bool]) -> set
             found.add(one)
             open_.extend(after[one])
     return found
+
+
+def _around(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] <= other[0] and other[1] < one[1]
 
 
 def _repeated(names: dict[str, int]) -> list[str]:

@@ -46,6 +46,7 @@ class Pass:
         limit: what the busiest unit may take of the memory's time on sm_90, under triton 3.6 and 3.7.1; past 1 where the definition
             itself asks for so much, or where nothing better is known.
         loop: the innermost loop of the most instructions is what counts, else the whole kernel, its loops once.
+        rounds: past 1, the loop around an innermost one is what counts, with so many rounds of the inner.
         launch: of a loop, bytes that all programs move in it, from which it follows how often it runs. None: no speed is asked.
         speed: of the memory's, what a launch reaches at least on sm_90, under triton 3.6 and 3.7.1.
         trips: of a whole kernel, how often its loop runs, from the launch's constants.
@@ -62,6 +63,7 @@ class Pass:
     limit: float
     options: dict[str, Any] = field(default_factory=dict)
     loop: bool = False
+    rounds: int = 1
     launch: float | None = None
     speed: float = 0.0
     trips: Callable[[dict[str, int]], int] = lambda _: 1
@@ -145,6 +147,8 @@ def cuda_finding(one: Pass, arch: int) -> Finding:
 
 
 def _range(code: Code, one: Pass) -> Counts:
+    if one.loop and one.rounds > 1:
+        return code.nested(one.rounds)
     if one.loop:
         assert code.longest_loop is not None
         return code.loops[code.loop_ranges.index(code.longest_loop)]
@@ -164,7 +168,7 @@ def speed_of(one: Pass, finding: Finding) -> float | None:
         trips = max(1, math.ceil(launch / (finding.programs * moved)))
     # A loop's copies are asked for as many trips ahead as it has stages less one.
     cached = {place for name, place in finding.parameters.items() if name in CACHED or name in one.cached}
-    way = Way(trips, max(0, finding.stages - 1) if trips else 0, one.cold, cached)
+    way = Way(trips, one.rounds, max(0, finding.stages - 1) if trips else 0, one.cold, cached)
     steps = steps_of(finding.code, way, arch)
     asked = finding.warps * sum(step.size for step in steps if not step.cached)
     at_once = resident(finding.registers, finding.shared, finding.warps, arch)

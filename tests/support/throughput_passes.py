@@ -153,13 +153,21 @@ def _few_rows() -> list[Pass]:
         kind = {"M": 16, "dtype": "bfloat16", "distribution": distribution, "nested": True}
         passes.append(part("zo_nf4_linear", packed, limit, speed, kind, whole_packed))
     of_a = {"VIADDMNMX.U32": 1}  # how much of a tile of A a warp has; few warps have any
-    unit = _fixed(nf4.BLOCK_WARPS * nf4.TILE_ROWS * nf4.UNIT_COLUMNS * PACKED)
-    for tiles, N, limit, speed in ((1, 4096, 1.55, 0.46), (1, 14336, 1.55, 0.58), (2, 14336, 1.8, 0.47)):
+    few_rows, more_rows = (nf4.BLOCK_WARPS, nf4.TILE_ROWS), (nf4.WIDE_BLOCK_WARPS, nf4.WIDE_TILE_ROWS)
+    # Eights of rows of x, warps and rows of their tiles, rounds of the loop over a unit's columns, limits.
+    for tiles, (warps, rows), rounds, N, limit, speed in (
+        (1, few_rows, 1, 4096, 1.55, 0.46),
+        (1, few_rows, 1, 14336, 1.55, 0.58),
+        (2, few_rows, 1, 14336, 1.8, 0.47),
+        (4, more_rows, 2, 4096, 1.8, 0.25),
+        (4, more_rows, 2, 14336, 1.8, 0.36),
+    ):
+        unit = _fixed(warps * rows * nf4.UNIT_COLUMNS * PACKED)
         passes.append(
             Pass(
                 f"multiply_part<(DType)1, (DType)1, {tiles}>", "nf4_linear.cu", unit, limit, {"N": N}, loop=True,
-                launch=N * 4096 * PACKED, speed=speed, cached=ROWS, cold=of_a,
-                grid=Grid(nf4.BLOCK_WARPS, 132, {"x_ptr": 32} | _tables(48)),
+                rounds=rounds, launch=N * 4096 * PACKED, speed=speed, cached=ROWS, cold=of_a,
+                grid=Grid(warps, 132, {"x_ptr": 32} | _tables(48)),
             )
         )  # fmt: skip
     return passes
