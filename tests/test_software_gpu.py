@@ -46,15 +46,16 @@ for scale in (1.0, 3.0):
     graph.replay()
     torch.testing.assert_close(captured, expected.detach() * scale, rtol=1e-4, atol=1e-3 * scale)
 
-few, kept = half[0][:3].clone(), torch.cuda.CUDAGraph()  # csrc/cuda, with shared memory that a launch asks for
-with torch.no_grad(), torch.cuda.graph(kept):
-    captured = F.lora_linear(few, weight, *half[2:], scaling=2.0)
-for scale in (1.0, 2.0):
-    few.copy_(half[0][:3] * scale)
-    kept.replay()
-    on_cpu = [one.cpu() for one in (few, F.nf4_dequantize(weight, dtype=few.dtype), *half[2:])]
-    composed = definition.lora_linear(*on_cpu, scaling=2.0)
-    assert_within_budget("few", captured.cpu(), composed, definition.lora_linear(*(one.double() for one in on_cpu), scaling=2.0))
+for rows in (3, 20):  # csrc/cuda, with shared memory that a launch asks for, in blocks of 16 warps and of 12
+    few, kept = half[0][:rows].clone(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(kept):
+        captured = F.lora_linear(few, weight, *half[2:], scaling=2.0)
+    for scale in (1.0, 2.0):
+        few.copy_(half[0][:rows] * scale)
+        kept.replay()
+        on_cpu = [one.cpu() for one in (few, F.nf4_dequantize(weight, dtype=few.dtype), *half[2:])]
+        exact = definition.lora_linear(*(one.double() for one in on_cpu), scaling=2.0)
+        assert_within_budget(f"{rows} rows", captured.cpu(), definition.lora_linear(*on_cpu, scaling=2.0), exact)
 
 torch.cuda.set_sync_debug_mode("error")
 try:
