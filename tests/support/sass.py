@@ -129,7 +129,7 @@ class Code:
 
     @cached_property
     def longest_nest(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
-        """The range of the longest innermost loop with another around it, and that one's; of equals, the one of the longer outer one."""
+        """The range of the longest innermost loop with another around it, and that one's; of equals, that with the longer outer one."""
         nests = []
         for inner in self.loop_ranges:
             outer = [one for one in self._all_loops if _around(one, inner)]
