@@ -245,6 +245,47 @@ def test_a_recomputation_of_a_forward_before_the_groups_were_known() -> None:
     assert again == [int(seed) for seed in (*second, *first)]
 
 
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_loss_that_is_kept_through_the_next_forward(reentrant: bool | None, counts: Counts) -> None:
+    """As in most training loops: the variable holds the last step's loss, and with it a graph that is spent, while the next is made."""
+    grouped, alone = adapted(), adapted()
+    peftfast.patch(grouped)
+    peftfast.patch(alone, groups=False)
+    stack_of(grouped).reentrant = stack_of(alone).reentrant = reentrant
+    kept = {}
+
+    def train(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        kept[model] = model(inputs()).square().mean()
+        kept[model].backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    for expected_together in (0, 2, 2):
+        found: list[dict[str, Tensor]] = []
+        together = counts.during(lambda found=found: found.append(train(grouped)))[1]
+        assert together == expected_together * (1 if reentrant is None else 2)
+        check_same(found[0], train(alone))
+
+
+def test_a_retained_graph_is_computed_anew_as_it_was_made(counts: Counts) -> None:
+    """A checkpointed forward from before the groups were known, computed anew twice, the second time after another forward."""
+    model, alone = adapted(), adapted()
+    peftfast.patch(model)
+    peftfast.patch(alone, groups=False)
+    found = []
+    for one in (model, alone):
+        stack_of(one).reentrant = False
+        loss = one(inputs()).square().mean()
+        loss.backward(retain_graph=True)
+        between = counts.during(lambda one=one: one(inputs(seed=6)).square().mean().backward())
+        assert between[1] == 0
+        loss.backward()
+        found.append({n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None})
+        again = counts.during(lambda one=one: one(inputs()).sum().backward())
+        assert again[1] == (4 if one is model else 0)
+    check_same(*found)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_of_a_model(reentrant: bool) -> None:
     model, twin = (small_model("llama", "lora", torch.float32) for _ in range(2))

@@ -8,7 +8,8 @@ when the block's forward ends or raises.
 
 A checkpointed forward and its recomputation must take the same way: autograd counts the tensors that they save, and both draw seeds. So
 whether a block's groups run together changes only where its forward begins, outside of any backward pass, and when no graph of the
-block's earlier calls is alive.
+block's earlier calls may still be run backward: each is gone, or a backward pass that does not retain it has been through. A training
+loop that keeps its last loss in a variable never lets go of the graph before its next forward.
 """
 
 from __future__ import annotations
@@ -39,9 +40,18 @@ _local = threading.local()
 
 
 class _Token:
-    """Alive as long as a graph is that a block's calls recorded."""
+    """Of one forward of a block: alive as long as a graph is that its calls recorded. ``open``: how many of its nodes no backward pass
+    has been through that let go of what it read."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "open")
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    def ran(self, *_: Any) -> None:
+        """A hook of such a node."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.open -= 1
 
 
 def _nothing() -> None:
@@ -90,7 +100,7 @@ class Block:
         self.rounds = 0
         self.pending = False
         self.switched_at = 0
-        self._token: Any = _nothing  # a weak reference, once there is one
+        self.tokens: set[Any] = set()  # weak references
 
     def __reduce__(self) -> Any:
         return _nothing, ()
@@ -106,16 +116,18 @@ class Block:
     def learns(self, layer: Any) -> bool:
         return self.rounds < _ROUNDS and id(layer) in self.children and id(layer) not in self.groups
 
-    def token(self) -> Any:
-        token = self._token()
-        if token is None:
-            token = _Token()
-            self._token = weakref.ref(token)
-        return token
+    def recorded(self) -> bool:
+        """Whether what an earlier forward recorded may be computed anew."""
+        for reference in list(self.tokens):  # another thread may add its own meanwhile
+            token = reference()
+            if token is None or not token.open:
+                self.tokens.discard(reference)
+        return bool(self.tokens)
 
     def begin(self) -> None:
         """A forward of the block begins: where a change is due and nothing recorded may be computed anew, it is made."""
-        if self.pending and torch._C._current_graph_task_id() == -1 and self._token() is None:
+        recorded = self.recorded()
+        if self.pending and torch._C._current_graph_task_id() == -1 and not recorded:
             for group in self.distinct():
                 group.before, group.together = group.together, group.wanted
             self.pending = False
@@ -198,10 +210,11 @@ def _way() -> tuple[Any, ...]:
 class _Scope:
     """One forward of a block, on one thread."""
 
-    __slots__ = ("block", "entries", "seen", "way")
+    __slots__ = ("block", "entries", "seen", "token", "way")
 
     def __init__(self, block: Block) -> None:
         self.block = block
+        self.token: _Token | None = None
         self.way = _way()
         self.entries: dict[Group, _Entry] = {}
         self.seen: list[tuple[Any, int, list[Any]]] = []  # x, its version, the layers that got it
@@ -243,10 +256,16 @@ class _Scope:
         return y
 
     def mark(self, y: Tensor) -> None:
-        """Let y's graph keep the block's token."""
+        """Let y's graph keep the token of this forward, and say when a backward pass has been through."""
         if y.requires_grad and y.grad_fn is not None:
+            if self.token is None:
+                self.token = _Token()
+            self.token.open += 1
+            self.block.tokens.add(weakref.ref(self.token))
             metadata: Any = y.grad_fn.metadata  # a property, which torch's stub calls a method
-            metadata["peftfast"] = self.block.token()
+            metadata["peftfast"] = self.token
+            if self.block.rounds < _ROUNDS or self.block.pending:  # a change is near
+                y.grad_fn.register_hook(self.token.ran)
 
     def note(self, layer: Any, x: Tensor, y: Tensor) -> None:
         """A layer ran alone."""
