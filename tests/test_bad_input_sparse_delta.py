@@ -177,6 +177,9 @@ def test_optimiser_arguments() -> None:
     ):
         with pytest.raises(kind, match=message):
             SparseAdamW(values, **options)  # type: ignore[arg-type]
+    sharded = torch.zeros(4).as_subclass(type("Sharded", (Tensor,), {}))
+    with pytest.raises(TypeError, match="params: expected plain tensors, got a Sharded"):
+        SparseAdamW([sharded])
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,24 @@ def test_a_copy_takes_what_the_weight_does_not_hold_yet(way: Callable[[Any], Any
         way(resident)(some_x())
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_weight_to_which_what_it_held_was_written(trained: bool) -> None:
+    """As DDP does where it makes all workers' tensors the first one's; elsewhere than on the support it may have been another W."""
+    _, resident, _ = pair()
+    if trained:
+        train(resident, SparseAdamW([resident.delta_values], lr=1e-2), 2)
+    expected = resident(some_x())
+    with torch.no_grad():
+        for tensor in (*resident.parameters(), *resident.buffers()):
+            tensor.copy_(tensor.clone())
+    assert torch.equal(resident(some_x()), expected)
+    train(resident, SparseAdamW([resident.delta_values], lr=1e-2), 2)
+    with torch.no_grad():
+        resident.weight.reshape(-1)[resident.delta_indices[0]] += 1
+    with pytest.raises(RuntimeError, match="written by others"):
+        resident(some_x())
+
+
 def test_values_written_by_others_are_noticed_when_compiled() -> None:
     _, resident, _ = pair()
     compiled = torch.compile(resident, backend="aot_eager")

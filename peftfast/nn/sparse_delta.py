@@ -271,14 +271,26 @@ class SparseDeltaLinear(nn.Linear):
         self._seen = self._now()
 
     def check_base(self) -> None:
-        """Raise RuntimeError where a merged weight was written or replaced by others."""
+        """Raise RuntimeError where a merged weight was written or replaced by others. Writing to it what it held is none of that, as
+        DDP does when it makes all workers' parameters and buffers the first one's."""
         if self._seen is None or self._seen[:2] == (self.weight.data_ptr(), self.weight._version):
             return
         what = "replaced" if self._seen[0] != self.weight.data_ptr() else "written"
+        if what == "written" and self._holds_delta():
+            self._note()
+            return
         raise RuntimeError(
             f"weight: {what} by others while it holds this layer's delta; call rebase() to take what it holds now for the base, "
             "or unmerge() before writing to it"
         )
+
+    @torch.no_grad()
+    def _holds_delta(self) -> bool:
+        """Whether the weight is, on the support, what merging these values into these base values gives."""
+        held = self.weight.reshape(-1).index_select(0, self.pattern.indices)
+        as_merged, places = held.clone().unsqueeze(0), torch.arange(held.numel(), device=held.device, dtype=torch.int32)
+        ops.sparse_delta.sparse_delta_write_(as_merged, places, self.base_values, self.delta_values.detach())
+        return torch.equal(as_merged[0], held)
 
     def _check_merged(self) -> None:
         if torch.compiler.is_compiling():
