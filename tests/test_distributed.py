@@ -87,6 +87,15 @@ def test_disable_adapter_before_the_backward_under_ddp(results) -> None:
     assert_same(disabled["patched"], disabled["stock"])
 
 
+@pytest.mark.parametrize("layers", ["sparse ddp", "sparse ddp resident"])
+def test_ddp_moves_all_workers_supports_alike(results, layers: str) -> None:
+    sparse = of(results, layers)
+    assert sparse["same_supports"]
+    assert_same(sparse["ddp"], sparse["single"])
+    assert sparse["single"][-1] > 0  # weights that changed place
+    assert any("process_group is not given" in message for message in sparse["warned"])
+
+
 @pytest.mark.parametrize("base", ["dense", "4-bit uint8", "4-bit bfloat16"])
 def test_fsdp2_by_decoder_layer_stays_fused(results, base: str) -> None:
     fsdp = of(results, f"fsdp {base}")

@@ -242,6 +242,21 @@ def worker(rank: int, folder: str, dtype: torch.dtype) -> None:
         assert "do not train the same parameters" in str(error)
     else:
         raise AssertionError("workers with other parameters were not told apart")
+    model = net(dtype)
+    with torch.no_grad():
+        model.second.weight.add_(rank)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = MeZO(model, process_group=True)
+    for _ in range(2):
+        try:
+            optimizer.step([micro(model, parts[0])])
+        except ValueError as error:
+            assert str(error).startswith(
+                "params: expected the same weights on all workers, got others in second.weight;"
+            )
+        else:
+            raise AssertionError("workers with other weights were not told apart")
+    assert same(model, before)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

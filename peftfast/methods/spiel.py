@@ -4,6 +4,7 @@ gradients say so."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from ..functional.sparse_delta import dvalues
 from ..functional.sparse_pattern import check_indices, smallest_index_dtype, trusted
 from ..functional.sparse_support import top_of_outer, top_of_product
 from ..nn.sparse_delta import SparseDeltaLinear
+from ..optim.exchange import Exchange
 from ..optim.sparse_adamw import SparseAdamW, age_dtype
 from ..optim.sparse_sm3 import SparseSM3
 
@@ -47,6 +49,9 @@ class SpIEL:
     With :class:`peftfast.optim.SparseSM3` it is SpIEL-MA: grown are the inactive positions with the largest product of their row's
     and their column's accumulator, from Δ = 0, the accumulators as they are.
 
+    Where several workers train one model on other data each (DDP), their supports must move alike: with ``process_group`` the first
+    worker chooses the candidates, and what is accumulated is the mean of all workers' gradients, as the optimiser sees it.
+
     p is 1 the first time, then ``initial_rate`` times 1 - t / T (linear) or (1 + cos(pi t / T)) / 2, with t of T steps done.
     Temporaries are of the order of what is active and what is a candidate, and one slab of rows; never of the whole weight.
 
@@ -57,9 +62,14 @@ class SpIEL:
         reselection_steps, accumulation_steps: as above, in optimiser steps.
         initial_rate: p at the beginning, in (0, 1].
         schedule: "linear" or "cosine".
+        process_group: of the workers that train this model together; ``True`` is the default group, ``False`` says that there are
+            none. Of a ``model`` in DDP's wrapper it is known.
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Warns:
+        UserWarning: torch.distributed runs several processes, and whether they train one model is not said.
     """
 
     def __init__(
@@ -72,6 +82,7 @@ class SpIEL:
         accumulation_steps: int = 5,
         initial_rate: float = 0.2,
         schedule: str = "linear",
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module | Iterable):
             raise TypeError(f"model: expected a module or layers, got {type(model).__name__}")
@@ -97,6 +108,14 @@ class SpIEL:
             raise ValueError(f"initial_rate: expected a part in (0, 1], got {initial_rate}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+        self._exchange = Exchange(_group_of(model) if process_group is None else process_group)
+        if process_group is None and not self._exchange.active and _several_workers():
+            warnings.warn(
+                "SpIEL: several processes run and process_group is not given: workers that train one model on other data each would "
+                "move its supports apart. process_group=True for these, False for processes with a model of their own",
+                UserWarning,
+                stacklevel=2,
+            )
         self.optimizer = optimizer
         if any(group.get("state_bits", 32) != 32 for group in optimizer.param_groups):
             raise ValueError("optimizer: expected states in 32 bits, which can be moved one by one")
@@ -129,6 +148,9 @@ class SpIEL:
         if known is None:
             positions, entries = top_of_product(dy, x, layer.delta_values.numel())
             indices = smallest_index_dtype(positions, shape)
+            if self._exchange.active:
+                self._exchange.of_the_first_(indices)
+                entries = dvalues(dy, x, trusted(indices, shape), entries.dtype)
             zeros = torch.zeros_like(entries)
             self._candidates[number] = _Candidates(indices, zeros, zeros.clone(), 0, entries)
             return
@@ -139,6 +161,7 @@ class SpIEL:
         """The passes since the last step were one gradient: its square is not the sum of theirs."""
         for known in self._candidates.values():
             if known.pending is not None:
+                self._exchange.mean_(known.pending)
                 known.sums += known.pending
                 known.squares.addcmul_(known.pending, known.pending)
                 known.steps += 1
@@ -284,6 +307,16 @@ class SpIEL:
             name: one.to(device) if isinstance(one, Tensor) else one for name, one in found.items()
         }
         return _Candidates(**placed)
+
+
+def _group_of(model: Any) -> Any:
+    wrapped = torch.distributed.is_available() and isinstance(model, nn.parallel.DistributedDataParallel)
+    return model.process_group if wrapped else None
+
+
+def _several_workers() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class _Observer:

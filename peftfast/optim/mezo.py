@@ -69,8 +69,8 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         seed: of the whole run, 64 bits; drawn by torch's generator if not given.
         stochastic_rounding: of the update in 16 bits; without it bfloat16 loses 97 % of an update at lr g = 1e-6.
         log: a new file to which each step adds 16 bytes a direction; :func:`peftfast.optim.replay` gives the weights back from it.
-        process_group: data parallel: workers exchange their losses and nothing else, and all take the same step. ``True`` is the
-            default group.
+        process_group: data parallel: workers exchange their losses and nothing else, and all take the same step, of as many
+            micro-batches each. ``True`` is the default group. The first step compares the workers' weights, which must be the same.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -141,6 +141,7 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         self.paired_fallbacks: list[str] = []
         self._modules = {id(m): n for n, m in params.named_modules()} if isinstance(params, nn.Module) else {}
         self._steps = 0
+        self._compared = False
         self._layout: Layout | None = None
         self._saved: list[Tensor] = []
         self._unread: list[Unread] = []
@@ -222,8 +223,9 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
             The mean loss of the evaluations, one float32 on the device; in between nothing waits for the device.
 
         Raises:
-            TypeError, ValueError: a closure that is none or returns something else; also, at the step after it, that a loss was not
-                finite: that step changed nothing. What the closure itself raises passes through. Weights are as before the step.
+            TypeError, ValueError: a closure that is none or returns something else; workers whose weights differ; also, at the step
+                after it, that a loss was not finite: that step changed nothing. What the closure itself raises passes through. Weights
+                are as before the step.
         """
         self._raise_if_failed()
         if self._log is not None:
@@ -231,6 +233,9 @@ class MeZO(ExactEvaluations, InplaceEvaluations, torch.optim.Optimizer):
         closures = closures_of(closure)
         if paired and (self.mode != "exact" or not self.two_sided):
             raise ValueError("paired: expected mode='exact' and two_sided=True")
+        if not self._compared:  # not earlier: weights may be loaded when the optimiser is there
+            self._exchange.check_same(self._names, self._parameters)
+            self._compared = True
         seeds = self._step_seeds(self._steps)
         device_seeds = seeds_tensor("seed", seeds, self._device)
         if self.mode == "exact":

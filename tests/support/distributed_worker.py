@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora as peft_lora
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peftfast
 from peftfast.functional.lora import LoRALinearFunction
 from peftfast.integrations.patch_report import logged
+from peftfast.methods import SpIEL
+from peftfast.nn import SparseDeltaLinear
 from peftfast.ops.dispatch import Operator
+from peftfast.optim import SparseAdamW
 from tests.support.functions_ran import calls_by_library
 
 WORLD = 2
@@ -309,6 +313,50 @@ def disabled_under_fsdp() -> dict[str, Any]:
     return {"patched": losses_of(wrapped, True), "stock": losses_of(stock, True)}
 
 
+def sparse_ddp(resident: bool) -> dict[str, Any]:
+    """Sparse layers whose supports move: two workers, and one process that takes their batches one after the other."""
+
+    def made() -> tuple[nn.Module, SparseAdamW]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 24))
+        for i in (0, 2):
+            model[i] = SparseDeltaLinear.from_linear(model[i], density=0.1, resident=resident)
+        return model, SparseAdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+    def batch(step: int, rank: int) -> Tensor:
+        return torch.randn(6, 24, generator=torch.Generator().manual_seed(10 * step + rank))
+
+    def run(spiel: SpIEL, optimizer: SparseAdamW, call: nn.Module, ranks: list[int]) -> list[float]:
+        losses, moved = [], 0
+        for step in range(8):
+            optimizer.zero_grad()
+            for rank in ranks:
+                loss = call(batch(step, rank)).square().mean() / len(ranks)
+                loss.backward()
+            optimizer.step()
+            moved += spiel.moved if spiel.step() else 0
+            losses.append(call(batch(0, 0)).square().mean().item())
+        return [*losses, moved]
+
+    options = {"total_steps": 8, "reselection_steps": 3, "accumulation_steps": 2}
+    model, optimizer = made()
+    single = run(SpIEL(model, optimizer, process_group=False, **options), optimizer, model, [0, 1])
+    supports = [layer.delta_indices.tolist() for layer in (model[0], model[2])]
+    model, optimizer = made()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        SpIEL(model, optimizer, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the wrapper says which workers there are
+        wrapped = DistributedDataParallel(model)
+        spiel = SpIEL(wrapped, optimizer, **options)
+    found = run(spiel, optimizer, wrapped, [dist.get_rank()])
+    every: list[Any] = [None] * WORLD
+    dist.all_gather_object(every, [layer.delta_indices.tolist() for layer in (model[0], model[2])])
+    said = [str(one.message) for one in warned]
+    return {"single": single, "ddp": found, "same_supports": all(one == supports for one in every), "warned": said}
+
+
 def fsdp_uint8() -> dict[str, Any]:
     if integer_storage() != "uint8":
         return {
@@ -325,6 +373,8 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "ddp 4-bit": lambda: ddp("uint8"),
         "ddp patched inside": ddp_patched_inside,
         "ddp disabled": disabled_under_fsdp,
+        "sparse ddp": lambda: sparse_ddp(False),
+        "sparse ddp resident": lambda: sparse_ddp(True),
         "fsdp dense": lambda: fsdp(None),
         "fsdp 4-bit uint8": fsdp_uint8,
         "fsdp 4-bit bfloat16": lambda: fsdp("bfloat16"),
