@@ -106,6 +106,11 @@ def test_fsdp2_by_decoder_layer_stays_fused(results, base: str) -> None:
     assert_same(fsdp["losses"], of(results, f"single {base.split()[0]}")["stock"])
 
 
+def test_dora_on_a_sharded_base_that_was_written(results) -> None:
+    written = of(results, "fsdp dora")
+    assert_same(written["patched"], written["stock"])
+
+
 def test_fsdp2_by_linear_falls_back(results) -> None:
     fsdp = of(results, "fsdp each linear")
     assert fsdp["fused"] == 0
@@ -132,6 +137,13 @@ def test_distributed_checkpoint(results, base: str) -> None:
         assert saved["went_on"] == saved["resumed"]
     assert saved["unexpected"] == [] and saved["adapter_keys"] == 2 * LAYERS
     assert_same(saved["whole"], saved["went_on"])
+
+
+def test_distributed_checkpoint_of_own_4_bit_layers(results) -> None:
+    own = of(results, "checkpoint own 4-bit")
+    if "unsupported" in own:
+        pytest.skip(own["unsupported"])
+    assert len(own["same"]) == 10 and all(own["same"].values()), own
 
 
 def batch() -> torch.Tensor:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -25,9 +30,9 @@ class _Kept:
     with its contents. Storages are referred to weakly, so that the address of one that is freed is not taken for it again.
     """
 
-    def __init__(self, tensors: list[Tensor], key: tuple[object, ...], norms: Tensor) -> None:
+    def __init__(self, tensors: list[Tensor], key: tuple[object, ...], norms: Tensor, shard: Any) -> None:
         self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
-        self.key, self.norms = key, norms
+        self.key, self.norms, self.shard = key, norms, shard
         self.made = streams.Made(norms)
 
     def __reduce__(self) -> tuple[type[set[object]], tuple[()]]:
@@ -54,6 +59,28 @@ def _memory(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor._version
 
 
+def _shard_of(tensor: Tensor) -> Any:
+    """What FSDP2 knows of the parameter that it gathered into a tensor's memory, weakly; None where it did not."""
+    composed = sys.modules.get("torch.distributed._composable_state")
+    memory = tensor.untyped_storage()._cdata
+    for module in list(getattr(composed, "_module_state_mapping", ())):
+        state: Any = composed._get_module_state(module)  # type: ignore[union-attr]
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for parameter in itertools.chain.from_iterable(getattr(group, "fsdp_params", ()) for group in groups):
+            gathered = getattr(parameter, "_unsharded_param", None)
+            if gathered is not None and gathered.untyped_storage()._cdata == memory:
+                return weakref.ref(parameter)
+    return None
+
+
+def _shard_memory(shard: Any) -> tuple[int, ...]:
+    """Of the part of a gathered weight that lies here. It is written, by a loader or an optimiser, where the gathered weight is not,
+    which is then gathered anew in the same version and often at the same address."""
+    parameter = None if shard is None else shard()
+    local = getattr(getattr(parameter, "sharded_param", None), "_local_tensor", None)
+    return _memory(local) if type(local) is Tensor else ()
+
+
 def _row_norms(weight: Tensor | NF4Weight, dense: Tensor, dtype: torch.dtype) -> Tensor:
     how: tuple[object, ...]
     if isinstance(weight, NF4Weight):  # the layout of its parts follows from what it is
@@ -64,13 +91,14 @@ def _row_norms(weight: Tensor | NF4Weight, dense: Tensor, dtype: torch.dtype) ->
     # A weight that is trained has other norms after every step, of which no version need tell: FSDP gathers behind it.
     if torch.compiler.is_compiling() or any(part.requires_grad or part.is_inference() for part in tensors):
         return torch.linalg.vector_norm(dense.to(dtype), dim=1)
-    key = (how, *map(_memory, tensors))
     known = tensors[0].__dict__.get(_KEPT)
+    shard = known.shard if isinstance(known, _Kept) else _shard_of(tensors[0])
+    key = (how, *map(_memory, tensors), _shard_memory(shard))
     if not isinstance(known, _Kept) or known.key != key:
         norms = torch.linalg.vector_norm(_unrounded(weight, dense).to(dtype), dim=1)
         if norms.is_cuda and torch.cuda.is_current_stream_capturing():
             return norms  # which are there when the graph is replayed, and not before
-        known = tensors[0].__dict__[_KEPT] = _Kept(tensors, key, norms)
+        known = tensors[0].__dict__[_KEPT] = _Kept(tensors, key, norms, shard)
     known.made.meet()
     return known.norms
 

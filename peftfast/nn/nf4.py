@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ _STATE_KEYS = {
     "nested_absmax": "nested_absmax",
     "nested_code": "nested_quant_map",
 }
+
+_LONGEST_FLOAT = len("-2.2250738585072014e-308")
 
 
 class NF4Linear(nn.Linear):
@@ -143,10 +146,24 @@ class NF4Linear(nn.Linear):
                 # The code tables are shared between layers, which safetensors refuses: each layer saves its own.
                 tensor = tensor.clone() if name in ("code", "nested_code") else tensor
                 destination[f"{prefix}weight.{key}"] = tensor if keep_vars else tensor.detach()
-        encoded = json.dumps(meta).encode()
+        encoded = json.dumps(meta)
+        if self.nested_offset is not None:
+            # As long for every offset: torch.distributed.checkpoint reads into tensors of the size that another state_dict has.
+            encoded = encoded.ljust(len(encoded) + _LONGEST_FLOAT - len(repr(meta["nested_offset"])))
         destination[f"{prefix}weight.quant_state.bitsandbytes__{self.quant_type}"] = torch.tensor(
-            list(encoded), dtype=torch.uint8, device="cpu"
+            list(encoded.encode()), dtype=torch.uint8, device="cpu"
         )
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Asked by torch.distributed.checkpoint, which follows each key of the state_dict by attributes: those beneath "weight." lead
+        to tensors of the module, the parameter itself has none."""
+        return {"weight": "_followed"}
+
+    @property
+    def _followed(self) -> Any:
+        statistics = {key: getattr(self, name) for name, key in _STATE_KEYS.items()}
+        blob = types.SimpleNamespace(**{f"bitsandbytes__{self.quant_type}": None})
+        return types.SimpleNamespace(weight=types.SimpleNamespace(**statistics, quant_state=blob))
 
     def _load_from_state_dict(
         self,
@@ -160,7 +177,9 @@ class NF4Linear(nn.Linear):
     ) -> None:
         stem = f"{prefix}weight."
         state = {key[len(stem) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(stem)}
-        if state:
+        if state and f"{prefix}weight" not in state_dict:
+            pass  # of a state without frozen parameters, as torch.distributed.checkpoint makes it; the weight is missed below
+        elif state:
             try:
                 nf4 = unpack_state(state_dict[f"{prefix}weight"], state)
                 if tuple(nf4.shape) != (self.out_features, self.in_features):

@@ -31,7 +31,7 @@ import peftfast
 from peftfast.functional.lora import LoRALinearFunction
 from peftfast.integrations.patch_report import logged
 from peftfast.methods import SpIEL
-from peftfast.nn import SparseDeltaLinear
+from peftfast.nn import LoRALinear, NF4Linear, SparseDeltaLinear
 from peftfast.ops.dispatch import Operator
 from peftfast.optim import SparseAdamW
 from tests.support.functions_ran import calls_by_library
@@ -217,6 +217,29 @@ def fsdp(four_bit: str | None) -> dict[str, Any]:
     }
 
 
+def fsdp_dora_base_written() -> dict[str, Any]:
+    """A frozen base whose shards are written, as by a loader: DoRA's norms of the gathered weight are of another weight then, in the
+    same version and, every few turns, at the same address."""
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
+
+    def outputs(patched: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 512, bias=False))
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["0"], use_dora=True, init_lora_weights=False))
+        if patched:
+            peftfast.patch(model)
+        fully_shard(model)
+        found = []
+        for _ in range(12):
+            with torch.no_grad():
+                found.append(model(x).norm().item())
+                model.reshard()
+                model.base_model.model[0].base_layer.weight.to_local().mul_(1.2)
+        return found
+
+    return {"stock": outputs(False), "patched": outputs(True)}
+
+
 def fsdp_each_linear() -> dict[str, Any]:
     """Every base layer is a unit of its own: outside that unit's forward its weight is a DTensor."""
     model = llama()
@@ -278,6 +301,49 @@ def checkpoint(folder: Path, four_bit: str | None) -> dict[str, Any]:
         result["whole"] = train(plain, shard=False, steps=slice(2, None), optimizer=optimizer)
         result["adapter_keys"] = len(whole)
     return result
+
+
+def own_layers(folder: Path) -> dict[str, Any]:
+    """4-bit layers of peftfast.nn, whose state_dict has keys beneath "weight.": from sharded and whole models into others."""
+
+    if integer_storage() != "uint8":
+        return {"unsupported": f"fully_shard of torch {torch.__version__} takes no integer parameters"}
+
+    def made(seed: int, shard: bool) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+        model[0] = LoRALinear.from_linear(NF4Linear.from_linear(model[0]), r=4)
+        model[2] = NF4Linear.from_linear(model[2])
+        nn.init.normal_(model[0].lora_B)
+        return fully_shard(model) if shard else model
+
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    same = {}
+    for saved_sharded in (False, True):
+        source = made(0, saved_sharded)
+        expected = source(x)
+        path = folder / str(saved_sharded)
+        state_dict_saver.save(get_model_state_dict(source), checkpoint_id=path)
+        whole = get_model_state_dict(source, options=StateDictOptions(full_state_dict=True))
+        trained = get_model_state_dict(source, options=StateDictOptions(ignore_frozen_params=True))
+        for shard in (False, True):
+            case = f"{saved_sharded} to {shard}"
+            model = made(7, shard)
+            model(x).sum().backward()
+            state = get_model_state_dict(model)
+            state_dict_loader.load(state, checkpoint_id=path)
+            set_model_state_dict(model, state)
+            same[case] = torch.equal(model(x), expected)
+            model(x).sum().backward()
+            model = made(8, shard)
+            set_model_state_dict(model, dict(whole), options=StateDictOptions(full_state_dict=True))
+            same[f"{case}, whole"] = torch.equal(model(x), expected)
+            model = made(0, shard)
+            nn.init.zeros_(model[0].lora_B)
+            if saved_sharded is shard:
+                set_model_state_dict(model, trained, options=StateDictOptions(strict=False))
+                same[f"{case}, adapters"] = torch.equal(model(x), expected)
+    return {"same": same}
 
 
 def disabled_under_fsdp() -> dict[str, Any]:
@@ -378,9 +444,11 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "fsdp dense": lambda: fsdp(None),
         "fsdp 4-bit uint8": fsdp_uint8,
         "fsdp 4-bit bfloat16": lambda: fsdp("bfloat16"),
+        "fsdp dora": fsdp_dora_base_written,
         "fsdp each linear": fsdp_each_linear,
         "fsdp patched after": fsdp_patched_after,
         "checkpoint dense": lambda: checkpoint(folder / "dense", None),
+        "checkpoint own 4-bit": lambda: own_layers(folder / "own"),
         "checkpoint 4-bit": lambda: checkpoint(folder / "4bit", integer_storage()),
     }
 
