@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .cli import UserError, bench
 from .cli.arguments import Parser
@@ -16,7 +19,23 @@ COMMANDS = {
     "doctor": "what is installed, which kernel serves each operator here, and whether each is right",
     "bench": f"the benchmarks of the kernels: {', '.join(bench.STEPS)}",
 }
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as of a batch system whose time is up: what a command has begun is cleared away as at Ctrl+C."""
+
+
+def _raise_at_sigterm() -> None:
+    own = os.getpid()
+
+    def handler(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if os.getpid() != own:  # a forked child has nothing of ours to clear away
+            os.kill(os.getpid(), number)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handler)
 
 
 def parser() -> Parser:
@@ -32,7 +51,8 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status, 2 with one line on stderr for bad input, 130 with one line when interrupted."""
+    """Run one command; its exit status, 2 with one line on stderr for bad input, 130 with one line when interrupted, 143 when
+    terminated."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         # Only the first word: what follows is the command's own.
@@ -41,10 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
 if __name__ == "__main__":
+    _raise_at_sigterm()
     sys.exit(main())
