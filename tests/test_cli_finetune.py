@@ -372,6 +372,19 @@ def case_unknown_architecture(llama, tmp_path):
     return {"model": model}, ["--model", "no usable config", "no-such-model"]
 
 
+def case_a_config_with_a_field_of_another_type(llama, tmp_path):
+    model = copied(llama, tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    return {"model": model}, ["--model", "no usable config", "hidden_size"]
+
+
+def case_a_tokenizers_config_that_is_a_list(llama, tmp_path):
+    model = copied(llama, tmp_path)
+    (model / "tokenizer_config.json").write_text("[]")
+    return {"model": model}, ["--model", "no usable tokenizer", str(model)]
+
+
 def case_no_tokenizer(llama, tmp_path):
     model = copied(llama, tmp_path, without=("tokenizer.json", "tokenizer_config.json"))
     return {"model": model}, ["--model", "no usable tokenizer", str(model)]
@@ -423,6 +436,25 @@ def case_target_is_no_linear(llama, tmp_path):
 def case_out_is_a_file(llama, tmp_path):
     (tmp_path / "taken").write_text("precious")
     return {"out": tmp_path / "taken"}, ["--out", "taken", "not a directory"]
+
+
+def case_out_is_a_link_that_leads_nowhere(llama, tmp_path):
+    """Found before the training and not where its result is to be put in place."""
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "adapter")
+    return {"out": tmp_path / "link"}, ["--out", "link", "not a directory"]
+
+
+def case_a_seed_that_is_too_large(llama, tmp_path):
+    return {"more": ("--seed", str(2**32))}, ["--seed", "below 4294967296"]
+
+
+def case_evaluations_of_nothing(llama, tmp_path):
+    return {"more": ("--eval_strategy", "epoch")}, ["TrainingArguments", "eval_strategy"]
+
+
+def case_checkpointing_that_a_method_cannot_have(llama, tmp_path):
+    more = ("--method", "mosa", "--gradient-checkpointing", "--method-option", "reg_weight=0.1")
+    return {"more": more}, ["--method mosa", "reg_weight", "checkpointing"]
 
 
 def case_out_holds_something_else(llama, tmp_path):

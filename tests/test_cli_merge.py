@@ -223,7 +223,17 @@ def test_refusals_write_nothing(llama, adapters, tmp_path, capsys):  # noqa: F81
     weights["pickled"].with_suffix(".bin").write_bytes(b"")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "merged")
+    shaped = {"numbered": {"base_model_name_or_path": 5}, "ranked": {"r": "x"}, "typed": {"peft_type": ["LORA"]}}
+    for name, entries in shaped.items():
+        shutil.copytree(adapters / "lora", tmp_path / name)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | entries))
+    for name, contents in (("cut-labels", '["a",'), ("one-label", "5")):
+        shutil.copytree(adapters / "lora", tmp_path / name)
+        (tmp_path / name / "label_names.json").write_text(contents)
     cases = [
+        ([*good[:-1], str(tmp_path / "link")], ["--out", "link", "not a directory"]),
         (good, ["--out", "--overwrite"]),
         (["merge", "--adapter", str(tmp_path), "--out", str(out)], ["--adapter", "no adapter_config.json"]),
         (["merge", "--adapter", str(nameless), "--out", str(tmp_path / "x")], ["--model", "names no base model"]),
@@ -246,6 +256,15 @@ def test_refusals_write_nothing(llama, adapters, tmp_path, capsys):  # noqa: F81
     new = str(tmp_path / "new" / "merged")
     for name, said in (("cut", str(weights["cut"])), ("bare", "no adapter_model.safetensors or adapter_model.bin in")):
         cases.append((["merge", "--adapter", str(tmp_path / name), "--out", new], ["--adapter", said]))
+    for name, said in (
+        ("numbered", "--model: the adapter"),
+        ("ranked", "no usable adapter"),
+        ("typed", "no usable adapter"),
+        ("cut-labels", "label_names.json is not JSON"),
+        ("one-label", "label_names.json: expected a list"),
+    ):
+        again = ["merge", "--adapter", str(tmp_path / name), "--out", str(out), "--overwrite"]
+        cases.append((again, [said, str(tmp_path / name)]))
     cases.append((["merge", "--adapter", str(tmp_path / "pickled"), "--out", str(out), "--overwrite"], ["--adapter"]))
     before = tree(tmp_path)
     for argv, said in cases:
@@ -333,3 +352,26 @@ def test_an_adapter_of_a_method(llama, texts, tmp_path, capsys, method) -> None:
         with torch.no_grad():
             expected = model(TOKENS).logits
     assert relative(logits(out), expected) < 1e-4
+
+
+def test_what_a_killed_merge_left_is_swept_up(llama, adapters, tmp_path, monkeypatch):  # noqa: F811
+    """Into 4 bits the whole model lies once more beside --out, dense, under a name that the next run knows."""
+    out = tmp_path / "merged"
+    argv = ["merge", "--adapter", str(adapters / "lora"), "--out", str(out), "--four-bit"]
+
+    class Killed(Exception):
+        pass
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    load = merge.models.load
+    with monkeypatch.context() as patch:
+        patch.setattr(merge.atomic, "_remove", lambda *folders: None)  # as where nothing more runs
+        patch.setattr(merge.models, "load", lambda *a, **k: killed() if k["four_bit"] else load(*a, **k))
+        with pytest.raises(Killed):
+            main(argv)
+    left = sorted(path.name.partition("-")[0] for path in tmp_path.iterdir())
+    assert left == [".merged.dense", ".merged.new"]
+    assert main(argv) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]

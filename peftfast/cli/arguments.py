@@ -23,16 +23,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
-def integer(lowest: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least ``lowest``."""
+def integer(lowest: int, below: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least ``lowest``, and below ``below``."""
 
     def read(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = lowest - 1
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
+        if not lowest <= value < below:
+            span = f"of at least {lowest}" + ("" if math.isinf(below) else f" and below {below}")
+            raise argparse.ArgumentTypeError(f"expected a whole number {span}, got {text!r}")
         return value
 
     return read

@@ -90,7 +90,7 @@ def recover(target: Path) -> bool:
 
 
 def _sweep(target: Path) -> None:
-    for kind in ("old", "new"):
+    for kind in ("old", "new", "dense"):
         for path, pid in _siblings(target, kind):
             if not _alive(pid):
                 if path.is_dir():
@@ -130,6 +130,18 @@ def replace_directory(target: Path) -> Iterator[Path]:
             os.rename(old, target)
         _remove(new, old)
         raise
+
+
+@contextmanager
+def beside(target: Path, kind: str) -> Iterator[Path]:
+    """A folder for the time of the block, hidden beside ``target``; what a killed process leaves of it :func:`recover` sweeps up."""
+    folder = _sibling(Path(os.path.abspath(target)), kind, os.getpid())
+    _remove(folder)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        _remove(folder)
 
 
 def _remove(*folders: Path) -> None:

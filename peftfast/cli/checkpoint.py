@@ -8,6 +8,7 @@ whole, of which step it is and of which command. Without that marker a checkpoin
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def check(out: Path, *, overwrite: bool, resume: bool) -> None:
             resume from.
     """
     atomic.recover(out)
-    if not out.exists():
+    if not os.path.lexists(out):  # a link that leads nowhere is there
         arguments.creatable("--out", out)
         return
     if not out.is_dir() or out.is_symlink():

@@ -101,7 +101,7 @@ def parser() -> arguments.Parser:
     _both(training, "warmup_steps", type=whole(0), default=0)
     _both(training, "gradient_checkpointing", action="store_true")
     _both(training, "bf16", action="store_true", help="train under bf16 autocast")
-    _both(training, "seed", type=whole(0), default=42)
+    _both(training, "seed", type=whole(0, 2**32), default=42)  # what NumPy takes
     _both(training, "logging_steps", type=whole(1), default=10)
     _both(training, "save_steps", type=whole(1), default=100, help="put adapter and checkpoint in place so often")
     return parse

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import atomic, checkpoint, models, records
+from .arguments import first_line
 from .errors import UserError
 from .finetune_base import Method, Target
 from .texts import Encoder
@@ -280,15 +281,25 @@ class Job:
             # batch would be of another size than --per_device_train_batch_size says.
             print(f"trains on one of {arguments.n_gpu} GPUs; CUDA_VISIBLE_DEVICES chooses which")
             arguments._n_gpu = 1
-        return self.method.trainer(
-            model=self.model,
-            args=arguments,
-            data_collator=self.encoder.collate,
-            train_dataset=self.encoder.encode(learn),
-            eval_dataset=self.encoder.encode(held_out) if held_out else None,
-            compute_metrics=_accuracy if self.classify else None,
-            callbacks=[_saver(self), *self.method.callbacks()],
-        )
+        learnt, held = self.encoder.encode(learn), self.encoder.encode(held_out) if held_out else None
+        try:
+            return self.method.trainer(
+                model=self.model,
+                args=arguments,
+                data_collator=self.encoder.collate,
+                train_dataset=learnt,
+                eval_dataset=held,
+                compute_metrics=_accuracy if self.classify else None,
+                callbacks=[_saver(self), *self.method.callbacks()],
+            )
+        except (
+            ValueError,
+            ImportError,
+            RuntimeError,
+        ) as error:  # TrainingArguments that do not go together, packages they need
+            if self.extra:
+                raise UserError(f"TrainingArguments: {first_line(error)}") from None
+            raise
 
 
 def _saver(job: Job) -> "TrainerCallback":

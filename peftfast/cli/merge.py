@@ -2,8 +2,8 @@
 
 import argparse
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     config = _adapter_config(options.adapter)
     name = options.model or config.get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(f"--model: the adapter in {options.adapter} names no base model; give it")
     directory = None if models.is_hub_name(name) else models.directory_of("--model", name)
     if directory is not None and options.out.resolve() == directory.resolve():
@@ -105,7 +105,7 @@ def _started_from(adapter: Path) -> dict[str, Any] | None:
 
 def _check_out(out: Path, overwrite: bool) -> None:
     atomic.recover(out)
-    if not out.exists():
+    if not os.path.lexists(out):  # a link that leads nowhere is there
         return
     if not out.is_dir() or out.is_symlink():
         raise UserError(f"--out: {out} is not a directory")
@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace, directory: str, device: str, started: dict
     labels = options.adapter / LABEL_NAMES
     classify = labels.is_file() or _adapter_config(options.adapter).get("task_type") == "SEQ_CLS"
     if labels.is_file():
-        names = [str(name) for name in json.loads(labels.read_text(encoding="utf-8"))]
+        names = _names_of(labels)
         config.num_labels = len(names)
         config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
     elif classify and (count := _labels_of(options.adapter)) is not None:
@@ -135,12 +135,12 @@ def _run(options: argparse.Namespace, directory: str, device: str, started: dict
     merged.to(getattr(torch, options.dtype))
     with atomic.replace_directory(options.out) as new:
         if options.four_bit:
-            with tempfile.TemporaryDirectory(dir=new.parent, prefix=f".{options.out.name}.dense-") as dense:
-                merged.save_pretrained(dense)
+            with atomic.beside(options.out, "dense") as dense:
+                merged.save_pretrained(str(dense))
                 del merged
                 written, _ = models.load(
-                    dense,
-                    AutoConfig.from_pretrained(dense),
+                    str(dense),
+                    AutoConfig.from_pretrained(str(dense)),
                     classify=classify,
                     dtype=options.dtype,
                     device=device,
@@ -153,6 +153,17 @@ def _run(options: argparse.Namespace, directory: str, device: str, started: dict
         _copy_tokenizer(directory, new)
         _check(written.state_dict(), new, classify, device, probe, expected)
     print(f"written to {options.out}")
+
+
+def _names_of(labels: Path) -> list[str]:
+    """The names of the classes that finetune wrote beside the adapter."""
+    try:
+        names = json.loads(labels.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--adapter: {labels} is not JSON: {error}") from None
+    if not isinstance(names, list):
+        raise UserError(f"--adapter: {labels}: expected a list of the classes' names, got {type(names).__name__}")
+    return [str(name) for name in names]
 
 
 def _labels_of(adapter: Path) -> int | None:

@@ -60,9 +60,13 @@ def offline_unless_named(model: str) -> None:
 @contextlib.contextmanager
 def named(option: str, directory: str, what: str) -> Iterator[None]:
     """Errors that other libraries raise for a directory's contents, as a UserError that names it."""
+    from huggingface_hub import errors
     from safetensors import SafetensorError
 
-    bad = (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+    # A file whose JSON is of another shape ends in a TypeError or an AttributeError, a config's field of another type in the hub's own.
+    strict = getattr(errors, "StrictDataclassError", OSError)
+    of_values = (ValueError, KeyError, TypeError, AttributeError, strict)
+    bad = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError, *of_values)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
