@@ -457,6 +457,17 @@ def case_checkpointing_that_a_method_cannot_have(llama, tmp_path):
     return {"more": more}, ["--method mosa", "reg_weight", "checkpointing"]
 
 
+def case_reentrant_checkpointing_under_routers(llama, tmp_path):
+    more = ("--method", "mola", "--method-option", "experts=(2, 2)", "--gradient-checkpointing")
+    more += ("--gradient_checkpointing_kwargs", '{"use_reentrant": true}')
+    return {"more": more}, ["--method mola", "use_reentrant=False"]
+
+
+def case_a_chat_template_that_is_no_text(llama, tmp_path):
+    (tmp_path / "template").write_bytes(b"\xff\xfe\x00")
+    return {"more": ("--chat_template_path", str(tmp_path / "template"))}, ["--chat_template_path", "utf-8"]
+
+
 def case_out_holds_something_else(llama, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")

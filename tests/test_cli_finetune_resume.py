@@ -132,6 +132,16 @@ def spoil_marker_text(out: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
+def spoil_optimizer(out: Path) -> None:
+    """Without a word the Trainer would go on with an optimiser and a schedule that begin again."""
+    (out / checkpoint.FOLDER / "optimizer.pt").unlink()
+
+
+def spoil_random_state(out: Path) -> None:
+    path = out / checkpoint.FOLDER / "rng_state.pth"
+    path.write_bytes(path.read_bytes()[:20])
+
+
 def test_what_cannot_be_resumed_is_refused(halted, llama, tmp_path, capsys):  # noqa: F811
     """One halted training, and each way in which it is not the one that is asked for."""
     argv, out = halted
@@ -152,6 +162,8 @@ def test_what_cannot_be_resumed_is_refused(halted, llama, tmp_path, capsys):  # 
         ([*argv, "--resume", "--model", str(other_model)], None, ["another --model"]),
         ([*argv, "--resume"], spoil_marker, ["not whole", checkpoint.MARKER]),
         ([*argv, "--resume"], spoil_marker_text, ["not whole"]),
+        ([*argv, "--resume"], spoil_optimizer, ["not whole", "optimizer.pt", "is missing"]),
+        ([*argv, "--resume"], spoil_random_state, ["not whole", "rng_state.pth", "has 20 bytes of"]),
     ]
     for asked, spoil, said in cases:
         shutil.rmtree(out)

@@ -2,7 +2,8 @@
 
 ``OUT`` is replaced whole at each save (:mod:`.atomic`), so that the result and the state beside it are always of one step. The state
 lies in ``OUT/checkpoint``: a checkpoint of transformers' Trainer and, written last, ``complete.json``, which says that the rest is
-whole, of which step it is and of which command. Without that marker a checkpoint is not read.
+whole, of which step it is and of which command, and how many bytes each file has. Without that marker a checkpoint is not read, nor
+with other files than it names: the Trainer goes on without an optimiser's state where that has been lost in a copy, and says nothing.
 """
 
 import argparse
@@ -62,10 +63,22 @@ def marker(out: Path) -> dict[str, Any]:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         step = said["step"]
-        assert isinstance(step, int) and isinstance(said["options"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        files = said.get("files", {})  # markers had none at first
+        assert isinstance(step, int) and isinstance(said["options"], dict) and isinstance(files, dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(f"--resume: the checkpoint in {out} is not whole: no {MARKER} in {out / FOLDER}") from None
+    there = _sizes(out / FOLDER)
+    for name, size in files.items():
+        if there.get(name) != size:
+            found = f"has {there[name]} bytes of {size}" if name in there else "is missing"
+            raise UserError(f"--resume: the checkpoint in {out} is not whole: {name} in {out / FOLDER} {found}")
     return said
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Path within ``folder`` -> bytes, of every file but the marker."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MARKER)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def fingerprint(options: argparse.Namespace, data: Path, model: Path) -> dict[str, Any]:
@@ -112,4 +125,5 @@ def check_same(out: Path, wanted: dict[str, Any]) -> int:
 def write_marker(folder: Path, step: int, options: dict[str, Any]) -> None:
     """Last of all files of a checkpoint, after the others are on the disk."""
     atomic.flush(folder)
-    atomic.replace_file(folder / MARKER, (json.dumps({"step": step, "options": options}, indent=1) + "\n").encode())
+    said = {"step": step, "options": options, "files": _sizes(folder)}
+    atomic.replace_file(folder / MARKER, (json.dumps(said, indent=1) + "\n").encode())

@@ -74,7 +74,8 @@ class Job:
                 raise ValueError("its vocabulary is empty")  # transformers 5.0 makes one of no files
         self._pad()
         if options.chat_template_path is not None:
-            self.tokenizer.chat_template = options.chat_template_path.read_text(encoding="utf-8")
+            with models.named("--chat_template_path", str(options.chat_template_path), "template"):
+                self.tokenizer.chat_template = options.chat_template_path.read_text(encoding="utf-8")
         longest = getattr(config, "max_position_embeddings", None)
         if isinstance(longest, int) and 0 < longest < options.max_length:
             print(f"--max-length: {options.max_length} tokens cut to the model's {longest}")

@@ -200,7 +200,9 @@ def _trainer_class() -> Any:
             found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             try:
                 penalty = self._method.handle.loss() if model.training else 0.0
-            except ValueError as error:  # options that do not go with how the model is run, as checkpointing
+            except (ValueError, RuntimeError) as error:  # what does not go with how the model is run, as checkpointing
+                if isinstance(error, RuntimeError) and not str(error).startswith("handle.loss"):
+                    raise
                 raise UserError(f"--method {self._method.name}: {error}") from None
             if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
                 penalty = penalty / self.args.gradient_accumulation_steps  # the loss is a part of the step's then
