@@ -47,6 +47,11 @@ def test_options_of_another_kind_are_named() -> None:
     assert dict(model.named_modules()) == before and all(p.requires_grad for p in model.parameters())
 
 
+def test_a_negative_deviation_is_named() -> None:
+    with pytest.raises(ValueError, match="init_std: expected"):
+        adapted("lora-xs", init_std=-1.0)
+
+
 def test_a_whole_number_serves_as_a_number() -> None:
     assert adapted("lora", r=4, lora_alpha=8).options.lora_alpha == 8
     assert adapted("mola", experts=[2, 2], top_k=1).options.experts == (2, 2)
@@ -172,6 +177,21 @@ def test_what_is_cast_while_merged_is_cast_after(name: str) -> None:
     handle.model.bfloat16()
     handle.unmerge()
     assert {parameter.dtype for parameter in handle.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["hydra", "hut", "l4q", "lora-xs"])
+def test_a_model_that_is_cast_computes_and_trains(name: str) -> None:
+    """What was trained in float32 and is cast with the model, as for inference in 16 bits."""
+    handle = adapted(name, dtype=torch.float32)
+    stir(handle)
+    batch = batches(1, torch.float32)[0]
+    expected = handle.model.eval()(**batch).logits
+    handle.model.bfloat16()
+    output = handle.model(**batches(1, torch.bfloat16)[0])
+    assert output.logits.dtype == torch.bfloat16
+    assert (output.logits.float() - expected).norm() < 0.1 * expected.norm()
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in handle.adapter_parameters())
 
 
 @pytest.mark.parametrize("kind", ["masked", "convolution"])

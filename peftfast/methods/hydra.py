@@ -43,10 +43,11 @@ class HydraLinear(TransformedLinear):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
 
     def _branches(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        a = torch.cat([self.parallel_A, self.sequential_A @ self.dense_weight()])
+        inner = self.sequential_A  # of the adapter's dtype until the model is cast
+        a = torch.cat([self.parallel_A, inner @ self.dense_weight().to(inner.dtype)])
         b = torch.cat([self.parallel_B, self.sequential_B], dim=1)
         bias = self.dense_bias()
-        return a, b, None if bias is None else self.sequential_B @ (self.sequential_A @ bias)
+        return a, b, None if bias is None else self.sequential_B @ (inner @ bias.to(inner.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         base = self.base_layer

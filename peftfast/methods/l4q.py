@@ -58,7 +58,8 @@ class L4QLinear(ComposedLinear):
     def codes(self) -> Tensor:
         """The integers ``[N, K / g, g]`` of the quantised weight, as floating numbers with the graph of their
         straight-through rounding."""
-        whole = torch.addmm(self.dense_weight(), self.lora_B, self.lora_A, alpha=self.scaling)
+        weight = self.dense_weight()  # of float32 beside adapters that were cast with the model
+        whole = torch.addmm(weight, self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype), alpha=self.scaling)
         groups = whole.reshape(self.out_features, -1, self.group)
         clipped = ((groups - self.offset) / self.step).clamp(self.lowest, self.highest)
         return clipped + (clipped.round() - clipped).detach()

@@ -21,6 +21,11 @@ class Options(LoRAOptions):
     r: int = 16
     init_std: float = 1e-5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.init_std, bool) or not isinstance(self.init_std, int | float) or self.init_std < 0:
+            raise ValueError(f"init_std: expected a deviation of at least 0, got {self.init_std!r}")
+
 
 class LoRAXSLinear(FactoredLinear):
     """y = x (W + s U_r Σ_r R V_rᵀ)ᵀ; R ``[r, r]`` is trained. B R is what is computed, so that x is not kept for the backward pass."""
