@@ -91,9 +91,28 @@ def test_bad_input_is_one_line(llama, texts, tmp_path, capsys):  # noqa: F811
     assert "vera has no option 'lora_alpha'" in refused("--method", "vera", "--lora-alpha", "3")
     assert "--method-option: lora has options of the command's own" in refused("--method-option", "r=3")
     assert "--optim: not with --method vera" in refused("--method", "vera", "--optim", "sgd")
+    assert "--adam_beta2: expected a number of at least 0 and below 1" in refused(
+        "--method", "vera", "--adam_beta2", "1.5"
+    )
+    assert "--adam_beta1: not with --method mezo" in refused("--method", "mezo", "--adam_beta1", "0.5")
     assert "no method 'lora-sx'; did you mean lora-xs" in refused("--method", "lora-sx")
     assert "rank 128 is more than its smaller side" in refused("--method", "pissa")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["lora-xs", "galore", "shira"])
+def test_adams_numbers_reach_the_method_s_optimiser(llama, texts, tmp_path, method):  # noqa: F811
+    """AdamW, one of the method's own, and SparseAdamW. Without betas and with a large epsilon the step is the gradient's, and tiny."""
+    adam = ("--adam_beta1", "0", "--adam_beta2", "0", "--adam_epsilon", "1e6")
+    given = {"lora-xs": ("r=4", "init_std=0"), "galore": ("rank=4",), "shira": ("r=4",)}[method]
+    folders = tmp_path / "usual", tmp_path / "still"
+    for out, more in zip(folders, ((), adam), strict=True):
+        argv = command(llama, texts, out, "--method", method, "--max-steps", "1", "--learning_rate", "1e-2", *more)
+        assert main([*argv, *(word for one in given for word in ("--method-option", one))]) == 0
+    usual, still = map(tensors, folders)
+    assert usual.keys() == still.keys()
+    apart = max((usual[name].float() - still[name].float()).abs().max().item() for name in usual)
+    assert apart > 5e-4  # Adam's first step is the rate itself, or GaLore's scale of it
 
 
 def test_numbers_of_steps_are_held_against_the_run_s(llama, texts, tmp_path, capsys):  # noqa: F811

@@ -37,7 +37,7 @@ class MeZOMethod(LoRA):
     refused = {
         "gradient_checkpointing": NO_BACKWARD,
         "max_grad_norm": "it has no gradients; --zo_clip cuts the projected one",
-        "optim": "it is the optimiser",
+        **dict.fromkeys(("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"), "it is the optimiser"),
         "fp16": "a loss scale would hide the difference of two losses; --bf16 needs none",
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 STATE = "method.pt"
 DATA_BATCHES = 32  # what an initialisation that reads data goes over
+ADAM = {"adam_beta1": 1.0, "adam_beta2": 1.0, "adam_epsilon": math.inf}  # TrainingArguments -> what they are below
 SHARED_NAMES = ("r", "lora_alpha", "lora_dropout", "use_rslora")  # options of the command that a method may have too
 
 
@@ -26,12 +28,13 @@ class Named(Method):
 
     name: ClassVar[str] = ""
     options = {"r": None, "lora_alpha": None, "lora_dropout": None, "use_rslora": None}
-    refused = {"optim": "the method says what its optimiser is"}
+    refused = dict.fromkeys(("optim", "optim_args"), "the method says what its optimiser is")
 
     def __init__(self) -> None:
         self.handle: Any = None
         self._target: Target | None = None
         self._counted: dict[str, Any] | None = None
+        self._adam: dict[str, float] = {}  # those of ADAM that were given
 
     def _given(self, options: argparse.Namespace) -> dict[str, Any]:
         from ..methods.registry import get
@@ -51,6 +54,11 @@ class Named(Method):
 
     def check(self, options: argparse.Namespace, extra: Mapping[str, Any]) -> None:
         super().check(options, extra)
+        self._adam = {name: extra[name] for name in ADAM if name in extra}
+        for name, value in self._adam.items():
+            if not 0.0 <= value < ADAM[name]:
+                below = f" and below {ADAM[name]:g}" if ADAM[name] < math.inf else ""
+                raise UserError(f"--{name}: expected a number of at least 0{below}, got {value!r}")
         # How many steps the records make is known when they are read: until then no number of an option is too many.
         self._checked(self._given(options), options.max_steps or sys.maxsize)
 
@@ -66,6 +74,18 @@ class Named(Method):
         except (TypeError, ValueError) as error:
             raise UserError(f"--method-option: {error}") from None
         return given
+
+    def make_optimizer(self, args: Any) -> Any:
+        """The method's optimiser. Its betas and its epsilon are its own where none were given."""
+        made = self.handle.optimizer(args.learning_rate, weight_decay=args.weight_decay)
+        for group in made.param_groups if self._adam else ():
+            if not {"betas", "eps"} <= group.keys():
+                name = next(iter(self._adam))
+                raise UserError(f"--{name}: not with --method {self.name}: {type(made).__name__} has none")
+            beta1, beta2 = group["betas"]
+            group["betas"] = (self._adam.get("adam_beta1", beta1), self._adam.get("adam_beta2", beta2))
+            group["eps"] = self._adam.get("adam_epsilon", group["eps"])
+        return made
 
     def adapt(self, model: Any, target: Target) -> Any:
         from ..methods.adapting import adapt
@@ -190,8 +210,7 @@ def _trainer_class() -> Any:
 
         def create_optimizer(self, model: Any = None) -> Any:
             if self.optimizer is None:
-                args = self.args
-                self.optimizer = self._method.handle.optimizer(args.learning_rate, weight_decay=args.weight_decay)
+                self.optimizer = self._method.make_optimizer(self.args)
             return self.optimizer
 
         def compute_loss(
