@@ -151,6 +151,18 @@ def test_the_seed_decides_the_adapter(llama, texts, tmp_path):
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_constant_rate_is_warmed_up_to(llama, texts, tmp_path):
+    """transformers' own "constant" begins at the whole rate, whatever the warm-up: the first step of one begins at nothing."""
+    out = tmp_path / "out"
+    more = ("--max-steps", "1", "--lr_scheduler_type", "constant", "--learning-rate", "1e-2")
+    assert main(command(llama, texts, out, *more, "--warmup_steps", "4")) == 0
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    assert main(command(llama, texts, out, *more, "--overwrite")) == 0
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+
+
 def test_classifier_on_real_weights(labelled, tmp_path, capsys):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification

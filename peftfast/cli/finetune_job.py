@@ -254,7 +254,7 @@ class Job:
             "num_train_epochs": options.num_train_epochs,
             "max_steps": options.max_steps or -1,
             "warmup_steps": options.warmup_steps,
-            "lr_scheduler_type": options.lr_scheduler_type,
+            "lr_scheduler_type": _schedule(options),
             "weight_decay": options.weight_decay,
             "max_grad_norm": options.max_grad_norm,
             "gradient_checkpointing": options.gradient_checkpointing,
@@ -301,6 +301,12 @@ class Job:
             if self.extra:
                 raise UserError(f"TrainingArguments: {first_line(error)}") from None
             raise
+
+
+def _schedule(options: argparse.Namespace) -> str:
+    """The name of the schedule; transformers' "constant" passes over the warm-up."""
+    warm = options.warmup_steps and options.lr_scheduler_type == "constant"
+    return "constant_with_warmup" if warm else str(options.lr_scheduler_type)
 
 
 def _saver(job: Job) -> "TrainerCallback":
