@@ -134,6 +134,21 @@ def test_a_quadratic_is_descended(options: dict[str, Any]) -> None:
     assert (layer.weight.detach() - optimum).abs().max() < (0.15 if options.get("two_sided") is False else 2e-2)
 
 
+@pytest.mark.parametrize("mode", ["exact", "inplace"])
+@pytest.mark.parametrize("directions", [1, 3])
+def test_one_side_gives_the_slope_of_two(mode: str, directions: int) -> None:
+    """Of a linear loss, whose slope is the same on either side."""
+    moved = []
+    for two_sided in (True, False):
+        weight = nn.Parameter(torch.linspace(-1, 1, 12, device=DEVICE))
+        MeZO([weight], lr=0.1, eps=0.25, mode=mode, directions=directions, two_sided=two_sided, seed=3).step(
+            lambda weight=weight: (weight * torch.arange(12.0, device=DEVICE)).sum()  # type: ignore[misc]
+        )
+        moved.append(weight.detach() - torch.linspace(-1, 1, 12, device=DEVICE))
+    assert moved[0].abs().max() > 0.1
+    torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-4)
+
+
 def test_16_bits_descend_by_stochastic_rounding() -> None:
     """Updates far below half a unit: to nearest they are lost."""
     reached = {}

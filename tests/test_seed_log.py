@@ -65,6 +65,16 @@ def test_a_part_of_a_run(tmp_path: Path) -> None:
     assert same(base, state(halfway))
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's losses are read when they have come")
+def test_a_step_is_in_the_file_when_it_is_done(tmp_path: Path) -> None:
+    """A run that is killed between two steps has lost none of those it took."""
+    model = net()
+    optimizer = MeZO(model, lr=1e-2, eps=1e-2, seed=3, log=tmp_path / "log")
+    for step in range(3):
+        optimizer.step(closure_of(model))
+        assert len(list(read(tmp_path / "log")[1])) == step + 1
+
+
 def test_the_header_names_what_was_trained(tmp_path: Path) -> None:
     model = net(BF16)
     optimizer = MeZO(model, seed=3, log=tmp_path / "log", filter=lambda name, _: "head" in name)
