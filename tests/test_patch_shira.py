@@ -85,6 +85,19 @@ def test_patched_is_stock(dtype: torch.dtype, four_bit: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(stock, step(net, dtype), strict=True))
 
 
+@FOUR_BIT
+def test_repacking_is_switched_off_named_and_restored() -> None:
+    net = model(four_bit=True)
+    first, second = net.base_model.model.first, net.base_model.model.second
+    first.base_layer.support_avx512bf16_for_cpu = True
+    notes = {row.name: row.note for row in peftfast.patch(net).layers}
+    assert len(notes) == 2 and "support_avx512bf16_for_cpu" in notes["base_model.model.first"]
+    assert not notes["base_model.model.second"] and not first.base_layer.support_avx512bf16_for_cpu
+    peftfast.unpatch(net)
+    assert first.base_layer.support_avx512bf16_for_cpu and not second.base_layer.support_avx512bf16_for_cpu
+    assert not any(row.note for row in peftfast.report(net).layers)
+
+
 def test_no_dense_gradient_and_no_kept_clone() -> None:
     net = model()
     peftfast.patch(net)
