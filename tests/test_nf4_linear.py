@@ -267,6 +267,19 @@ def test_the_cuda_kernel_counts_a_weight_in_32_bits(rows: int, taken: bool, monk
     assert ok == taken and ("2^37 elements" in reason) == (not taken)
 
 
+@pytest.mark.parametrize("which", ["x", "packed", "lora_a", "absmax"])
+def test_the_cuda_kernel_reads_16_bytes_at_a_time(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of x, packed and lora_a; the others may begin anywhere."""
+    monkeypatch.setattr(ops, "takes_cuda", lambda *tensors: (True, ""))
+    tensors = {
+        name: torch.zeros(256, dtype=BF16)[name == which :][:128] for name in ("x", "packed", "absmax", "lora_a")
+    }
+    x, packed, absmax, lora_a = tensors.values()
+    rest = (packed, absmax, packed, 64, (2, 128), *[None] * 4, lora_a, None, None, 1.0, BF16, BF16)
+    ok, reason = ops._cuda_accepts(x[None], *rest)
+    assert ok == (which == "absmax") and ("16 bytes" in reason) == (not ok)
+
+
 def _argument(position: int, change: Any) -> Any:
     def fault(run: Any, *given: Any) -> Any:
         changed = list(given)
