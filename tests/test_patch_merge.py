@@ -229,6 +229,36 @@ def test_what_is_left_to_peft(caplog: pytest.LogCaptureFixture) -> None:
         assert "PEFT's own 4-bit unmerge runs" in caplog.text
 
 
+class _Other(nn.Linear):
+    pass
+
+
+SPOILED = {
+    "the base weight is partitioned by DeepSpeed": lambda layer: setattr(layer.base_layer.weight, "ds_id", 0),
+    "lora_A is partitioned by DeepSpeed": lambda layer: setattr(layer.lora_A["default"].weight, "ds_id", 0),
+    "lora_B's bias is partitioned by DeepSpeed": lambda layer: setattr(layer.lora_B["default"].bias, "ds_id", 0),
+    "lora_A is not PEFT's own module": lambda layer: setattr(layer.lora_A["default"], "__class__", _Other),
+}
+
+
+@pytest.mark.parametrize("reason", SPOILED)
+def test_what_is_not_served_is_merged_by_peft(reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And said once, with the reason; the layer keeps nothing of before the merge then."""
+    from peftfast.integrations import patch_report
+
+    patch_report.logged.clear()
+    stock, patched = pair(lora_bias=True)
+    for model in (stock, patched):
+        SPOILED[reason](layer_of(model))
+    with caplog.at_level(logging.WARNING, logger="peftfast"):
+        patched.merge_adapter()
+    stock.merge_adapter()
+    said = [record.message for record in caplog.records if "PEFT's own 4-bit merge runs" in record.message]
+    assert len(said) == 1 and reason in said[0]
+    assert_same(stored(layer_of(patched).base_layer), stored(layer_of(stock).base_layer))
+    assert not [name for name in vars(layer_of(patched)) if "unmerged" in name]
+
+
 def test_merge_and_unload_keeps_nothing() -> None:
     stock, patched = pair(adapters=("first", "second"))
     original = weakref.ref(layer_of(patched).base_layer.weight)
