@@ -502,6 +502,29 @@ def test_autocast(options: dict, counts: Counts) -> None:
     assert found[0]["y"].dtype == expected["y"].dtype
 
 
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_an_input_that_no_layer_takes_is_not_given_to_the_group(four_bit: bool, counts: Counts) -> None:
+    """Of another dtype than dense weights: stock's own error. To a 4-bit layer it is as good as any."""
+    model = adapted(four_bit, blocks=1)
+    peftfast.patch(model)
+    step(model)
+    assert counts.during(lambda: step(model))[1] == 1
+    x = inputs().bfloat16()
+    if four_bit:
+        assert counts.during(lambda: model(x))[1] == 1
+        return
+    with pytest.raises(RuntimeError) as ours:
+        model(x)
+    peftfast.unpatch(model)
+    with pytest.raises(RuntimeError) as stock:
+        model(x)
+    assert str(ours.value) == str(stock.value)
+    peftfast.patch(model)
+    step(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert counts.during(lambda: model(x))[1] == 1
+
+
 @pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
 def test_a_hooked_sibling_runs_alone_and_its_hook_is_called(kind: str, counts: Counts) -> None:
     grouped, _ = patched_pair(blocks=1)

@@ -14,7 +14,7 @@ from torch import nn
 
 import peftfast
 from peftfast.functional.dora import row_gain
-from peftfast.integrations import peft_call
+from peftfast.integrations import patch_report, peft_call
 from tests.test_patch import Block, K, adapted, layer_free, layer_of, relative, run, stir
 
 X = torch.randn(6, K, generator=torch.Generator().manual_seed(3))
@@ -163,6 +163,21 @@ def test_mixed_batch_agrees_with_peft(leading: tuple[int, ...]) -> None:
     assert results[0].keys() == results[1].keys()
     for name, value in results[0].items():
         assert relative(results[1][name], value) < 1e-5, name
+
+
+def test_a_batch_is_not_kept_from_the_kernels_by_an_adapter_that_it_does_not_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = with_second()
+    model.add_adapter("third", peft.LoraConfig(r=3, use_dora=True, target_modules=["up"]))
+    stir(model).eval()
+    twin = copy.deepcopy(model)
+    patch_report.logged.clear()
+    peftfast.patch(model)
+    with torch.no_grad():
+        expected = layer_of(twin)(X, adapter_names=NAMES)
+        assert relative(layer_of(model)(X, adapter_names=NAMES), expected) < 1e-5
+    assert not caplog.records
 
 
 def test_mixed_batch_through_the_model() -> None:
