@@ -352,6 +352,16 @@ def test_autocast_on_a_dense_base(x: torch.dtype) -> None:
     assert case.N * 67 * 2 not in kept.values() and 33 * 67 * 2 not in set(kept.values()) - {tensors["x"].nbytes}
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    """As torch's own, which does not cast it."""
+    case = LayerCase(x=F64, adapter=F64)
+    tensors = tensors_of(case)
+    with torch.autocast(DEVICE.type, BF16):
+        y = run(case, tensors)
+        assert y.dtype == torch.nn.functional.linear(tensors["x"], tensors["weight"]).dtype == F64
+    assert torch.equal(y, run(case, tensors))
+
+
 def test_autocast_on_a_4_bit_base() -> None:
     """A quantised layer's own compute dtype beats autocast's, and x's dtype comes out."""
     for case in (QLORA, kind(9)):

@@ -216,6 +216,8 @@ BAD = {
     "devices": (ValueError, r"tensors\[1\]: expected on", lambda: F.perturb_([ONE, ONE.to("meta")], 1, 1.0)),
     "ids": (ValueError, "tensor_ids: expected 1, one for each", lambda: F.perturb_([ONE], 1, 1.0, tensor_ids=[1, 2])),
     "id": (ValueError, "tensor_ids: expected ints", lambda: F.perturb_([ONE], 1, 1.0, tensor_ids=[2**32])),
+    "half an id": (ValueError, "tensor_ids: expected ints", lambda: F.perturb_([ONE], 1, 1.0, tensor_ids=[0.5])),  # type: ignore[list-item]
+    "half an offset": (ValueError, "offsets: expected ints", lambda: F.perturb_([ONE], 1, 1.0, offsets=[0.5])),  # type: ignore[list-item]
     "offset": (ValueError, "offsets: expected ints", lambda: F.perturb_([ONE], 1, 1.0, offsets=[-1])),
     "decay": (ValueError, "decay: expected one", lambda: F.perturb_([ONE], 1, 1.0, decay=ONE)),
     "thresholds": (ValueError, "thresholds: expected 1", lambda: F.perturb_([ONE], 1, 1.0, thresholds=ONE)),

@@ -209,6 +209,21 @@ def test_a_step_draws_as_much_as_one_call(mode: str, options: dict[str, Any]) ->
     assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_a_search_for_weights_read_elsewhere_draws_nothing() -> None:
+    """Where other layers are called than before, the closure is watched again, and sees the random numbers of the step."""
+    model, other = net(dropout=0.5), nn.Linear(5, 5).to(DEVICE)
+    closures = [lambda: nn.functional.cross_entropy(other(model(TOKENS)), LABELS), closure_of(model)]
+    optimizer = MeZO(nn.ModuleList([model, other]), lr=1e-4, seed=1)
+    torch.manual_seed(4)
+    for closure in closures:
+        optimizer.step(closure)
+    after = torch.get_rng_state()
+    torch.manual_seed(4)
+    for closure in closures:
+        closure()
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:Using `torch.compile")
 def test_a_compiled_model() -> None:

@@ -210,6 +210,10 @@ def bad_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
         "seeds": ("seeds: expected contiguous int64", perturb(seeds=one)),
         "seeds dim": ("seeds: expected contiguous int64", perturb(seeds=SEED[0])),
         "coefficients": ("coefficients: expected 1 contiguous float32", perturb(coefficients=one.repeat(2))),
+        "coefficients apart": (
+            "coefficients: expected 2 contiguous float32",
+            perturb(seeds=SEED.repeat(2), coefficients=one.repeat(4)[::2]),
+        ),
         "coefficients dtype": ("coefficients: expected 1 contiguous float32", perturb(coefficients=one.double())),
         "decay": ("decay: expected 1", perturb(decay=one.half())),
         "thresholds": ("thresholds: expected 1", perturb(thresholds=one.repeat(2))),
