@@ -106,6 +106,12 @@ def test_indices_replaced_behind_a_layer(name: str, resident: bool) -> None:
         assert_unwritten(before, found)
 
 
+def test_an_input_that_is_no_tensor() -> None:
+    for resident in (False, True):
+        with pytest.raises(TypeError, match="x: expected"):
+            layer(resident=resident)(None)
+
+
 def test_indices_written_behind_a_layer() -> None:
     found = layer()
     found(torch.ones(2, K))

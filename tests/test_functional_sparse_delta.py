@@ -160,6 +160,13 @@ def test_few_rows_of_a_base_that_is_not_written(rows: int, dtype: torch.dtype, p
     assert not {"sparse_delta_patch_", "sparse_delta_patch", "clone", "nf4_dequantize_out"} & calls.keys()
 
 
+def test_positions_past_32_bits_are_int64() -> None:
+    shape, far = (2**17, 2**17), torch.tensor([0, 2**33])
+    assert F.SparsePattern(far, shape).indices.tolist() == far.tolist()
+    with pytest.raises(TypeError, match="indices: expected int64 for a weight of 17179869184 elements"):
+        F.SparsePattern(far[:1].int(), shape)
+
+
 def test_few_rows_end_where_a_copy_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = PATTERNS["scattered"]().to(DEVICE)  # 20 %
     given = inputs(pattern, F32)

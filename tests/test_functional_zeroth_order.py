@@ -160,6 +160,16 @@ def test_zo_linear(dtype: torch.dtype) -> None:
         assert got.shape == (2, 3, 10)
 
 
+def test_zo_linear_on_strides() -> None:
+    """Whatever the order in memory, z goes by the logical position."""
+    x_plus, x_minus, weight, bias = weights((3, 16), (3, 16), (10, 16), (10,))
+    right = F.zo_linear(x_plus, x_minus, weight, 5, 0.1, bias=bias)
+    given = [t.T.contiguous().T for t in (x_plus, x_minus, weight)]
+    assert not any(t.is_contiguous() for t in given)
+    got = F.zo_linear(*given, 5, 0.1, bias=bias.repeat(2, 1).T[:, 0])
+    assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+
+
 @pytest.mark.parametrize("rows", [3, 200])
 def test_zo_linear_on_a_4_bit_weight(rows: int) -> None:
     """That of the decoded weight, moved: the budget is tested with the operators."""

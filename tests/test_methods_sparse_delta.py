@@ -154,6 +154,24 @@ def test_by_accumulators() -> None:
     assert (net.a.delta_values == 0).all()
 
 
+def test_sm3_takes_a_closure() -> None:
+    """Which is called once, with gradients on, whatever is around the step."""
+    stepped, closed = Net(), Net()
+    (x,) = batches(1)
+    train(stepped, SparseSM3(stepped.values(), lr=0.1), None, [x])
+    optimizer = SparseSM3(closed.values(), lr=0.1)
+
+    def closure() -> Tensor:
+        loss = (closed(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure) > 0
+    assert all(torch.equal(a, b) for a, b in zip(stepped.values(), closed.values(), strict=True))
+    assert stepped.a.delta_values.any()
+
+
 def test_sm3_is_the_definition() -> None:
     net = Net()
     optimizer = SparseSM3(net.values(), lr=0.1, eps=1e-6)
