@@ -22,6 +22,7 @@ from peftfast import ops
 from peftfast.configs import nf4_product
 from peftfast.configs.device import Device
 from peftfast.functional import dora, lora_multi, nf4_routes
+from peftfast.nn import SparseDeltaLinear
 from peftfast.ops import backends, replay
 from peftfast.optim import SparseAdamW
 from peftfast.optim.readback import Unread
@@ -332,6 +333,23 @@ def test_scalars_are_read_when_their_own_device_has_them(gpu: None, monkeypatch:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[torch.device(device or 1).index or 0])
     unread = Unread(1, [2], [0.1], torch.tensor([0.5, 0.25], device="cuda"))
     assert asked == [streams[0]] and unread.values() == [0.5, 0.25]
+
+
+def test_ids_of_rows_on_the_gpu_are_not_waited_for(gpu: None) -> None:
+    x, rows = torch.ones(2, 3, device="cuda"), torch.tensor([0, -1], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert lora_multi._row_ids(rows, x, 1).is_cuda
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_support_goes_where_the_weight_is(gpu: None) -> None:
+    linear, indices = torch.nn.Linear(16, 8).to("cuda"), torch.tensor([1, 20, 100])
+    for support in (indices, peftfast.SparsePattern(indices, (8, 16))):
+        layer = SparseDeltaLinear.from_linear(linear, indices=support)
+        assert layer.delta_indices.is_cuda and layer.delta_values.is_cuda
+        assert layer(torch.ones(2, 16).to("cuda")).is_cuda
 
 
 def test_ids_of_rows_in_pinned_memory(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
