@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import peftfast.functional as F
+from peftfast.functional import disjoint
 from peftfast.functional.disjoint import check_disjoint
 from peftfast.functional.dora import forget_norms
 from peftfast.optim import low_rank
@@ -296,6 +297,13 @@ def test_what_shares_memory() -> None:
         shared = len(set(held)) < len(held)
         with pytest.raises(ValueError, match="^tensors") if shared else contextlib.nullcontext():
             check_disjoint("tensors", pair)
+
+
+def test_a_search_among_strides_ends() -> None:
+    """Of strides so alike that each number of times is possible for each: what takes long counts as shared, though no sum is odd."""
+    steps = [(2 * (1000 - k), 0, 15) for k in range(6)]
+    assert disjoint._reaches(45_001, 45_001, steps)
+    assert not disjoint._reaches(15_001, 15_001, steps[:2])
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -79,6 +79,8 @@ def check_started_from(handle: Any, folder: Path) -> None:
         loaded = peftfast.load_adapter(Mlp(torch.float32), folder)
         torch.testing.assert_close(loaded(**batch).logits, wanted, rtol=1e-5, atol=1e-5)
         peftfast.save_adapter(loaded, folder / "again")
+    half = peftfast.load_adapter(Mlp(torch.bfloat16), folder)
+    assert {half.get_submodule(name).nf4.dtype for name in TARGETS} == {torch.bfloat16}
     other = Mlp(torch.float32)
     for name in TARGETS:
         linear = NF4Linear.from_linear(other.get_submodule(name), double_quant=not handle.options.double_quant)

@@ -339,6 +339,15 @@ def test_guard_hook_on_the_adapter_comes_and_goes(caplog) -> None:
     assert fused_count(model) == 2
 
 
+def test_an_argument_that_a_linear_layer_does_not_know() -> None:
+    """It is handed to PEFT's forward, whose base layer refuses it, and not left out."""
+    model = stir(adapted())
+    peftfast.patch(model)
+    for given in ((X, 1), (X, None)):
+        with pytest.raises(TypeError, match="positional argument"):
+            layer_of(model)(*given)
+
+
 def test_guard_forward_replaced_on_the_layer(caplog) -> None:
     model = stir(adapted())
     layer = layer_of(model)
