@@ -29,7 +29,6 @@ def trainable_scales(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
             weight = unnested(layer.nf4)
             for field in ("absmax", "nested_absmax", "nested_code", "nested_offset"):
                 layer._buffers.pop(field)
-                layer._non_persistent_buffers_set.discard(field)
             layer.absmax = nn.Parameter(weight.absmax.clone(), requires_grad=False)
             for field in ("nested_absmax", "nested_code", "nested_offset"):
                 layer.register_buffer(field, None, persistent=False)
