@@ -1,15 +1,18 @@
 """``finetune --method spiel`` and ``mezo``: what they write, that they learn, that a resumed run has the bits of one that was never
 stopped, and the options that are refused."""
 
+import argparse
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from peftfast.__main__ import main
 from peftfast.cli import checkpoint, finetune, finetune_mezo, finetune_spiel
+from peftfast.cli.errors import UserError
 from peftfast.optim import MeZO, replay
 from peftfast.optim.seed_log import MAGIC, read
 from tests.test_cli_finetune import (  # noqa: F401
@@ -265,6 +268,7 @@ def test_a_loss_that_is_not_finite_is_one_line(llama, texts, tmp_path, capsys): 
     ("more", "said"),
     [
         (("--zo-eps", "1e-3"), ["--zo_eps", "mezo", "not of lora"]),
+        (("--method", "mezo", "--zo-eps", "0"), ["--zo-eps", "expected a number above 0, got '0'"]),
         (("--method", "spiel", "--lora-alpha", "3"), ["--lora_alpha", "not of spiel"]),
         (("--method", "spiel", "--use-rslora"), ["--use_rslora", "not of spiel"]),
         (("--method", "mezo", "--gradient-checkpointing"), ["--gradient_checkpointing", "no backward"]),
@@ -281,6 +285,34 @@ def test_options_that_do_not_go_together(llama, texts, tmp_path, capsys, more, s
     for fragment in said:
         assert fragment in line, line
     assert not (tmp_path / "out").exists()
+
+
+def _mezo(folder: Path) -> tuple[finetune_mezo.MeZOMethod, MeZO]:
+    method = finetune_mezo.MeZOMethod()
+    method._given = argparse.Namespace(zo_eps=0.25, zo_directions=3, zo_clip=5.0)
+    method.begin(folder, None)
+    args = SimpleNamespace(learning_rate=0.5, weight_decay=0.125, seed=7)
+    return method, method.make_optimizer(_net(), args)
+
+
+def test_mezo_is_given_the_options(tmp_path: Path) -> None:
+    _, optimizer = _mezo(tmp_path)
+    header, _ = read(tmp_path / finetune_mezo.SEEDS)
+    assert (optimizer.eps, optimizer.directions, optimizer.clip) == (0.25, 3, 5.0)
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(0.5, 0.125)}
+    assert header["directions"] == 3 and optimizer._step_seeds(0)[0] == 7
+
+
+@pytest.mark.parametrize("end", ["save_state", "finish"])
+def test_a_last_loss_that_is_not_finite_is_no_result(end: str, tmp_path: Path) -> None:
+    """It would be named at the next step, which does not come."""
+    method, optimizer = _mezo(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    optimizer.step(lambda: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match="finite"):
+        getattr(method, end)(out)
+    assert not list(out.iterdir())
 
 
 # The log of a run that is resumed
