@@ -67,7 +67,7 @@ def _parameter_reason(name: str, parameter: Tensor | None) -> str:
     if parameter.is_meta:
         return f"{name} is on the meta device: offloaded, or not loaded yet"
     if isinstance(parameter, DTENSOR):
-        return f"{name} is a DTensor"
+        return f"{name} is a DTensor; one that FSDP2 gathers for a forward is fused then"
     return ""
 
 
