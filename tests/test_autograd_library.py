@@ -151,6 +151,21 @@ def test_another_way_is_another_call() -> None:
                 assert (one is None and two is None) or torch.equal(one, two)
 
 
+def test_a_recording_is_given_no_tensor_twice() -> None:
+    """It tells its arguments apart by their identity: the same one again comes as another tensor on the same memory."""
+    x, w = torch.randn(3), torch.nn.Parameter(torch.randn(3))
+    flat: list[Any] = []
+    node._apart([x, 1.0, (x, w), w], flat, set())
+    tensors = [one for one in flat if isinstance(one, torch.Tensor)]
+    assert len({id(one) for one in tensors}) == 4 and [type(one) for one in tensors] == [
+        type(x),
+        type(x),
+        type(w),
+        type(w),
+    ]
+    assert [one.data_ptr() for one in tensors] == [one.data_ptr() for one in (x, x, w, w)]
+
+
 def test_inference_and_training_share_recordings() -> None:
     frozen = [one.detach() for one in (A, B)]
     for adapter, backwards in ((frozen, 0), ([A, B], 2)):
