@@ -173,7 +173,7 @@ def test_a_support_without_its_values_starts_from_zero() -> None:
     assert found.delta_indices.tolist() == [3, 4] and found.delta_values.tolist() == [0, 0]
 
 
-def test_optimiser_arguments() -> None:
+def test_optimiser_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     values = [layer().delta_values]
     for kind, message, options in (
         (TypeError, "betas: expected two numbers, got float", {"betas": 0.9}),
@@ -183,9 +183,11 @@ def test_optimiser_arguments() -> None:
     ):
         with pytest.raises(kind, match=message):
             SparseAdamW(values, **options)  # type: ignore[arg-type]
-    sharded = torch.zeros(4).as_subclass(type("Sharded", (Tensor,), {}))
-    with pytest.raises(TypeError, match="params: expected plain tensors, got a Sharded"):
-        SparseAdamW([sharded])
+    import torch.distributed.tensor as sharded
+
+    monkeypatch.setattr(sharded, "DTensor", type("DTensor", (Tensor,), {}))
+    with pytest.raises(TypeError, match="params: expected tensors of one worker, got a DTensor"):
+        SparseAdamW([torch.zeros(4).as_subclass(sharded.DTensor)])
 
 
 @pytest.mark.parametrize(

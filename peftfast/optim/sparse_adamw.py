@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -89,9 +90,11 @@ class SparseAdamW(torch.optim.Optimizer):
             if not isinstance(parameter, Tensor) or parameter.dtype != torch.float32:
                 got = getattr(parameter, "dtype", type(parameter).__name__)
                 raise TypeError(f"params: expected float32 tensors, got {got}")
-            if type(parameter) not in (Tensor, torch.nn.Parameter):
-                kind = type(parameter).__name__
-                raise TypeError(f"params: expected plain tensors, got a {kind}; torch.optim.AdamW takes sharded ones")
+            sharded = sys.modules.get("torch.distributed.tensor")  # not imported: nobody can have made one
+            if sharded is not None and isinstance(parameter, sharded.DTensor):
+                raise TypeError(
+                    "params: expected tensors of one worker, got a DTensor; torch.optim.AdamW takes sharded ones"
+                )
             layer = layer_of(parameter)
             if group["stochastic_rounding"] and layer is not None and layer._weight_dtype() == torch.float16:
                 raise ValueError("stochastic_rounding: expected bfloat16 or float32 weights, got float16")
