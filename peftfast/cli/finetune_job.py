@@ -293,12 +293,8 @@ class Job:
                 compute_metrics=_accuracy if self.classify else None,
                 callbacks=[_saver(self), *self.method.callbacks()],
             )
-        except (
-            ValueError,
-            ImportError,
-            RuntimeError,
-        ) as error:  # TrainingArguments that do not go together, packages they need
-            if self.extra:
+        except (ValueError, ImportError, RuntimeError) as error:
+            if self.extra:  # which do not go together, or need a package that is not there
                 raise UserError(f"TrainingArguments: {first_line(error)}") from None
             raise
 

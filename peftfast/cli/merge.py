@@ -81,17 +81,23 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"--adapter: no adapter_config.json in {adapter}; expected a PEFT directory")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--adapter: {path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--adapter: {path}: expected an object, got {type(config).__name__}")
+    config: dict[str, Any] = _read(path, dict, "an object")
     if not any((adapter / name).is_file() for name in WEIGHTS):
         raise UserError(
             f"--adapter: no {' or '.join(WEIGHTS)} in {adapter}; expected a PEFT directory with its weights"
         )
     return config
+
+
+def _read(path: Path, kind: type, expected: str) -> Any:
+    """What a JSON file of the adapter holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--adapter: {path} is not JSON: {error}") from None
+    if not isinstance(found, kind):
+        raise UserError(f"--adapter: {path}: expected {expected}, got {type(found).__name__}")
+    return found
 
 
 def _started_from(adapter: Path) -> dict[str, Any] | None:
@@ -157,13 +163,7 @@ def _run(options: argparse.Namespace, directory: str, device: str, started: dict
 
 def _names_of(labels: Path) -> list[str]:
     """The names of the classes that finetune wrote beside the adapter."""
-    try:
-        names = json.loads(labels.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--adapter: {labels} is not JSON: {error}") from None
-    if not isinstance(names, list):
-        raise UserError(f"--adapter: {labels}: expected a list of the classes' names, got {type(names).__name__}")
-    return [str(name) for name in names]
+    return [str(name) for name in _read(labels, list, "a list of the classes' names")]
 
 
 def _labels_of(adapter: Path) -> int | None:
