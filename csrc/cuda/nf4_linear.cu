@@ -9,8 +9,8 @@ namespace {
 // of them waste little. A thread reads 32 consecutive elements of two weight rows, which are its share of eight tiles:
 // which 16 columns a tile multiplies does not matter as long as weight and x agree. One block fills a multiprocessor:
 // its warps go their own ways and have the decoding table in common, which takes as long to write as three of their
-// units. Of more rows of x a weight row's share is what x itself takes of the caches: there a warp multiplies 32 weight
-// rows with what it has read, which fewer warps have the registers for.
+// units. With more rows of x it is x whose reading takes the time: there a warp multiplies 32 weight rows with what it
+// has read of it, for which fewer warps have the registers.
 template <int kTiles>  // of x
 constexpr bool kIsWide = 8 * kTiles > kLinearTileRows;
 
