@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .cli import UserError, bench
+from .cli import UserError, bench, workers
 from .cli.arguments import Parser
 
 COMMANDS = {
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parser().parse_args(arguments[:1]).command
         return importlib.import_module(f".cli.{command}", __package__).main(arguments[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if workers.first() else f" on worker {workers.number()}"
+        print(f"error{where}: {error}", file=sys.stderr)
         return BAD_INPUT
     except Terminated:
         print("terminated", file=sys.stderr)

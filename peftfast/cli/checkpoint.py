@@ -109,6 +109,11 @@ def check_same(out: Path, wanted: dict[str, Any]) -> int:
     """The step to resume from. Raises UserError where the checkpoint is of a training under other options."""
     said = marker(out)
     before, now = said["options"], json.loads(json.dumps(wanted))
+    then, here = before.get("workers", 1), now.get("workers", 1)
+    if then != here:
+        raise UserError(
+            f"--resume: the checkpoint in {out} is of a training with {then} workers, not {here}; expected as many"
+        )
     for name in sorted(set(before) | set(now)):
         if before.get(name) != now.get(name):
             if name in ("data", "model"):

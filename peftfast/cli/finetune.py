@@ -2,12 +2,13 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import arguments, checkpoint, finetune_methods, models, records
+from . import arguments, checkpoint, finetune_methods, models, records, workers
 from .errors import UserError
 from .finetune_job import LABEL_NAMES, PLOT, Job
 from .finetune_methods import METHODS
@@ -39,6 +40,19 @@ OWN_ARGUMENTS = {
     "push_to_hub": "PEFT's own push_to_hub on the result",
 }
 
+# TrainingArguments that are not taken -> why.
+REFUSED_ARGUMENTS = dict.fromkeys(
+    ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
+    "each worker keeps the whole model here; docs/scripts/fsdp2.py shards a patched model",
+)
+# What accelerate launch sets for the same.
+REFUSED_VARIABLES = (
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
+
 DESCRIPTION = """\
 Trains an adapter on a file of JSON lines and writes a PEFT directory (--method mezo --full_model: a model's).
 What the lines hold says what is trained.
@@ -48,6 +62,9 @@ TRL's formats train a causal language model:
   {"prompt": ..., "completion": ...}
 and {"text": "...", "label": "..."} trains a sequence classifier (labels are strings or whole numbers).
 A local --model needs no network.
+
+On several GPUs: torchrun --nproc-per-node N -m peftfast finetune ... --lora_r 16
+A batch is then one of each worker, and a step's are N; --out, --model and --data are seen by all. (torchrun takes --r for its own.)
 
 Any other flag of transformers.TrainingArguments is taken by its own name, such as --optim or --dataloader_num_workers."""
 
@@ -66,7 +83,9 @@ def parser() -> arguments.Parser:
         "--resume", action="store_true", help="go on from the last whole checkpoint in --out; begin where there is none"
     )
     parse.add_argument(
-        "--device", default="auto", help="auto, cpu or cuda, which is the first GPU (default: cuda where there is one)"
+        "--device",
+        default="auto",
+        help="auto, cpu or cuda, which is the first GPU, or each worker's own (default: cuda where there is one)",
     )
 
     finetune_methods.add_options(parse)
@@ -115,6 +134,11 @@ def _yes_or_no(text: str) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Train and save; 0 when the adapter is in place. Raises UserError for bad input, before anything is written."""
+    with workers.heard():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     options, rest = parser().parse_known_args(argv)
     # Without the libraries first: what can be told at once is told at once.
     if rest and not rest[0].startswith("--"):
@@ -127,7 +151,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--resume: cannot go with --overwrite, which begins anew")
     data = records.read(options.data)
     learn, held_out = records.split(len(data.rows), options.eval_split, options.seed)
-    checkpoint.check(options.out, overwrite=options.overwrite, resume=options.resume)
+    if workers.first():  # it puts things in order, too
+        checkpoint.check(options.out, overwrite=options.overwrite, resume=options.resume)
     packages = PACKAGES | ({"bitsandbytes": "bitsandbytes"} if options.load_in_4bit else {})
     arguments.require(f"--method {options.method}", packages | dict(method.packages))
     device = arguments.device_name(options.device)
@@ -136,6 +161,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"--device: the Trainer trains on the first GPU that it sees; CUDA_VISIBLE_DEVICES={number} and --device cuda for {device}"
         )
+    device = workers.device(device.partition(":")[0])
     models.offline_unless_named(options.model)
     arguments.quiet_libraries()
     extra = training_arguments(rest)
@@ -143,12 +169,13 @@ def main(argv: Sequence[str]) -> int:
 
     job = Job(options, method, data, device, directory or models.directory_of("--model", options.model), extra)
     job.learn = learn
-    job.prepare()
-    arguments.writable_directory("--out", options.out.absolute().parent)
     try:
-        job.run(learn, held_out)
+        with workers.together(device, extra):
+            job.prepare()
+            arguments.writable_directory("--out", options.out.absolute().parent)
+            job.run(learn, held_out)
     except KeyboardInterrupt:
-        if job.saved_at is not None:
+        if job.saved_at is not None and workers.first():
             print(
                 f"\nthe {method.result} of step {job.saved_at} is whole in {options.out}; --resume goes on from there",
                 file=sys.stderr,
@@ -161,8 +188,11 @@ def training_arguments(rest: Sequence[str]) -> dict[str, Any]:
     """Flags that this command does not list, as TrainingArguments reads them; only those that were given.
 
     Raises:
-        UserError: TrainingArguments has no such flag, its value is not of its type, or this command sets it itself.
+        UserError: TrainingArguments has no such flag, its value is not of its type, this command sets it itself, or it is not taken.
     """
+    for variable in REFUSED_VARIABLES:
+        if os.environ.get(variable, "").lower() == "true":
+            raise UserError(f"{variable}: {REFUSED_ARGUMENTS['fsdp']}")
     if not rest:
         return {}
     from transformers import HfArgumentParser, TrainingArguments
@@ -181,6 +211,8 @@ def training_arguments(rest: Sequence[str]) -> dict[str, Any]:
         name = word[2:].partition("=")[0].replace("-", "_")
         if name in OWN_ARGUMENTS:
             raise UserError(f"--{name}: set by this command, by {OWN_ARGUMENTS[name]}")
+        if name in REFUSED_ARGUMENTS:
+            raise UserError(f"--{name}: {REFUSED_ARGUMENTS[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, [*known, *(action.dest for action in parser()._actions)], 1)
             raise UserError(f"unrecognized argument --{name}" + (f"; did you mean --{near[0]}?" if near else ""))

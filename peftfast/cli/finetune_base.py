@@ -21,14 +21,14 @@ COMMON: dict[str, Any] = {
 }
 
 
-def option(group: argparse._ArgumentGroup, name: str, **settings: Any) -> None:
-    """An option that may be written --with_underscores, as transformers does, or --with-hyphens. Its help ends with the default, unless
-    it says that itself."""
+def option(group: argparse._ArgumentGroup, name: str, *others: str, **settings: Any) -> None:
+    """An option that may be written --with_underscores, as transformers does, or --with-hyphens, and by other names. Its help ends with
+    the default, unless it says that itself."""
     default, said = settings.get("default"), settings.get("help", "")
     if not (default is None or isinstance(default, bool) or "default" in said):
         shown = "default: %(default)g" if isinstance(default, float) else "default: %(default)s"
         settings["help"] = f"{said} ({shown})" if said else shown
-    spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+    spellings = dict.fromkeys(f"--{spelt}" for one in (name, *others) for spelt in (one.replace("_", "-"), one))
     group.add_argument(*spellings, dest=name, **settings)
 
 
@@ -116,6 +116,10 @@ class Method:
     def begin(self, scratch: Path, resume_from: Path | None) -> None:
         """Called before the Trainer is made. ``scratch``: a folder for the time of the run. ``resume_from``: a whole checkpoint, with
         what :meth:`save_state` wrote into it."""
+
+    def trained(self, model: Any) -> dict[str, Any]:
+        """The tensors that training changes, by name: those of all workers are to be the same."""
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the adapter as a PEFT directory."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import atomic, checkpoint, models, records
+from . import atomic, checkpoint, models, records, workers
 from .arguments import first_line
 from .errors import UserError
 from .finetune_base import Method, Target
@@ -58,6 +58,8 @@ class Job:
         self.fingerprint = checkpoint.fingerprint(options, options.data, directory) | {
             "extra": {k: str(v) for k, v in extra.items()}
         }
+        if workers.count() > 1:
+            self.fingerprint["workers"] = workers.count()
 
     def prepare(self) -> None:
         """Everything that can fail for bad input: config, tokenizer, module names, weights. Writes nothing."""
@@ -184,11 +186,12 @@ class Job:
         return [{name: value.to(self.device) for name, value in batch.items()} for batch in found]
 
     def _total_steps(self) -> int:
-        """Optimiser steps of the run, as the Trainer will count them on one device."""
+        """Optimiser steps of the run, as the Trainer will count them."""
         options = self.options
         if options.max_steps:
             return int(options.max_steps)
         batches = -(-len(self.learn) // options.per_device_train_batch_size)
+        batches = -(-batches // workers.count())
         each = -(-batches // options.gradient_accumulation_steps)
         return max(1, math.ceil(each * options.num_train_epochs))
 
@@ -203,6 +206,22 @@ class Job:
                 else ""
             )
             raise UserError(f"{broken[0]} is not finite at step {step}: lower --learning_rate{kept}")
+        try:
+            workers.check_same(self.method.trained(self.model))
+        except ValueError as error:
+            told = str(error).partition(": ")[2].partition(";")[0]
+            raise UserError(
+                f"--method {self.options.method}: step {step}: {told}; it trains on one worker alone"
+            ) from None
+        # Each worker has the state of its own random numbers.
+        states = workers.to_the_first(state, "rng_state_*") if state is not None else {}
+        if workers.first():
+            self._write(step, state, states, history)
+        self.saved_at = step
+
+    def _write(
+        self, step: int, state: Path | None, states: dict[str, bytes], history: Sequence[dict[str, Any]]
+    ) -> None:
         with atomic.replace_directory(self.options.out) as new:
             self.method.save(self.model, new)
             if self.classify:
@@ -213,11 +232,12 @@ class Job:
                 _plot(history, new / PLOT)
             if state is not None:
                 shutil.copytree(state, new / checkpoint.FOLDER, ignore=shutil.ignore_patterns("training_args.bin"))
+                for name, contents in states.items():
+                    (new / checkpoint.FOLDER / name).write_bytes(contents)
                 self.method.save_state(new / checkpoint.FOLDER)
                 checkpoint.write_marker(new / checkpoint.FOLDER, step, self.fingerprint)
             else:
                 self.method.finish(new)
-        self.saved_at = step
 
     def run(self, learn: Sequence[int], held_out: Sequence[int]) -> None:
         """Train on some records, save every ``--save_steps`` and at the end, evaluate on the others."""
@@ -280,7 +300,9 @@ class Job:
         if arguments.n_gpu > 1:
             # The Trainer would copy the model to each of them at every step (DataParallel): no patched layer is made for that, and the
             # batch would be of another size than --per_device_train_batch_size says.
-            print(f"trains on one of {arguments.n_gpu} GPUs; CUDA_VISIBLE_DEVICES chooses which")
+            print(
+                f"trains on one of {arguments.n_gpu} GPUs; CUDA_VISIBLE_DEVICES chooses which, torchrun takes all (see --help)"
+            )
             arguments._n_gpu = 1
         learnt, held = self.encoder.encode(learn), self.encoder.encode(held_out) if held_out else None
         try:

@@ -54,7 +54,7 @@ def add_options(parse: argparse.ArgumentParser) -> None:
         help="an option of a method that `python -m peftfast methods` lists; may be given several times",
     )
     whole, above_zero = arguments.integer, arguments.number(0, above_lowest=True)
-    option(adapter, "r", type=whole(1), help=f"rank (default: {_default('r')})")
+    option(adapter, "r", "lora_r", type=whole(1), help=f"rank (default: {_default('r')})")
     option(adapter, "lora_alpha", type=above_zero, help="default: the rank")
     option(adapter, "lora_dropout", type=arguments.number(0, 1), help=f"default: {_default('lora_dropout')}")
     option(adapter, "use_rslora", action="store_true", default=None, help="scale by alpha / sqrt(r)")

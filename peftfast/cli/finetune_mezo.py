@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import arguments
+from . import arguments, workers
 from .checkpoint import SEEDS
 from .errors import UserError
 from .finetune_base import Method, Target, option
@@ -102,6 +102,7 @@ class MeZOMethod(LoRA):
             weight_decay=args.weight_decay,
             seed=args.seed,
             log=None if self._resume_from is not None else self._log,
+            process_group=workers.count() > 1,
         )
         return self.optimizer
 

@@ -133,6 +133,11 @@ class Named(Method):
 
         return [Steps()]
 
+    def trained(self, model: Any) -> dict[str, Any]:
+        from ..methods.saved import own_contents
+
+        return super().trained(model) | own_contents(self.handle)[1]
+
     def save(self, model: Any, folder: Path) -> None:
         from ..integrations.adapter_files import save_adapter
 

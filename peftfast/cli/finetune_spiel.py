@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import arguments
+from . import arguments, workers
 from .errors import UserError
 from .finetune_base import Method, Target, option
 
@@ -125,6 +125,7 @@ class SpIELMethod(Method):
             reselection_steps=options.reselection_steps,
             accumulation_steps=options.selection_accumulation_steps,
             initial_rate=options.initial_reselection_rate,
+            process_group=workers.count() > 1,
         )
 
     def callbacks(self) -> "list[TrainerCallback]":
@@ -136,13 +137,20 @@ class SpIELMethod(Method):
         class MoveSupports(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if method._resume_from is not None:
-                    kept = torch.load(method._resume_from / STATE, map_location=args.device, weights_only=True)
+                    device = (
+                        "cpu" if args.device.type == "cpu" else args.device
+                    )  # of several workers cpu:0, which load does not know
+                    kept = torch.load(method._resume_from / STATE, map_location=device, weights_only=True)
                     method.spiel.load_state_dict(kept)
 
             def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 method.spiel.step()
 
         return [MoveSupports()]
+
+    def trained(self, model: Any) -> dict[str, Any]:
+        supports = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".delta_indices")}
+        return super().trained(model) | supports
 
     def save(self, model: Any, folder: Path) -> None:
         from ..methods import save_shira

@@ -1,0 +1,240 @@
+"""``finetune`` on several workers, as torchrun starts them: together they do what one does with their batches, write once, and go on
+from a checkpoint. Two processes, gloo, CPU."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftfast.__main__ import main
+from peftfast.cli import checkpoint, workers
+from peftfast.cli.errors import UserError
+from tests.support.forked import Forked, forking
+from tests.test_cli_finetune import ROOT, command, environment, error_line, llama, texts  # noqa: F401
+from tests.test_cli_finetune_resume import adapter, same
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not hasattr(os, "fork"), reason="needs torch.distributed and fork"
+)
+
+# Each worker is a fork, with a file of its own for what it says. `before` runs in each first.
+PROGRAM = """
+import os, sys, torch
+from pathlib import Path
+rank = 0 if os.fork() else 1
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT)
+torch.set_num_threads(1)
+if rank == 1:
+    said = os.open("said_by_1.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+from peftfast.__main__ import main
+from peftfast.cli import finetune
+exec(BEFORE)
+status = 1
+try:
+    status = main(ARGV)
+finally:
+    sys.stdout.flush(), sys.stderr.flush()
+    if rank == 1:
+        os._exit(status)
+other = os.waitstatus_to_exitcode(os.wait()[1])
+assert other == status, (status, other)
+sys.exit(status)
+"""
+ALONE = """
+import sys, torch
+torch.set_num_threads(1)
+from peftfast.__main__ import main
+sys.exit(main"""
+# Ends a run at a save, as a kill would, but on both at once.
+STOP_AT = """
+save = finetune.Job.save
+def save_and_stop(self, now, *args, **kwargs):
+    save(self, now, *args, **kwargs)
+    if now >= {}:
+        torch.distributed.barrier()
+        os._exit(9)
+finetune.Job.save = save_and_stop
+"""
+THE_FIRST_WRITES = """
+if rank:
+    from peftfast.cli import atomic
+    atomic.replace_directory = None
+"""
+# Another stream of random numbers on each.
+APART = """
+from transformers import Trainer
+begin = Trainer._inner_training_loop
+def seeded(self, *args, **kwargs):
+    torch.manual_seed(100 + rank)
+    return begin(self, *args, **kwargs)
+Trainer._inner_training_loop = seeded
+"""
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Forked]:
+    kept = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with forking("torch", "transformers", "peft", "bitsandbytes", "peftfast.cli.finetune_job", environment=kept) as one:
+        yield one
+
+
+def on_two(forked: Forked, folder: Path, argv: list[str], before: str = "") -> tuple[int, str, str]:
+    """(exit status of both, what the first said, what the second said)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    status, said = forked.run(f"PORT, ARGV, BEFORE = {str(port)!r}, {argv!r}, {before!r}\n{PROGRAM}", folder)
+    return status, said, (folder / "said_by_1.txt").read_text()
+
+
+def steps(batch: int, *more: str) -> tuple[str, ...]:
+    return ("--max-steps", "4", "--per-device-train-batch-size", str(batch), "--r", "2", "--logging-steps", "1", *more)
+
+
+METHODS = {
+    "lora": ("--lora-dropout", "0", "--learning-rate", "1e-3"),
+    "qlora": ("--lora-dropout", "0", "--learning-rate", "1e-3"),
+    "spiel": ("--learning-rate", "1e-3"),  # whose moves the first worker's gradients begin
+    "mezo": ("--learning-rate", "1e-3", "--seed", "5"),
+    "lora-xs": ("--learning-rate", "1e-3"),
+}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(one, marks=pytest.mark.full) if one in ("qlora", "lora-xs") else one for one in METHODS]
+)
+def test_two_are_one_with_the_batches_of_both(llama, texts, tmp_path, forked, method):  # noqa: F811
+    options = ("--method", method, *METHODS[method])
+    status, one = forked.run(f"{ALONE}({command(llama, texts, tmp_path / 'one', *steps(4), *options)!r}))", tmp_path)
+    assert status == 0, one
+    argv = command(llama, texts, tmp_path / "two", *steps(2), *options, "--save-steps", "2")
+    status, said, other = on_two(forked, tmp_path, argv, THE_FIRST_WRITES)
+    assert status == 0, said + other
+    assert "loss" not in other and said.count("adapter in") == 1
+    losses = [[float(found) for found in re.findall(r"'loss': '([\d.]+)'", text)] for text in (one, said)]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=2e-3)
+    found, expected = adapter(tmp_path / "two"), adapter(tmp_path / "one")
+    tolerance = {"rtol": 1e-3, "atol": 1e-4 if method == "qlora" else 1e-5}
+    assert found.keys() == expected.keys()
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key], **tolerance, msg=key)
+    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("method", ["lora", "spiel", pytest.param("mezo", marks=pytest.mark.full)])
+def test_resumed_is_as_never_stopped(llama, texts, tmp_path, capsys, forked, method):  # noqa: F811
+    """Each worker finds its own random numbers again: masks of dropout are drawn from other streams on each."""
+    options = ["--method", method, *METHODS[method], *steps(2), "--save-steps", "2"]
+    options += {
+        "lora": ("--lora-dropout", "0.2"),
+        "spiel": ("--reselection-steps", "2", "--selection-accumulation-steps", "1"),
+        "mezo": ("--lora-dropout", "0.2"),
+    }[method]
+    argv = command(llama, texts, tmp_path / "through", *options)
+    assert on_two(forked, tmp_path, argv, APART)[0] == 0
+    out = tmp_path / "out"
+    argv = command(llama, texts, out, *options)
+    status, said, _ = on_two(forked, tmp_path, argv, APART + STOP_AT.format(2))
+    assert status == 9, said
+    marker = checkpoint.marker(out)
+    assert marker["step"] == 2 and {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= marker["files"].keys()
+    assert main([*argv, "--resume"]) == 2
+    assert "a training with 2 workers, not 1" in error_line(capsys)
+    status, said, other = on_two(forked, tmp_path, [*argv, "--resume"], APART)
+    assert status == 0 and "resumed from step 2" in said, said + other
+    assert same(adapter(out), adapter(tmp_path / "through"))
+
+
+def test_workers_that_differ_are_told(llama, texts, tmp_path, forked):  # noqa: F811
+    """IST chooses layers by each worker's own losses."""
+    argv = command(llama, texts, tmp_path / "out", *steps(2), "--method", "ist", "--save-steps", "2")
+    status, said, other = on_two(forked, tmp_path, argv)
+    assert status == 2
+    assert "error: --method ist: step 2: expected the same weights on all workers, got others in" in said
+    assert "error on worker 1: --method ist" in other
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+def test_by_torchrun(llama, texts, tmp_path):  # noqa: F811
+    options = ["--lora_r" if one == "--r" else one for one in steps(2)]
+    argv = command(llama, texts, tmp_path / "out", *options)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "peftfast"]
+    done = subprocess.run(
+        [*launch, *argv],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("adapter in") == 1 and (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", ["--fsdp", "--deepspeed"])
+def test_engines_that_shard_are_refused(llama, texts, tmp_path, capsys, option):  # noqa: F811
+    assert main(command(llama, texts, tmp_path / "out", option, "full_shard")) == 2
+    assert f"{option}: each worker keeps the whole model" in error_line(capsys)
+
+
+def test_engines_of_accelerate_launch_are_refused(llama, texts, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(command(llama, texts, tmp_path / "out")) == 2
+    assert "ACCELERATE_USE_FSDP: each worker keeps the whole model" in error_line(capsys)
+
+
+def told(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
+    for name in workers.TOLD:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_each_worker_has_the_gpu_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    told(monkeypatch, WORLD_SIZE=8, RANK=6, LOCAL_RANK=2)
+    assert (workers.count(), workers.number(), workers.first()) == (8, 6, False)
+    assert workers.device("cuda") == "cuda:2" and workers.device("cpu") == "cpu"
+    told(monkeypatch, WORLD_SIZE=8, RANK=5, LOCAL_RANK=5)
+    with pytest.raises(UserError, match="worker 6 of this machine has no GPU, torch finds 4"):
+        workers.device("cuda")
+
+
+def test_alone_without_a_launcher(monkeypatch):
+    """Schedulers leave a WORLD_SIZE in the surroundings of a process that nobody meets."""
+    told(monkeypatch, WORLD_SIZE=8)
+    assert (workers.count(), workers.number(), workers.first(), workers.device("cuda")) == (1, 0, True, "cuda")
+
+
+def test_steps_of_a_run(llama, texts, tmp_path, forked):  # noqa: F811
+    """Methods are told how many steps there will be: as many as the Trainer takes."""
+    seen = "def seen(self, *args):\n    print('total', total(self)); return total(self)\n"
+    before = f"total = finetune.Job._total_steps\n{seen}finetune.Job._total_steps = seen"
+    options = (
+        "--num-train-epochs",
+        "2",
+        "--per-device-train-batch-size",
+        "3",
+        "--r",
+        "2",
+        "--gradient-accumulation-steps",
+        "2",
+    )
+    status, said, other = on_two(forked, tmp_path, command(llama, texts, tmp_path / "out", *options), before)
+    assert status == 0, said + other
+    (total,) = set(re.findall(r"total (\d+)", said))
+    assert f"over {total} steps" in said
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
