@@ -275,6 +275,7 @@ def test_a_loss_that_is_not_finite_is_one_line(llama, texts, tmp_path, capsys): 
         (("--method", "mezo", "--max-grad-norm", "1"), ["--max_grad_norm", "--zo_clip"]),
         (("--method", "mezo", "--optim", "sgd"), ["--optim", "not with --method mezo"]),
         (("--method", "spiel", "--optim", "sgd"), ["--optim", "not with --method spiel"]),
+        (("--method", "spiel", "--optim-args", "a=1"), ["--optim_args", "not with --method spiel"]),
         (("--method", "spiel", "--r", "60"), ["r = 60", "smaller --r"]),
         (("--method", "spiel", "--reselection-steps", "5"), ["--selection_accumulation_steps", "fewer", "got 5"]),
     ],

@@ -208,6 +208,8 @@ def test_each_worker_has_the_gpu_of_its_number(monkeypatch):
     told(monkeypatch, WORLD_SIZE=8, RANK=6, LOCAL_RANK=2)
     assert (workers.count(), workers.number(), workers.first()) == (8, 6, False)
     assert workers.device("cuda") == "cuda:2" and workers.device("cpu") == "cpu"
+    told(monkeypatch, WORLD_SIZE=1, RANK=0, LOCAL_RANK=0)  # accelerate compares: cuda alone would be another device
+    assert workers.count() == 1 and workers.device("cuda") == "cuda:0"
     told(monkeypatch, WORLD_SIZE=8, RANK=5, LOCAL_RANK=5)
     with pytest.raises(UserError, match="worker 6 of this machine has no GPU, torch finds 4"):
         workers.device("cuda")

@@ -176,6 +176,20 @@ def test_lora_xs_keeps_no_x() -> None:
     assert torch.Size((1000, 2)) in kept and torch.Size((1000, 48)) not in kept
 
 
+def test_spiel_is_told_of_other_workers(monkeypatch) -> None:
+    """Which move its supports alike: DDP's own test is of SpIEL itself."""
+    from peftfast.methods import sparse
+
+    groups = []
+    monkeypatch.setattr(sparse, "SparseAdamW", lambda groups: None)
+    monkeypatch.setattr(sparse, "SpIEL", lambda *args, process_group, **options: groups.append(process_group))
+    for given in ({}, {"data_parallel": True}, {"data_parallel": False}):
+        adapted("spiel", r=2, **given).runtime.optimizer([])
+    assert groups == [None, True, False]
+    with pytest.raises(TypeError, match="data_parallel: expected True, False or None, got 1"):
+        adapted("spiel", r=2, data_parallel=1)
+
+
 @pytest.mark.parametrize("name", ["shira", "spiel", "rosa"])
 def test_sparse_methods(name: str, tmp_path: Path) -> None:
     """The delta as a dense matrix in plain torch, trained beside it; the files; SHiRA's by stock PEFT."""

@@ -21,7 +21,7 @@ class SpIELMethod(Method):
     help = "sparse deltas on a support that moves"
     options = {"reselection_steps": 20, "selection_accumulation_steps": 5, "initial_reselection_rate": 0.2}
     refused = {
-        "optim": "it has an optimiser of its own",
+        **dict.fromkeys(("optim", "optim_args"), "it has an optimiser of its own"),
         "fp16": "the gradients that a support is chosen by would carry the loss scale; --bf16 needs none",
     }
 

@@ -14,10 +14,12 @@ from .errors import UserError
 TOLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
+def _launched() -> bool:
+    return all(os.environ.get(one, "").isdigit() for one in TOLD)
+
+
 def _told(name: str) -> int:
-    if not all(os.environ.get(one, "").isdigit() for one in TOLD):
-        return 1 if name == "WORLD_SIZE" else 0
-    return int(os.environ[name])
+    return int(os.environ[name]) if _launched() else int(name == "WORLD_SIZE")
 
 
 def count() -> int:
@@ -40,7 +42,7 @@ def device(kind: str) -> str:
     Raises:
         UserError: there are more workers than GPUs.
     """
-    if count() == 1 or kind == "cpu":
+    if kind == "cpu" or not _launched():
         return kind
     import torch
 

@@ -104,7 +104,8 @@ def build_shira(targets: Targets, options: ShiraOptions) -> Runtime:
 
 @dataclass(frozen=True)
 class SpielOptions(ShiraOptions):
-    """r, seed: as in SHiRA. total_steps: of the training. The rest: see :class:`peftfast.methods.SpIEL`."""
+    """r, seed: as in SHiRA. total_steps: of the training. data_parallel: whether the workers of torch.distributed's default group train
+    this model together; None warns where there are several. The rest: see :class:`peftfast.methods.SpIEL`."""
 
     r: int = 64
     total_steps: int = 1000
@@ -112,9 +113,12 @@ class SpielOptions(ShiraOptions):
     accumulation_steps: int = 5
     initial_rate: float = 0.2
     schedule: str = "linear"
+    data_parallel: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.data_parallel, bool | None):
+            raise TypeError(f"data_parallel: expected True, False or None, got {self.data_parallel!r}")
         for name in ("total_steps", "reselection_steps", "accumulation_steps"):
             at_least_one(name, getattr(self, name))
         above_zero("initial_rate", self.initial_rate)
@@ -140,6 +144,7 @@ class SpielRuntime(Runtime):
             accumulation_steps=given.accumulation_steps,
             initial_rate=given.initial_rate,
             schedule=given.schedule,
+            process_group=given.data_parallel,
         )
         return made
 

@@ -112,7 +112,8 @@ class SpIEL:
         if process_group is None and not self._exchange.active and _several_workers():
             warnings.warn(
                 "SpIEL: several processes run and process_group is not given: workers that train one model on other data each would "
-                "move its supports apart. process_group=True for these, False for processes with a model of their own",
+                "move its supports apart. process_group=True (peftfast.adapt: data_parallel=True) for these, False for models of "
+                "their own",
                 UserWarning,
                 stacklevel=2,
             )
