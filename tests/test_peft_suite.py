@@ -49,7 +49,7 @@ FILES = tuple(
 )
 HUB_TESTS = 16  # tests in exceptions.txt that need the hub
 PATCHED_TESTS = 0  # tests in exceptions.txt that fail patched
-LONGEST = 600  # seconds; it takes 60 of one core
+LONGEST = 600  # seconds; it takes 50 of one core
 
 WORDS = "(lora or test_mixed or shira)"
 # --full runs these too. Tuners of LoRA's name alone: no class of theirs is LoRA's, so that patch finds nothing in them, which the tests
@@ -105,8 +105,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(source: Path, outcomes: Path, words: str, *more: str) -> dict:
-    """One run of a selection in a process of its own: what failed, how many passed, how many calls ran fused."""
-    quiet = ("-o", "addopts=", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "--timeout=120")
+    """One run of a selection in a process of its own: what failed, how many passed, how many calls ran fused. Without pytest's plugin
+    for logs, which gives each of transformers' loggers two handlers for each test, and without its rewriting of assertions."""
+    quiet = ("-o", "addopts=", "-q", "--assert=plain", "--tb=short", "--timeout=120")
+    quiet = (*quiet, *(f"-pno:{plugin}" for plugin in ("cacheprovider", "xdist", "logging")))
     select = (*FILES, "-k", words, "--outcomes", str(outcomes))
     dropped = ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER_COUNT", "PEFTFAST_BACKEND")
     environment = {key: value for key, value in os.environ.items() if key not in dropped}

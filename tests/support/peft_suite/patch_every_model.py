@@ -9,9 +9,12 @@ import functools
 import json
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 
+import jinja2
 import peft.tuners.tuners_utils
 import pytest
+import torch
 
 from peftfast.functional.lora import LoRALinearFunction
 from peftfast.functional.node import known
@@ -32,6 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A thousand adapters are saved, each with a model card of the same template: compiled once. And torch.manual_seed, called six
+    # thousand times, keeps its caller's stack as text for each kind of device that may yet come.
+    jinja2.Template.__new__ = functools.cache(jinja2.Template.__new__)
+    for late in (torch.cuda, torch.xpu, torch.mtia):
+        late.traceback = SimpleNamespace(format_stack=list)
     if config.getoption("--stock"):
         return
     # Every way to an adapter ends here: get_peft_model, from_pretrained, add_adapter, load_adapter, inject_adapter_in_model.
