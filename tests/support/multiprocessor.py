@@ -8,12 +8,16 @@ What the model leaves out: conflicts of shared memory's banks, the L1 cache, oth
 any time), and that a busy memory answers later. Latencies are those that others measured on an H100, in cycles.
 """
 
-import heapq
+import ctypes
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from pathlib import Path
 
+import numpy as np
+
+from .accesses import compiled
 from .sass import DRAM_BYTES, RATES, Code, Instruction, spread, unit_of
 
 # Cycles until a result is there. A memory's is that of an access that finds nobody before it.
@@ -64,13 +68,6 @@ class Step:
     cached: bool = False
     keeps: int | None = None
     columns: int = 0
-    # What each cycle asks: the scoreboards' numbers, and what it takes of one of a multiprocessor's four parts.
-    boards: list[int] = field(init=False)
-    part: str | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.boards = [i for i in range(6) if self.waits >> i & 1]
-        self.part = "tensor" if self.columns else self.unit if self.unit in _OF_A_PART else None
 
 
 @dataclass(frozen=True)
@@ -206,126 +203,32 @@ def _step(one: Instruction, cached: bool) -> Step:
     return step
 
 
-class _Warp:
-    __slots__ = ("copies", "group", "matrix", "place", "program", "scoreboards", "since")
-
-    def __init__(self, program: dict[str, Any], place: int) -> None:
-        self.program, self.place = program, place
-        self.since = 0  # steps done
-        self.scoreboards = [0.0] * 6
-        self.copies: list[float] = []  # when each open group of copies is there
-        self.group = self.matrix = 0.0
+_UNITS = {None: -1, **{unit: number for number, unit in enumerate(_OF_A_PART)}, "memory": 4}
+_KINDS = {"LDGSTS": 1, "LDGDEPBAR": 2, "BAR": 3, "matrix wait": 4}
 
 
 def cycles(steps: list[Step], warps: int, programs: int, at_once: int, arch: int, scale: float = 1.0) -> float:
     """How long a multiprocessor takes for so many programs, so many of them at once, whose warps all go the same way. Of the bytes that
     the memory is asked for it moves the part ``scale``: less than 1 where lanes ask for the same ones."""
-    run = _Run(steps, warps, programs, arch, scale)
-    for _ in range(min(at_once, programs)):
-        run.begin(0.0)
-    return run.finish()
+    rows = [
+        (
+            *(_KINDS.get(one.kind, 0), _UNITS[one.unit], one.weight, one.stall, one.done, one.read, one.waits),
+            *(one.size, one.cached, -1 if one.keeps is None else one.keeps, one.columns),
+        )
+        for one in steps
+    ]
+    table = np.array(rows, dtype=np.int32)
+    # Cycles for which an instruction takes a unit of one of the four parts; shared by them is the memory's.
+    taken = np.array([4 / RATES[arch][unit] for unit in _OF_A_PART])
+    latencies = np.array([DRAM, L2, SHARED, OTHER, _READ, _TENSOR, _START, _BARRIER], dtype=np.float64)
+    sizes, rates = (len(steps), warps, programs, at_once), (DRAM_BYTES[arch] / scale, L2_BYTES)
+    return float(_library().cycles(table.ctypes.data, *sizes, taken.ctypes.data, *rates, latencies.ctypes.data))
 
 
-class _Run:
-    def __init__(self, steps: list[Step], warps: int, programs: int, arch: int, scale: float) -> None:
-        self.steps, self.warps, self.left = steps, warps, programs
-        self.bytes = DRAM_BYTES[arch] / scale
-        # Cycles for which an instruction takes a unit of one of the four parts; shared by them is the memory's.
-        self.taken = {unit: 4 / RATES[arch][unit] for unit in _OF_A_PART}
-        self.free = [dict.fromkeys([*self.taken, "issue", "tensor"], 0.0) for _ in range(4)]
-        self.memory = self.dram = self.l2 = 0.0
-        self.queue: list[tuple[float, int, _Warp]] = []
-        self.count = 0
-        self.place = 0
-
-    def begin(self, time: float) -> None:
-        if not self.left:
-            return
-        self.left -= 1
-        program: dict[str, Any] = {"alive": self.warps, "waiting": []}
-        for _ in range(self.warps):
-            self.push(time, _Warp(program, self.place % 4))
-            self.place += 1
-
-    def push(self, time: float, warp: _Warp) -> None:
-        self.count += 1
-        heapq.heappush(self.queue, (time, self.count, warp))
-
-    def finish(self) -> float:
-        end, queue = 0.0, self.queue
-        while queue:
-            time, order, warp = queue[0]
-            step = self.steps[warp.since]
-            ready = self._ready(warp, step)
-            if ready > time:
-                heapq.heapreplace(queue, (ready, order, warp))
-            else:
-                heapq.heappop(queue)
-                self._issue(time, warp, step)
-                end = max(end, time)
-        return max(end, self.dram)
-
-    def _ready(self, warp: _Warp, step: Step) -> float:
-        free = self.free[warp.place]
-        ready = free["issue"]
-        if step.part and free[step.part] > ready:
-            ready = free[step.part]
-        for i in step.boards:
-            if warp.scoreboards[i] > ready:
-                ready = warp.scoreboards[i]
-        if step.keeps is not None and len(warp.copies) > step.keeps:
-            ready = max(ready, *warp.copies[: len(warp.copies) - step.keeps])
-        if step.kind == "matrix wait":
-            ready = max(ready, warp.matrix)
-        return ready
-
-    def _issue(self, time: float, warp: _Warp, step: Step) -> None:
-        free = self.free[warp.place]
-        free["issue"] = time + 1
-        result, read = time + OTHER, time + _READ
-        if step.unit in self.taken:
-            free[step.unit] = time + self.taken[step.unit] * step.weight
-        elif step.unit == "memory":
-            self.memory = max(self.memory, time) + step.weight
-            result, read = self.memory + SHARED, self.memory + _READ
-            if step.size:
-                result = self._moved(step)
-        elif step.columns:
-            free["tensor"] = time + max(8, step.columns / 2)
-            result = read = warp.matrix = free["tensor"] + _TENSOR
-        if step.kind == "LDGSTS":
-            warp.group = max(warp.group, result)
-        elif step.kind == "LDGDEPBAR":
-            warp.copies.append(warp.group)
-            warp.group = 0.0
-        elif step.keeps is not None:
-            del warp.copies[: max(0, len(warp.copies) - step.keeps)]
-        if step.done < 6:
-            warp.scoreboards[step.done] = max(warp.scoreboards[step.done], result)
-        if step.read < 6:
-            warp.scoreboards[step.read] = max(warp.scoreboards[step.read], read)
-        self._go_on(time, warp, step)
-
-    def _moved(self, step: Step) -> float:
-        """When an access that begins when shared memory's path has taken it is answered."""
-        if step.cached:
-            self.l2 = max(self.l2, self.memory) + step.size / L2_BYTES
-            return max(self.l2, self.memory + L2)
-        self.dram = max(self.dram, self.memory) + step.size / self.bytes
-        return max(self.dram, self.memory + DRAM)
-
-    def _go_on(self, time: float, warp: _Warp, step: Step) -> None:
-        warp.since += 1
-        program = warp.program
-        if warp.since == len(self.steps):
-            program["alive"] -= 1
-            if not program["alive"]:
-                self.begin(time + _START)
-        elif step.kind == "BAR":
-            program["waiting"].append(warp)
-            if len(program["waiting"]) == self.warps:
-                for other in program["waiting"]:
-                    self.push(time + _BARRIER, other)
-                program["waiting"] = []
-        else:
-            self.push(time + step.stall, warp)
+@cache
+def _library() -> ctypes.CDLL:
+    library = compiled(Path(__file__).with_suffix(".cpp"))
+    number, real, array = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+    library.cycles.argtypes = [array, *4 * [number], array, real, real, array]
+    library.cycles.restype = real
+    return library
