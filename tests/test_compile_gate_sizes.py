@@ -74,5 +74,7 @@ def test_every_launcher_is_among_them() -> None:
 
 
 def test_a_constant_that_is_converted_is_a_failure() -> None:
+    """Of its call; the next one is answered."""
     with pytest.raises(RuntimeError, match="has no attribute 'to'"):
         run_gate([{"launcher": "planted_constant", "tensor_id": 1, "arch": 90, "front": True}])
+    assert run_gate([{"arch": 90, "front": True, **REQUESTS[0]}])[0].kernel == "_lora_shrink_kernel"

@@ -1,21 +1,25 @@
 """Cubins without a GPU: what a launcher would launch, compiled for a given architecture, and what the binary shows.
 
-Run as a program it reads requests as JSON from standard input and writes one finding each to standard output. It is a
-program because kernels that were decorated under TRITON_INTERPRET cannot be compiled: :func:`run_gate` starts it with
-that variable removed, whatever the test process has set.
+Run as a program it reads lists of requests, each a line of JSON, from standard input and answers each by a line with its findings. It
+is a program because kernels that were decorated under TRITON_INTERPRET cannot be compiled: :func:`run_gate` starts it with that
+variable removed, whatever the test process has set. It serves one call after the other, since its imports take two seconds, and ends
+when none has come for a minute.
 
 The launchers themselves are called, on meta tensors, and the launch that they make is caught and specialised by
 triton's own code (pointers and integers divisible by 16, integers equal to 1, None). What is examined is therefore
 what a GPU would run.
 """
 
+import atexit
 import json
 import math
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +30,7 @@ from typing import Any
 from tests.support.sass import Code, read_cubin
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 60  # seconds that the program waits for a call
 # Shared memory that one block can ask for: CUDA programming guide, table of compute capabilities.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 MATRIX_INSTRUCTION = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
@@ -96,23 +101,70 @@ def run_gate(requests: list[dict[str, Any]]) -> list[Finding]:
     only taken to Triton's first representation, a tenth of the time: whether the compiler takes the kernel with these arguments at all.
     With "code", the name of a kernel, its binary is disassembled too, which takes as long as a compilation.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    left_out = ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps(requests),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the compile gate failed:\n{done.stderr[-4000:]}")
-    findings = [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
+    answer = json.loads(_answer(json.dumps(requests), environment))
+    if isinstance(answer, str):
+        raise RuntimeError(f"the compile gate failed:\n{answer[-4000:]}")
+    findings = [Finding(**finding) for finding in answer]
     for finding in findings:
         if isinstance(finding.code, dict):
             finding.code = Code.of(finding.code)
     return findings
+
+
+class _Program:
+    """This file as a program, with what it says besides its answers in a file."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment, self.said = environment, tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            env=environment,
+        )
+        atexit.register(self.end)
+
+    def answer(self, line: str) -> str:
+        """Nothing where it has ended."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return ""
+        return self.process.stdout.readline()
+
+    def end(self) -> str:
+        """What it has said."""
+        atexit.unregister(self.end)
+        self.process.kill()
+        self.process.wait()
+        self.said.seek(0)
+        return self.said.read()
+
+
+_program: _Program | None = None
+
+
+def _answer(line: str, environment: dict[str, str]) -> str:
+    global _program
+    if _program is not None and (_program.environment != environment or _program.process.poll() is not None):
+        _program.end()
+        _program = None
+    begun = _program is None
+    _program = _program or _Program(environment)
+    answer = _program.answer(line)
+    if not answer:
+        said, _program = _program.end(), None
+        if begun:
+            raise RuntimeError(f"the compile gate failed:\n{said[-4000:]}")
+        return _answer(line, environment)  # it had just ended, or the calls before this one are to blame
+    return answer
 
 
 @contextmanager
@@ -319,15 +371,23 @@ def _launcher(name: str) -> Callable[..., Any]:
 
 
 def main() -> None:
-    findings = []
-    for request in json.load(sys.stdin):
-        launcher, arch = request.pop("launcher"), request.pop("arch")
-        front, code = request.pop("front", False), request.pop("code", "")
-        label = f"{launcher} " + " ".join(f"{name}={value}" for name, value in request.items())
-        with caught_launches() as caught:
-            _launcher(launcher)(**request, arch=arch)
-        findings += [asdict(compile_launch(*launch, arch, label, front, code)) for launch in caught]
-    print(json.dumps(findings))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed is no answer
+    while select.select([sys.stdin], [], [], PATIENCE)[0] and (line := sys.stdin.readline()):
+        try:
+            answer: Any = [finding for request in json.loads(line) for finding in _findings(request)]
+        except Exception:
+            answer = traceback.format_exc()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _findings(request: dict[str, Any]) -> list[dict[str, Any]]:
+    launcher, arch = request.pop("launcher"), request.pop("arch")
+    front, code = request.pop("front", False), request.pop("code", "")
+    label = f"{launcher} " + " ".join(f"{name}={value}" for name, value in request.items())
+    with caught_launches() as caught:
+        _launcher(launcher)(**request, arch=arch)
+    return [asdict(compile_launch(*launch, arch, label, front, code)) for launch in caught]
 
 
 if __name__ == "__main__":
