@@ -4,9 +4,9 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from peftfast.__main__ import main
 from peftfast.cli import UserError, demo, finetune, records
+from tests.support.forked import Forked, Running, forking
 
 ROOT = Path(__file__).resolve().parents[1]
+LLAMA = ("transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no signals to send, and no fork")
 VOCABULARY = 300
 
 
@@ -237,25 +240,36 @@ def test_an_adapter_is_replaced_only_when_asked(llama, texts, labelled, tmp_path
 # Interruption
 
 
-def start(model: Path, data: Path, out: Path) -> subprocess.Popen[str]:
-    """A training without end that saves at every step, after its first save."""
+# The command as it starts in a process of its own. A suite that was started in the background hands down a SIGINT that is ignored.
+BEGUN = """
+import os, runpy, signal, sys, tempfile
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ |= {"TMPDIR": FOLDER, "OMP_NUM_THREADS": "1"}
+tempfile.tempdir = None
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+sys.argv = ["peftfast", *ARGUMENTS]
+runpy.run_module("peftfast", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def trainings() -> Iterator[Forked]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with forking("peft", "transformers.trainer", *LLAMA, environment=environment) as process:
+        yield process
+
+
+def start(trainings: Forked, folder: Path, model: Path, data: Path, out: Path) -> Running:
+    """A training without end that saves at every step, after its first save; what it says it writes into ``folder``."""
     endless = command(model, data, out, "--max-steps", "1000000", "--save-steps", "1", "--logging-steps", "1000000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "peftfast", *endless],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(data.parent)},
-        # A suite that was started in the background hands down a SIGINT that is ignored.
-        preexec_fn=None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    given = f"FOLDER, ARGUMENTS = {str(data.parent)!r}, {endless!r}\n"
+    running = trainings.start(given + BEGUN, folder)
     deadline = time.monotonic() + 120
-    while not out.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not out.exists() and time.monotonic() < deadline:
+        assert Path("/proc", str(running.process)).exists() or sys.platform != "linux", running.wait()[1]
         time.sleep(0.05)
     time.sleep(0.3)
-    assert process.poll() is None, process.communicate()[1]
-    return process
+    return running
 
 
 def whole(adapter: Path) -> None:
@@ -263,25 +277,29 @@ def whole(adapter: Path) -> None:
     assert len(load_file(adapter / "adapter_model.safetensors")) == 28
 
 
-def test_a_kill_leaves_the_last_adapter_whole(llama, texts, tmp_path):
+@needs_fork
+def test_a_kill_leaves_the_last_adapter_whole(trainings, llama, texts, tmp_path, tmp_path_factory):
     out = tmp_path / "adapter"
-    process = start(llama, texts, out)
-    process.kill()
-    process.communicate()
+    running = start(trainings, tmp_path_factory.mktemp("said"), llama, texts, out)
+    os.kill(running.process, signal.SIGKILL)
+    status, said = running.wait()
+    assert status == -signal.SIGKILL, said
     whole(out)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send")
+@needs_fork
 @pytest.mark.parametrize(
     ("sent", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-def test_a_signal_leaves_the_last_adapter_whole_and_says_where(llama, texts, tmp_path, sent, status, word):
+def test_a_signal_leaves_the_last_adapter_whole_and_says_where(
+    trainings, llama, texts, tmp_path, tmp_path_factory, sent, status, word
+):
     """Ctrl+C, and what a batch system sends: nothing is left beside the adapter, nor in the folder for temporary files."""
     out = tmp_path / "adapter"
-    process = start(llama, texts, out)
-    process.send_signal(sent)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == status, said
+    running = start(trainings, tmp_path_factory.mktemp("said"), llama, texts, out)
+    os.kill(running.process, sent)
+    ended, said = running.wait()
+    assert ended == status, said
     assert said.splitlines()[-1] == word
     assert str(out) in said and "Traceback" not in said
     whole(out)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from peftfast.__main__ import main
 from peftfast.cli import UserError, finetune, models, records
 from peftfast.cli.texts import IGNORED, Encoder
+from tests.support.forked import forking
 from tests.test_cli_finetune import (  # noqa: F401
     ROOT,
     command,
@@ -248,22 +249,14 @@ def test_a_model_by_its_name(llama, texts, tmp_path):  # noqa: F811
     (repository / "refs" / "main").write_text(commit)
     variables = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     argv = command("owner/name", texts, tmp_path / "out", "--max-steps", "1")
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "peftfast", *argv, *more],
-            cwd=tmp_path,
-            env=os.environ | variables,
-            capture_output=True,
-            text=True,
-        )
-
-    done = run()
-    assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "owner/name"
-    absent = run("--model", "owner/other", "--overwrite")
-    assert absent.returncode == 2 and "owner/other is no directory here, and the hub does not give it" in absent.stderr
+    program = "import runpy, sys\nsys.argv = ['peftfast', *{}]\nrunpy.run_module('peftfast', run_name='__main__')"
+    with forking("peft", "transformers.trainer", environment=os.environ | variables) as process:
+        status, said = process.run(program.format(argv), tmp_path)
+        assert status == 0, said
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "owner/name"
+        status, said = process.run(program.format([*argv, "--model", "owner/other", "--overwrite"]), tmp_path)
+        assert status == 2 and "owner/other is no directory here, and the hub does not give it" in said
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from peftfast.ops import native
+from tests.support.forked import forking
 
 ROOT = Path(__file__).resolve().parents[1]
 MOVED_FOLDERS = ("kernels", "benchmarks")
@@ -234,7 +236,7 @@ def rest(self, ext):
     left, known = ([one for one in given if one.endswith(".cu")] for given in (ext.sources, ext.depends))
     print("objects", len(ext.extra_objects), left, "known", len(known))  # linked anew where one that is known is newer
 build_ext.build_ext.build_extension = rest
-sys.argv = ["setup.py", "-q", "build_ext", "--build-temp", sys.argv[1]]
+sys.argv = ["setup.py", "-q", "build_ext", "--build-temp", TEMP]
 exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__name__": "__main__", "__file__": "setup.py"})
 """
 NVCC = """#!/bin/sh
@@ -251,25 +253,33 @@ def test_cuda_sources_are_compiled_side_by_side(checkout: Path, tmp_path: Path) 
     nvcc.chmod(0o755)
     sources = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
-    def build(**variables: str) -> subprocess.CompletedProcess[str]:
-        notes.unlink(missing_ok=True)
-        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_HOME", "MAX_JOBS")}
-        environment |= {"PEFTFAST_BUILD": "cuda", "PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(notes)}
-        environment |= {"FAILS": "no such file", "CXX": "true", **variables}
-        command = [sys.executable, "-c", CUDA_BUILD, str(tmp_path / "temp")]
-        return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_HOME", "MAX_JOBS")}
+    environment |= {"PEFTFAST_BUILD": "cuda", "PATH": f"{tmp_path}:{os.environ['PATH']}", "NOTES": str(notes)}
+    environment |= {"FAILS": "no such file", "CXX": "true"}
 
-    done = build(MAX_JOBS=str(2 * len(sources)), PEFTFAST_CUDA_ARCHITECTURES="90a;100")
-    assert done.returncode == 0, done.stderr
-    assert f"objects {len(sources)} [] known {len(sources)}" in done.stdout
+    def build(**variables: str) -> tuple[int, str]:
+        notes.unlink(missing_ok=True)
+        given = (
+            f"import os\nos.environ |= {variables!r}\nos.chdir({str(checkout)!r})\nTEMP = {str(tmp_path / 'temp')!r}"
+        )
+        return process.run(given + CUDA_BUILD, tmp_path)
+
+    with forking("setuptools.command.build_ext", "torch", environment=environment) as process:
+        check_cuda_builds(build, sources, notes)
+
+
+def check_cuda_builds(build: Callable[..., tuple[int, str]], sources: list[str], notes: Path) -> None:
+    status, said = build(MAX_JOBS=str(2 * len(sources)), PEFTFAST_CUDA_ARCHITECTURES="90a;100")
+    assert status == 0, said
+    assert f"objects {len(sources)} [] known {len(sources)}" in said
     called = notes.read_text().splitlines()
     assert sorted(line.split(" -c ")[1].split()[0].rpartition("/")[2] for line in called) == sources
     for line in called:
         assert "--threads 2 " in line and "code=sm_90a" in line and "code=sm_100" in line and "sm_80" not in line
         assert "code=compute_100" in line
-    assert build(FAILS="sparse_delta.cu").returncode != 0
-    refused = build(PEFTFAST_CUDA_ARCHITECTURES="80,90").stderr
+    assert build(FAILS="sparse_delta.cu")[0] != 0
+    refused = build(PEFTFAST_CUDA_ARCHITECTURES="80,90")[1]
     assert "PEFTFAST_CUDA_ARCHITECTURES: expected such as 80;90a;100, got '80,90'" in refused
-    refused = build(PEFTFAST_CUDA_ARCHITECTURES="75;90a").stderr
+    refused = build(PEFTFAST_CUDA_ARCHITECTURES="75;90a")[1]
     assert "PEFTFAST_CUDA_ARCHITECTURES: expected 80 or newer, got '75' in '75;90a'" in refused
-    assert "MAX_JOBS: expected a whole number of at least 1, got '0'" in build(MAX_JOBS="0").stderr
+    assert "MAX_JOBS: expected a whole number of at least 1, got '0'" in build(MAX_JOBS="0")[1]

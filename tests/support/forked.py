@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 SERVER = """
@@ -36,8 +37,22 @@ for line in sys.stdin:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@dataclass
+class Running:
+    """A program that has begun: it gets signals by its number, ``process``."""
+
+    process: int
+    server: subprocess.Popen[str]
+    said: Path
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit status, less than 0 where a signal ended it, and what it said."""
+        return _number(self.server), self.said.read_text()
 
 
 class Forked:
@@ -47,14 +62,23 @@ class Forked:
         self._process = process
 
     def run(self, program: str, folder: Path) -> tuple[int, str]:
+        return self.start(program, folder).wait()
+
+    def start(self, program: str, folder: Path) -> Running:
+        """Without waiting for it; the next one begins when this one has ended, and must be started when it was waited for."""
         said = folder / "said.txt"
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         job = {"program": program, "folder": str(folder), "said": str(said)}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        status = self._process.stdout.readline()
-        assert status, "the process that forks has ended"
-        return int(status), said.read_text()
+        return Running(_number(self._process), self._process, said)
+
+
+def _number(server: subprocess.Popen[str]) -> int:
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    assert line, "the process that forks has ended"
+    return int(line)
 
 
 @contextmanager
