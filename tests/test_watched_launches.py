@@ -2,12 +2,16 @@
 access outside of its tensors."""
 
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
+
+from tests.support import accesses
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -101,3 +105,30 @@ def test_an_access_by_a_table_of_addresses() -> None:
     astray = torch.tensor([[x.data_ptr() + 2**40, y.data_ptr()]])
     with pytest.raises(InterpreterError, match="load of 4 bytes .* outside of the launch's tensors"):
         _through_table_kernel[(1,)](astray, 104, BLOCK=128)
+
+
+COUNTED = """
+#include <stdint.h>
+#include <unistd.h>
+static int within = 0;
+extern "C" uint64_t others_within() {
+    const int others = within++;
+    usleep(20000);
+    --within;
+    return others;
+}
+"""
+
+
+def test_one_thread_at_a_time_is_told_of(tmp_path: Path) -> None:
+    """What is known of memory lies in one map, and threads of a test ask its model's tensors for their addresses."""
+    source = tmp_path / "counted.cpp"
+    source.write_text(COUNTED)
+    others_within = accesses.function(accesses.compiled(source), "others_within")
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(others_within())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [0, 0, 0]

@@ -72,8 +72,9 @@ def program() -> int:
     return int((z * height + y) * width + x)
 
 
-def compiled(source: Path) -> ctypes.CDLL:
-    """The C++ file as a library, compiled once for all processes.
+def compiled(source: Path) -> ctypes.PyDLL:
+    """The C++ file as a library, compiled once for all processes. Its functions keep the GIL: what they know is the process's, and any
+    thread may ask a tensor for its address.
 
     Raises:
         FileNotFoundError: there is no C++ compiler. RuntimeError: what it says.
@@ -84,10 +85,10 @@ def compiled(source: Path) -> ctypes.CDLL:
         part = target.with_name(f"{target.name}.{os.getpid()}")
         run_compiler("-std=c++17", "-O2", "-fPIC", "-shared", source, "-o", part)
         part.replace(target)
-    return ctypes.CDLL(str(target))
+    return ctypes.PyDLL(str(target))
 
 
-def function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:
+def function(library: ctypes.PyDLL, name: str, *arguments: Any) -> Any:
     found = getattr(library, name)
     found.argtypes, found.restype = list(arguments), ctypes.c_uint64
     return found
