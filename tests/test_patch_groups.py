@@ -3,7 +3,9 @@
 import copy
 import gc
 import pickle
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -770,6 +772,72 @@ def test_inference_mode_runs_alone(counts: Counts) -> None:
         x = inputs().detach()
         assert counts.during(lambda: grouped(x))[1] == 0
         assert torch.equal(grouped(x), alone(x))
+
+
+def test_a_switch_while_another_thread_s_group_is_about_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of a group is of one state of its adapters at a time, and a call runs on the state that it asked for."""
+    grouped, _ = patched_pair(blocks=1, lora_alpha=2)
+    grouped.add_adapter("second", peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q", "k", "v"]))
+    stir(grouped)
+    own = attention(grouped)
+    layers, x = (own.q, own.k, own.v), inputs()
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return grouped(x)
+
+    def switch(name: str) -> None:
+        for layer in layers:
+            layer.set_adapter(name)
+
+    with torch.no_grad():
+        source = torch.tanh(x)
+        expected = own.q(source)
+    found: list[Tensor] = []
+    own.between = lambda x, q: found.append(q)
+
+    def switched(*_: Any) -> bool:
+        monkeypatch.setattr(configs, "group_pays", lambda *_: True)
+        switch("second")
+        other = threading.Thread(target=run)
+        other.start()
+        other.join()
+        return True
+
+    run()
+    monkeypatch.setattr(configs, "group_pays", switched)
+    found.clear()
+    run()
+    assert len(found) == 2
+    assert relative(found[1], expected) < 1e-5 and relative(found[0], expected) > 0.1
+
+
+def test_groups_that_another_thread_finds_meanwhile() -> None:
+    block = peft_groups.Block(attention(adapted()))
+    failed: list[BaseException] = []
+    until, switch = time.monotonic() + 0.3, sys.getswitchinterval()
+
+    def work() -> None:
+        try:
+            while time.monotonic() < until:
+                block.distinct()
+        except RuntimeError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < until:
+            for key in range(30):
+                block.groups[key] = object()  # type: ignore[assignment]
+            block.groups.clear()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert not failed
 
 
 def test_few_rows_on_4_bits_run_alone(counts: Counts) -> None:

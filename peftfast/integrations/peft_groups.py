@@ -135,7 +135,8 @@ class Block:
             self.switched_at = torch._C._autograd._get_sequence_nr() - (not torch.is_grad_enabled())
 
     def distinct(self) -> list[Group]:
-        return list({id(group): group for group in self.groups.values()}.values())
+        groups = list(self.groups.values())  # another thread may find one meanwhile
+        return list({id(group): group for group in groups}.values())
 
     def together(self, group: Group, delicate: bool) -> bool:
         """Whether a group runs together in this call. ``delicate``: a call that records a graph or draws seeds; others are free."""
