@@ -1,5 +1,7 @@
 """The C++ library against the definitions, on each instruction set in turn, at small awkward shapes."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -486,3 +488,22 @@ def test_verdicts_are_remembered() -> None:
     assert native.cpu_available() is native.cpu_available()
     ok, reason = native.cuda_available()
     assert ok or reason
+
+
+def test_a_library_that_many_threads_ask_for_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.ops.load_library sets flags of the process and puts back those that it found: two at once may leave them set."""
+    loaded: list[str] = []
+
+    def load(backend: str) -> tuple[bool, str]:
+        loaded.append(backend)
+        time.sleep(0.05)
+        return True, ""
+
+    monkeypatch.setattr(native, "_load", load)
+    monkeypatch.setattr(native, "_verdicts", {})
+    threads = [threading.Thread(target=native.cpu_available) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loaded == ["cpu"]

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ AUTOGRAD_INTERFACE = 1  # as csrc/autograd/module.cpp has it: what functional/no
 _FOLDER = Path(__file__).resolve().parents[1]
 _verdicts: dict[str, Verdict] = {}
 _modules: dict[str, ModuleType] = {}
+_lock = threading.RLock()
 
 
 def cpu_available() -> Verdict:
@@ -75,8 +77,10 @@ def cpu_isa() -> str:
 
 
 def _ask(backend: str) -> Verdict:
-    verdict = _verdicts[backend] = _load(backend)
-    return verdict
+    with _lock:  # torch sets the process's flags of dlopen while it loads: two threads at once may leave them set
+        if backend not in _verdicts:
+            _verdicts[backend] = _load(backend)
+        return _verdicts[backend]
 
 
 def _load_autograd() -> Verdict:
