@@ -4,6 +4,7 @@ the guards follows what changes."""
 import copy
 import inspect
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import peft
@@ -14,7 +15,7 @@ from torch import nn
 
 import peftfast
 from peftfast.functional.dora import row_gain
-from peftfast.integrations import patch_report, peft_call
+from peftfast.integrations import patch_report, peft_call, peft_guards
 from tests.test_patch import Block, K, adapted, layer_free, layer_of, relative, run, stir
 
 X = torch.randn(6, K, generator=torch.Generator().manual_seed(3))
@@ -347,6 +348,32 @@ def test_threads() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_an_adapter_that_is_added_while_the_guards_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server does that loads one in another thread while requests run."""
+    model = stir(with_second()).eval()
+    peftfast.patch(model)
+    layer, expected = layer_of(model), layer_of(model)(X)
+
+    def add() -> None:
+        name = f"other {len(layer.scaling)}"
+        layer.scaling[name], layer.lora_A._modules[name] = 1.0, layer.lora_A["second"]
+
+    class Types(frozenset[type]):
+        def isdisjoint(self, others: Iterable[Any]) -> bool:
+            add()
+            return super().isdisjoint(others)
+
+    class Name(str):
+        def __hash__(self) -> int:
+            add()
+            return super().__hash__()
+
+    monkeypatch.setattr(peft_guards, "_TENSORS", Types(peft_guards._TENSORS))
+    assert torch.equal(layer(X), expected)
+    found = layer(X, adapter_names=[Name("default") for _ in X])
+    assert relative(found, expected) < 1e-5
 
 
 def test_a_switch_while_the_guards_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,8 @@ def _by_the_guards(layer: Any, stock: Any, x: Tensor, args: Any, kwargs: dict[st
     if mixed:
         asked = kwargs["adapter_names"]
         layer._check_forward_args(x, adapter_names=asked)
-        names = [name for name in layer.lora_A if name in set(asked)]
+        wanted, present = set(asked), list(layer.lora_A.keys())  # to which another thread may add one meanwhile
+        names = [name for name in present if name in wanted]
         if not names:
             return stock(x, **kwargs)
         rows = tuple(asked)

@@ -106,7 +106,8 @@ _TENSORS = frozenset((Tensor, nn.Parameter))
 
 
 def scaled_by_tensors(layer: Any) -> bool:
-    return not _TENSORS.isdisjoint(map(type, layer.scaling.values()))
+    scalings = tuple(layer.scaling.values())  # another thread may add an adapter meanwhile
+    return not _TENSORS.isdisjoint(map(type, scalings))
 
 
 def why_stock(layer: Any, names: list[str]) -> str:
