@@ -17,7 +17,16 @@ from peftfast.__main__ import main
 from peftfast.cli import checkpoint, workers
 from peftfast.cli.errors import UserError
 from tests.support.forked import Forked, forking
-from tests.test_cli_finetune import ROOT, command, environment, error_line, llama, texts  # noqa: F401
+from tests.test_cli_finetune import (  # noqa: F401
+    ROOT,
+    command,
+    environment,
+    error_line,
+    labelled,
+    llama,
+    texts,
+    write_lines,
+)
 from tests.test_cli_finetune_resume import adapter, same
 
 pytestmark = pytest.mark.skipif(
@@ -78,6 +87,18 @@ def shown(self):
     return count(self)
 finetune.Job._total_steps = shown
 """
+# It keeps room for every gradient, of which MeZO has none.
+NO_DDP = "torch.nn.parallel.DistributedDataParallel.__init__ = None\n"
+TWICE = "once = main\nmain = lambda argv: once(argv) or once([*argv, '--overwrite'])\n"
+SAY_THE_HELD_OUT = """
+run = finetune.Job.run
+def run_and_say(self, learn, held_out):
+    run(self, learn, held_out)
+    with torch.no_grad():
+        each = [float(self.model(**self.encoder.collate([row])).loss) for row in self.encoder.encode(held_out).rows]
+    print(f"held out: {len(each)} lines, loss {sum(each) / len(each):.4f}")
+finetune.Job.run = run_and_say
+"""
 # Another stream of random numbers on each.
 APART = """
 from transformers import Trainer
@@ -137,7 +158,8 @@ def test_two_are_one_with_the_batches_of_both(llama, texts, tmp_path, forked, me
     status, one = forked.run(f"{ALONE}({command(llama, texts, tmp_path / 'one', *steps(4), *options)!r}))", tmp_path)
     assert status == 0, one
     argv = command(llama, texts, tmp_path / "two", *steps(2), *options, "--save-steps", "2")
-    status, said, other = on_two(forked, tmp_path, argv, THE_FIRST_WRITES + TOTAL)
+    more = NO_DDP if method == "mezo" else ""
+    status, said, other = on_two(forked, tmp_path, argv, THE_FIRST_WRITES + TOTAL + more)
     assert status == 0, said + other
     assert "loss" not in other and said.count("adapter in") == 1
     assert "total 4\n" in said and "over 4 steps" in said
@@ -150,6 +172,47 @@ def test_two_are_one_with_the_batches_of_both(llama, texts, tmp_path, forked, me
         torch.testing.assert_close(found[key], expected[key], **tolerance, msg=key)
     assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_classifier_learns_from_the_mean_of_a_step(llama, labelled, tmp_path, forked):  # noqa: F811
+    """Its loss is the mean of a batch whatever the Trainer tells it: neither workers nor batches of a step multiply it."""
+    options = ("--max-steps", "3", "--r", "2", "--logging-steps", "2", "--lora-dropout", "0", "--eval-split", "0.2")
+    batches = ("--per-device-train-batch-size", "4")
+    status, one = forked.run(f"{ALONE}({command(llama, labelled, tmp_path / 'one', *options, *batches)!r}))", tmp_path)
+    assert status == 0, one
+    batches = ("--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "2")
+    status, two, other = on_two(forked, tmp_path, command(llama, labelled, tmp_path / "two", *options, *batches))
+    assert status == 0, two + other
+    losses = [[float(found) for found in re.findall(r"'loss': '([\d.]+)'", text)] for text in (one, two)]
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=2e-3)
+    over = [float(re.findall(r"^loss ([\d.]+) over 3 steps", text, re.M)[0]) for text in (one, two)]
+    assert over[1] == pytest.approx(over[0], abs=2e-4)
+    assert one.splitlines()[-1].startswith("held out: 5 lines, loss")
+    assert two.splitlines()[-1] == one.splitlines()[-1]
+
+
+def test_held_out_loss_is_that_of_one(llama, tmp_path, forked):  # noqa: F811
+    """Lines of many tokens and of few, whose number is not a multiple of the workers': the mean over lines, each line once."""
+    lines = write_lines(tmp_path / "uneven.jsonl", [{"text": "fox " * (1 + 5 * (k % 4))} for k in range(12)])
+    options = ("--max-steps", "1", "--r", "2", "--eval-split", "0.25", "--per-device-train-batch-size", "1")
+    status, said, other = on_two(forked, tmp_path, command(llama, lines, tmp_path / "out", *options), SAY_THE_HELD_OUT)
+    assert status == 0, said + other
+    found, expected = (line for line in said.splitlines() if line.startswith("held out: 3 lines, loss"))
+    assert found == expected
+
+
+def test_twice_in_one_process(llama, texts, tmp_path, forked):  # noqa: F811
+    argv = command(llama, texts, tmp_path / "out", "--max-steps", "1", "--r", "2", "--ddp_timeout", "20")
+    status, said, other = on_two(forked, tmp_path, argv, TWICE)
+    assert status == 0 and said.count("adapter in") == 2, said + other
+
+
+def test_workers_that_cannot_meet_are_told(llama, texts, tmp_path, forked):  # noqa: F811
+    argv = command(llama, texts, tmp_path / "out", "--ddp_backend", "nccl")
+    status, said, other = on_two(forked, tmp_path, argv)
+    assert status == 2, said + other
+    assert said.startswith("error: the workers cannot begin together: ") and "nccl" in said
+    assert len(said.splitlines()) == len(other.splitlines()) == 1
 
 
 @pytest.mark.parametrize("method", ["lora", "spiel", pytest.param("mezo", marks=pytest.mark.full)])
@@ -237,3 +300,6 @@ def test_alone_without_a_launcher(monkeypatch):
     """Schedulers leave a WORLD_SIZE in the surroundings of a process that nobody meets."""
     told(monkeypatch, WORLD_SIZE=8)
     assert (workers.count(), workers.number(), workers.first(), workers.device("cuda")) == (1, 0, True, "cuda")
+    with workers.together("cpu", {}):  # accelerate would look for the seven others
+        assert "WORLD_SIZE" not in os.environ
+    assert os.environ["WORLD_SIZE"] == "8"

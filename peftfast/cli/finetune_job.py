@@ -257,7 +257,8 @@ class Job:
                 held += f", loss {metrics['eval_loss']:.4f}"
                 held += f", accuracy {100 * metrics['eval_accuracy']:.1f} %" if self.classify else ""
             self.save(steps, history=trainer.state.log_history)
-            print(f"loss {trained.training_loss:.4f} over {steps} steps; {self.method.result} in {self.options.out}")
+            loss = workers.mean(trained.training_loss)  # the Trainer adds up its own where no line of the log follows
+            print(f"loss {loss:.4f} over {steps} steps; {self.method.result} in {self.options.out}")
             if held:
                 print(held)
 
@@ -306,7 +307,7 @@ class Job:
             arguments._n_gpu = 1
         learnt, held = self.encoder.encode(learn), self.encoder.encode(held_out) if held_out else None
         try:
-            return self.method.trainer(
+            made = self.method.trainer(
                 model=self.model,
                 args=arguments,
                 data_collator=self.encoder.collate,
@@ -319,6 +320,28 @@ class Job:
             if self.extra:  # which do not go together, or need a package that is not there
                 raise UserError(f"TrainingArguments: {first_line(error)}") from None
             raise
+        if self.classify:
+            # A classifier's forward takes the step's number of labels, and its loss is the mean of its own batch all the same: the
+            # Trainer would take it for a part of the step's, and multiply by the workers and the batches of a step.
+            made.model_accepts_loss_kwargs = False
+        if workers.count() > 1:
+            _evaluate_apart(made)
+        return made
+
+
+def _evaluate_apart(trainer: Any) -> None:
+    """Let each worker's loss of a held-out batch be the mean of its own tokens. The Trainer makes it a part of all workers' mean, which
+    it is no longer when the lines that fill up the last batches are left out."""
+    step = trainer.prediction_step
+
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        averaged, trainer.args.average_tokens_across_devices = trainer.args.average_tokens_across_devices, False
+        try:
+            return step(*args, **kwargs)
+        finally:
+            trainer.args.average_tokens_across_devices = averaged
+
+    trainer.prediction_step = apart
 
 
 def _schedule(options: argparse.Namespace) -> str:

@@ -2,6 +2,7 @@
 (:class:`peftfast.optim.MeZO`) inside transformers' Trainer, whose data, schedule, logging and checkpoints stay what they are."""
 
 import argparse
+import functools
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,6 +190,8 @@ def _trainer_class() -> Any:
             super().__init__(**settings)
             self._method = method
             self._waiting: list[Any] = []
+            # Without DistributedDataParallel, which keeps room for every gradient: the workers exchange losses alone.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
         def create_optimizer(self, model: Any = None) -> Any:
             if self.optimizer is None:

@@ -1,6 +1,7 @@
 """Several workers of one command, as torchrun and ``accelerate launch`` start them: a process for each GPU, which trains on its part of
 every batch. The first writes and is heard."""
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -8,10 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .arguments import first_line
 from .errors import UserError
 
 # What a launcher tells each process; without all of them it is on its own, whatever its surroundings have left in one.
 TOLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+# What accelerate reads beside them, and each of them alone.
+READ_BY_ACCELERATE = (*TOLD, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def _launched() -> bool:
@@ -67,21 +71,40 @@ def heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def together(device: str, extra: Mapping[str, Any]) -> Iterator[None]:
-    """Begins when all workers are there; ``extra``: TrainingArguments that were given. The process group is the Trainer's too."""
+    """Begins when all workers are there; ``extra``: TrainingArguments that were given. The process group is the Trainer's too.
+
+    Raises:
+        UserError: they cannot meet.
+    """
+    if not _launched():
+        left = {name: os.environ.pop(name) for name in READ_BY_ACCELERATE if name in os.environ}
+        try:
+            yield
+        finally:
+            os.environ.update(left)
+        return
     if count() == 1:
         yield
         return
-    from accelerate import PartialState
+    from accelerate.state import AcceleratorState, PartialState
     from torch import distributed
 
     begun = not distributed.is_initialized()
-    if begun:
-        timeout = datetime.timedelta(seconds=extra.get("ddp_timeout", 1800))
+    timeout = datetime.timedelta(seconds=extra.get("ddp_timeout", 1800))
+    # It makes this worker's device the current one, and the group where there is none; done before, it would do neither.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
         PartialState(cpu=device == "cpu", backend=extra.get("ddp_backend"), timeout=timeout)
-    distributed.barrier()
-    yield
-    if begun:  # not after an error, where others may wait for an answer in it
-        distributed.destroy_process_group()
+        distributed.barrier()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the workers cannot begin together: {first_line(error)}") from None
+    if begun:  # kept for another run in this process: where the workers met once, they find what they left there
+        atexit.register(distributed.destroy_process_group)
+    try:
+        yield
+    except BaseException:  # others may wait for an answer in it
+        atexit.unregister(distributed.destroy_process_group)
+        raise
 
 
 def to_the_first(folder: Path, pattern: str) -> dict[str, bytes]:
@@ -94,6 +117,17 @@ def to_the_first(folder: Path, pattern: str) -> dict[str, bytes]:
     every: list[Any] | None = [None] * count() if first() else None
     distributed.gather_object(own, every)
     return {name: contents for one in every or () for name, contents in one.items()}
+
+
+def mean(value: float) -> float:
+    """Of the workers' values, which all give theirs."""
+    if count() == 1:
+        return value
+    from torch import distributed
+
+    every = [value] * count()
+    distributed.all_gather_object(every, value)
+    return sum(every) / len(every)
 
 
 def check_same(tensors: Mapping[str, Any]) -> None:
