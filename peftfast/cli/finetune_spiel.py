@@ -92,7 +92,9 @@ class SpIELMethod(Method):
         self._resume_from = resume_from
 
     def trainer(self, **settings: Any) -> "Trainer":
-        model = settings["model"]
+        model, args = settings["model"], settings["args"]
+        if args.ddp_broadcast_buffers is None:  # supports move alike on all workers; DDP would send them at each forward
+            args.ddp_broadcast_buffers = False
         # transformers asks a 4-bit model for adapters that it knows, and it knows PEFT's alone.
         attached = getattr(model, "_hf_peft_config_loaded", False)
         model._hf_peft_config_loaded = True
