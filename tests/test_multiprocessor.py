@@ -13,10 +13,12 @@ from .support.multiprocessor import (
     cycles,
     resident,
     steps_of,
+    why_not,
 )
 from .support.sass import DRAM_BYTES, read_listing
 from .test_throughput import LISTING
 
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 NONE = 7  # no scoreboard
 EXIT = Step("EXIT", None, 0, 1, NONE, NONE, 0)
 

@@ -8,11 +8,12 @@ import triton
 from packaging.version import Version
 
 from .support.compile_gate import run_gate
+from .support.multiprocessor import why_not
 from .support.sass import folded_by_ptxas, read_listing
 from .support.throughput import faults, load_of
 from .support.throughput_passes import PASSES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 # Triton 3.9 writes other code, a few percent to either side (0.77 of the memory's speed in the place of 0.88 at most).
 of_this_compiler = pytest.mark.skipif(
     not Version("3.6") <= Version(triton.__version__) < Version("3.9"), reason="limits are those of Triton 3.6 to 3.8"

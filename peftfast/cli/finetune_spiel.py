@@ -93,7 +93,8 @@ class SpIELMethod(Method):
 
     def trainer(self, **settings: Any) -> "Trainer":
         model, args = settings["model"], settings["args"]
-        if args.ddp_broadcast_buffers is None:  # supports move alike on all workers; DDP would send them at each forward
+        # Supports move alike on all workers; DDP would send them at each forward.
+        if args.ddp_broadcast_buffers is None:
             args.ddp_broadcast_buffers = False
         # transformers asks a 4-bit model for adapters that it knows, and it knows PEFT's alone.
         attached = getattr(model, "_hf_peft_config_loaded", False)

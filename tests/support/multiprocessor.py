@@ -10,6 +10,7 @@ any time), and that a busy memory answers later. Latencies are those that others
 
 import ctypes
 import re
+import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache
@@ -223,6 +224,11 @@ def cycles(steps: list[Step], warps: int, programs: int, at_once: int, arch: int
     latencies = np.array([DRAM, L2, SHARED, OTHER, _READ, _TENSOR, _START, _BARRIER], dtype=np.float64)
     sizes, rates = (len(steps), warps, programs, at_once), (DRAM_BYTES[arch] / scale, L2_BYTES)
     return float(_library().cycles(table.ctypes.data, *sizes, taken.ctypes.data, *rates, latencies.ctypes.data))
+
+
+def why_not() -> str:
+    """Why the model cannot run here, or an empty string."""
+    return "" if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
 
 
 @cache
