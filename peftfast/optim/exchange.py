@@ -50,9 +50,11 @@ class Exchange:
         Raises:
             ValueError: they differ.
         """
-        if not self.active:
+        if not self.active or not tensors:
             return
-        sums = torch.stack([_sum_of_bits(tensor.detach()) for tensor in tensors])
+        # NCCL takes tensors of a GPU alone, beside which a few may lie on the CPU.
+        device = next((tensor.device for tensor in tensors if not tensor.is_cpu), tensors[0].device)
+        sums = torch.stack([_sum_of_bits(tensor.detach()).to(device) for tensor in tensors])
         every = [torch.empty_like(sums) for _ in range(self._size)]
         torch.distributed.all_gather(every, sums, group=self._group)
         differ = torch.stack([other != every[0] for other in every]).any(dim=0).tolist()
