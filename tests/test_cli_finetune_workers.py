@@ -151,7 +151,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(one, marks=pytest.mark.full) if one in ("qlora", "lora-xs") else one for one in METHODS]
+    "method", [one if one in ("lora", "mezo") else pytest.param(one, marks=pytest.mark.full) for one in METHODS]
 )
 def test_two_are_one_with_the_batches_of_both(llama, texts, tmp_path, forked, method):  # noqa: F811
     options = ("--method", method, *METHODS[method])
@@ -201,6 +201,7 @@ def test_held_out_loss_is_that_of_one(llama, tmp_path, forked):  # noqa: F811
     assert found == expected
 
 
+@pytest.mark.full
 def test_twice_in_one_process(llama, texts, tmp_path, forked):  # noqa: F811
     argv = command(llama, texts, tmp_path / "out", "--max-steps", "1", "--r", "2", "--ddp_timeout", "20")
     status, said, other = on_two(forked, tmp_path, argv, TWICE)
