@@ -140,6 +140,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     options, rest = parser().parse_known_args(argv)
+    for variable in REFUSED_VARIABLES:
+        if os.environ.get(variable, "").lower() == "true":
+            raise UserError(f"{variable}: {REFUSED_ARGUMENTS['fsdp']}")
     # Without the libraries first: what can be told at once is told at once.
     if rest and not rest[0].startswith("--"):
         raise UserError(f"unrecognized arguments: {' '.join(rest)} (see `python -m peftfast finetune --help`)")
@@ -190,9 +193,6 @@ def training_arguments(rest: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: TrainingArguments has no such flag, its value is not of its type, this command sets it itself, or it is not taken.
     """
-    for variable in REFUSED_VARIABLES:
-        if os.environ.get(variable, "").lower() == "true":
-            raise UserError(f"{variable}: {REFUSED_ARGUMENTS['fsdp']}")
     if not rest:
         return {}
     from transformers import HfArgumentParser, TrainingArguments

@@ -140,9 +140,8 @@ class SpIELMethod(Method):
         class MoveSupports(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if method._resume_from is not None:
-                    device = (
-                        "cpu" if args.device.type == "cpu" else args.device
-                    )  # of several workers cpu:0, which load does not know
+                    # Of several workers on a CPU it is "cpu:0", which torch.load does not know.
+                    device = "cpu" if args.device.type == "cpu" else args.device
                     kept = torch.load(method._resume_from / STATE, map_location=device, weights_only=True)
                     method.spiel.load_state_dict(kept)
 
