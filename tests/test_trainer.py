@@ -1,6 +1,10 @@
 """transformers' Trainer and TRL's trainers over patched models, and what they bring: accumulation, checkpointing, autocast, scaling."""
 
+import copy
+import gc
+import json
 import logging
+import pickle
 import sys
 import types
 import warnings
@@ -11,6 +15,9 @@ import pytest
 import torch
 
 import peftfast
+from peftfast.configs import lora as configs_lora
+from peftfast.functional import lora as functional_lora
+from peftfast.integrations import peft_call, peft_gated_mlp, peft_group_call, peft_group_state
 from peftfast.integrations.transformers import PatchCallback
 from tests.support import small_models
 
@@ -193,6 +200,104 @@ def test_generates_the_same_tokens(method: str) -> None:
     for expected, tokens in zip(stock, generate(), strict=True):
         assert torch.equal(tokens, expected)
     assert len(set(stock[2].flatten().tolist())) > 8  # not one token again and again
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups always pay, and a draw of several seeds moves the generator no further than a draw of one."""
+
+    def draw(x: torch.Tensor, count: int = 1) -> torch.Tensor:
+        one = torch.Generator().manual_seed(int(torch.randint(0, 2**62, (1,))))
+        return torch.randint(0, 2**63 - 1, (count,), generator=one)
+
+    monkeypatch.setattr(configs_lora, "group_pays", lambda *_: True)
+    for module in (functional_lora, peft_call, peft_group_call, peft_gated_mlp):
+        monkeypatch.setattr(module, "draw_seed", draw)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, False),
+        ({"gradient_accumulation_steps": 2}, True),
+        ({"restore_callback_states_from_checkpoint": True}, True),
+    ],
+)
+def test_a_resumed_run_knows_its_groups(as_on_a_gpu, tmp_path, options: dict[str, Any], kept: bool) -> None:
+    """Without what the checkpoint keeps of them its first step draws other seeds, and every step after it."""
+    from transformers import Trainer, TrainingArguments
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4} | options
+
+    def trainer() -> Any:
+        model = small_models.adapted("llama", "lora", torch.float32)
+        for module in model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = torch.nn.Dropout(0.2)
+        made = TrainingArguments(**arguments(tmp_path, **settings))
+        return Trainer(model=model, args=made, train_dataset=rows(), callbacks=[PatchCallback(strict=True)])
+
+    def trained(one: Any) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in one.model.named_parameters() if p.requires_grad}
+
+    through = trainer()
+    through.train()
+    groups = peftfast.report(through.model).groups
+    assert len(groups) == 4
+
+    checkpoint = tmp_path / "checkpoint-2"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    if not kept:
+        state["stateful_callbacks"]["PatchCallback"]["attributes"]["groups"] = {}
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    resumed = trainer()
+    assert not peftfast.report(resumed.model).groups
+    begun: list[Any] = []
+    first = resumed.model.register_forward_pre_hook(lambda model, _: begun.append(peftfast.report(model).groups))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    first.remove()
+    assert begun[0] == (groups if kept else [])
+    assert peftfast.report(resumed.model).groups == groups
+    one, other = trained(through), trained(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one) == kept
+
+
+def test_the_callback_is_copied_and_pickled_without_the_model() -> None:
+    callback = PatchCallback(strict=True)
+    model = small_models.adapted("llama", "lora", torch.float32)
+    callback.on_init_end(None, None, None, model=model)
+    model(**small_models.text_batches("llama", 1)[0])
+    assert len(callback.state()["attributes"]["groups"]) == 4  # an attention and an MLP in each of two layers
+    for again in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert again.strict and len(again.report.fused) == LAYERS
+    del model
+    gc.collect()
+    assert callback.state() == {"args": {"strict": True}, "attributes": {"groups": {}}}
+
+
+def test_what_a_checkpoint_knows_of_another_model_is_passed_over() -> None:
+    model = small_models.adapted("llama", "lora", torch.float32)
+    peftfast.patch(model)
+    batch = small_models.text_batches("llama", 1)[0]
+    model(**batch)
+    known = peft_group_state.state_of(model)
+    groups = peftfast.report(model).groups
+    other = small_models.adapted("llama", "lora", torch.float32)
+    peftfast.patch(other)
+    attention = next(name for name in known if name.endswith("layers.0.self_attn"))
+    renamed = json.loads(json.dumps(known))
+    renamed[attention]["groups"][0]["layers"][0] = "query"
+    peft_group_state.restore(other, renamed | {"nowhere": renamed[attention]})
+    assert peftfast.report(other).groups == groups[1:]
+    assert [torch.isfinite(other(**batch).loss).item() for _ in range(2)] == [True, True]
+    assert sorted(peftfast.report(other).groups) == sorted(groups)
+    # With a graph that may be computed anew, a block goes on as it has begun.
+    recorded = other(**batch).loss
+    peft_group_state.restore(other, {name: one | {"groups": []} for name, one in known.items()})
+    assert sorted(peftfast.report(other).groups) == sorted(groups)
+    recorded.backward()
+    peft_group_state.restore(other, {name: one | {"groups": []} for name, one in known.items()})
+    assert not peftfast.report(other).groups
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """``finetune --method lora``, ``qlora`` and ``dora``: PEFT's LoRA on fused kernels."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .finetune_base import Method, Target
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 LORA_OPTIONS: dict[str, Any] = {"lora_alpha": None, "lora_dropout": 0.05, "use_rslora": False}
 
@@ -38,6 +41,11 @@ class LoRA(Method):
         print(peftfast.patch(model))
         model.print_trainable_parameters()
         return model
+
+    def callbacks(self) -> "list[TrainerCallback]":
+        from ..integrations.transformers import PatchCallback
+
+        return [PatchCallback()]  # for what it keeps in checkpoints
 
 
 class QLoRA(LoRA):
