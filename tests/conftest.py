@@ -22,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 
 from peftfast.ops import replay  # noqa: E402
-from tests.support import bounds, races  # noqa: E402
+from tests.support import bounds, known_masks, races  # noqa: E402
 from tests.support.interpreter import quicken  # noqa: E402
 from tests.support.poison import poisoned_empty  # noqa: E402
 
@@ -32,6 +32,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(FileNotFoundError):
         races.watch_launches()
         bounds.watch_launches()
+
+known_masks.keep()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One core a worker: two workers with two threads each cost more in contention than they gain. The same for what they start.

@@ -85,7 +85,8 @@ def _lora_requests() -> list[dict[str, Any]]:
             if not case.ragged and _chosen(case, arch):
                 requests.append(_case_request(case, arch))
                 # The sums whole in one program, which writes the result itself: the type of out is another.
-                if case.op in WHOLE and case.rows == 64 and (FULL or case.rank == 128 or case.op == "lora_dy_grads"):
+                usual = case.rank == 128 and (case.wide, case.narrow, case.compute) in (QLORA, PEFT)
+                if case.op in WHOLE and case.rows == 64 and (FULL or usual or case.op == "lora_dy_grads"):
                     requests.append(_case_request(case, arch) | {"M": WHOLE[case.op]})
     # PEFT's default rank: 16 does not divide it, and all is to be as wide all the same.
     for arch, op, (wide, narrow, compute) in itertools.product((80, 90, 100), lora.OPS, (QLORA, PEFT)):
@@ -130,8 +131,16 @@ def _crowded_requests() -> list[dict[str, Any]]:
 
 
 def _other_requests() -> list[dict[str, Any]]:
+    """On sm_89 what multiplies alone: the rest compiles as on sm_80."""
     requests: list[dict[str, Any]] = []
     for arch in CAPABILITY:
+        for m, (x, compute, out) in itertools.product(
+            (1, 16) if arch == 90 else (16,), FEW_ROWS if arch == 90 or FULL else FEW_ROWS[:1]
+        ):
+            few = {"launcher": "nf4_linear", "arch": arch, "x": x, "compute": compute, "out": out}
+            requests.append(few | {"M": m, "nested": m == 16})
+        if arch == 89 and not FULL:
+            continue
         sizes = nf4.BLOCK_SIZES if FULL else (64, 4096) if arch == 90 else (64,)
         dtypes = nf4.DTYPES if arch == 90 or FULL else ("float32", "bfloat16")  # float16 compiles as bfloat16 does
         for dtype, block_size, nested in itertools.product(dtypes, sizes, (False, True)):
@@ -151,11 +160,6 @@ def _other_requests() -> list[dict[str, Any]]:
         for dtype, block_size in itertools.product(dtypes, (64, 4096) if arch == 90 else (64,)):
             requests.append({"launcher": "nf4_quantize", "arch": arch, "dtype": dtype, "block_size": block_size})
         requests += [{"launcher": "nf4_nest", "arch": arch, "snapped": snapped} for snapped in (False, True)]
-        for m, (x, compute, out) in itertools.product(
-            (1, 16) if arch == 90 else (16,), FEW_ROWS if arch == 90 or FULL else FEW_ROWS[:1]
-        ):
-            few = {"launcher": "nf4_linear", "arch": arch, "x": x, "compute": compute, "out": out}
-            requests.append(few | {"M": m, "nested": m == 16})
     return requests
 
 
@@ -171,7 +175,7 @@ def _zeroth_order_requests() -> list[dict[str, Any]]:
                 if FULL or (chosen and not rademacher):
                     requests.append({"launcher": "zo_linear", "M": rows, **kind})
                 continue
-            if FULL or arch in (80, 90) or dtype == "bfloat16":
+            if FULL or arch in (80, 90) or (dtype == "bfloat16" and arch != 89):
                 requests.append({"launcher": "perturb", **kind})
             if FULL or (arch == 90 and not rademacher):
                 requests.append({"launcher": "perturb", "pair": True, **kind})
