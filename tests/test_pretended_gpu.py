@@ -22,6 +22,7 @@ from peftfast import ops
 from peftfast.configs import nf4_product
 from peftfast.configs.device import Device
 from peftfast.functional import dora, lora_multi, nf4_routes
+from peftfast.integrations import peft_call
 from peftfast.nn import SparseDeltaLinear
 from peftfast.ops import backends, replay
 from peftfast.optim import SparseAdamW
@@ -219,6 +220,35 @@ def test_what_a_recording_holds_is_there_on_every_stream(gpu: None, monkeypatch:
             assert held.stream() == nothing.stream() == streams.side.cuda_stream
     assert streams.log[1] == (streams.side, "waits for", streams.main)
     assert streams.log[2][:2] == (streams.side, "reads") and streams.log[2][2] is table and len(streams.log) == 3
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=streams.main):
+        assert held.stream() == streams.main.cuda_stream
+    alive = weakref.ref(table)
+    del held, table, streams.log[:]
+    assert alive() is not None  # a graph reads it, whatever becomes of the recording
+
+
+def test_rows_that_are_kept_are_there_on_every_stream(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for as long as a graph reads them, however many batches come after."""
+    streams, device = _Streams(monkeypatch), torch.device("cuda", 0)
+
+    def rows(number: int) -> torch.Tensor:
+        return peft_call._row_ids(("a", "b", "a"), ("a", "b"), number, device)
+
+    peft_call._kept_row_ids.cache_clear()
+    with torch.cuda.stream(streams.main):
+        ids = rows(1)
+        assert rows(1) is ids and ids.tolist() == [0, 1, 0] and streams.log == [("made", streams.main)]
+    with torch.cuda.stream(streams.side):
+        assert rows(1) is ids
+    assert [one[:2] for one in streams.log[1:]] == [(streams.side, "waits for"), (streams.side, "reads")]
+    with torch.cuda.stream(streams.main), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert rows(1) is ids
+    alive = weakref.ref(ids)
+    del ids, streams.log[:]
+    with torch.cuda.stream(streams.main):
+        others = [weakref.ref(rows(number)) for number in range(2, 300)]
+    del streams.log[:]
+    assert others[0]() is None and alive() is not None
 
 
 def test_norms_that_are_kept_are_there_on_every_stream(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +324,32 @@ def test_the_rate_of_a_captured_step_is_not_kept(gpu: None) -> None:
     group["lr"] = 1e-3
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         assert optimizer._hyper_for(group, values.device) is first
+
+
+def test_rates_that_are_kept_are_there_on_every_stream(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for as long as a graph reads them, however far a schedule goes on beside it."""
+    streams, values = _Streams(monkeypatch), torch.nn.Parameter(torch.zeros(5).cuda())
+    optimizer = SparseAdamW([values])
+    group = optimizer.param_groups[0]
+
+    def numbers(lr: float) -> torch.Tensor:
+        group["lr"] = lr
+        return optimizer._hyper_for(group, values.device)
+
+    with torch.cuda.stream(streams.main):
+        first = numbers(1.0)
+    del streams.log[:]
+    with torch.cuda.stream(streams.side):
+        assert numbers(1.0) is numbers(1.0) is first
+    assert [one[:2] for one in streams.log] == [(streams.side, "waits for"), (streams.side, "reads")]
+    with torch.cuda.stream(streams.main), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert numbers(1.0) is first
+    alive = weakref.ref(first)
+    del first, streams.log[:]
+    with torch.cuda.stream(streams.main):
+        others = [weakref.ref(numbers(1.0 / rate)) for rate in range(2, 100)]
+    del streams.log[:]
+    assert others[0]() is None and alive() is not None
 
 
 @pytest.mark.parametrize("graph", [True, False])

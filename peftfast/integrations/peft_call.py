@@ -16,6 +16,7 @@ from ..functional.dora import forget_norms
 from ..functional.lora import by_library, draw_seed
 from ..functional.lora_multi import apply_group
 from ..functional.precision import compute_dtype_of
+from ..kernels import streams  # type: ignore[attr-defined]
 from ..nn.nf4 import is_bitsandbytes_4bit
 from . import bitsandbytes as bnb
 from .patch_report import log_once
@@ -229,10 +230,25 @@ def active_names(layer: Any) -> list[str]:
     return _present(layer, layer.active_adapters)
 
 
-@functools.lru_cache(maxsize=256)
 def _row_ids(asked: tuple[str, ...], names: tuple[str, ...], rows_each: int, device: torch.device) -> Tensor:
     """int32: for each row of x the index of its adapter in ``names``, -1 for none. Kept, since all layers of a model ask for the same:
-    one copy to the device a batch, and none in a captured graph."""
+    one copy to the device a batch, and none in a captured graph, for which they are kept for good."""
+    if torch.compiler.is_compiling():
+        return _made_row_ids(asked, names, rows_each, device)
+    ids, made = _kept_row_ids(asked, names, rows_each, device)
+    made.meet()
+    return ids
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_row_ids(
+    asked: tuple[str, ...], names: tuple[str, ...], rows_each: int, device: torch.device
+) -> tuple[Tensor, streams.Made]:
+    ids = _made_row_ids(asked, names, rows_each, device)
+    return ids, streams.Made(ids)
+
+
+def _made_row_ids(asked: tuple[str, ...], names: tuple[str, ...], rows_each: int, device: torch.device) -> Tensor:
     index = {name: i for i, name in enumerate(names)}
     with torch.inference_mode(False):  # a later call may save them for its backward
         ids = torch.tensor([index.get(name, -1) for name in asked], dtype=torch.int32, device="cpu")

@@ -315,7 +315,8 @@ class Device:
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return None
         stream = self._stream(self.index)
-        if self._kept is not None and stream not in self._kept.streams:
+        # A graph that is being captured reads them for as long as it lives, on a stream that is known too.
+        if self._kept is not None and (stream not in self._kept.streams or torch.cuda.is_current_stream_capturing()):
             self._kept.meet()
         return stream
 

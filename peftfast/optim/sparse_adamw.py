@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import streams  # type: ignore[attr-defined]
 from ..nn.sparse_delta import SparseDeltaLinear, layer_of
 from ..ops.dispatch import Operator
 from ..ops.sparse_adamw import sparse_adamw8_, sparse_adamw_
@@ -17,6 +18,7 @@ from ..reference.sparse_delta import adam_corrections, adam_hyper, compress_stat
 _OLDEST_SHORT = 2**15 - 1
 _STATES = {"exp_avg", "exp_avg_sq", "age"}
 _STATES8 = _STATES | {"exp_avg_max", "exp_avg_sq_max"}
+_Tensors = dict[Any, tuple[Tensor, streams.Made]]
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -68,9 +70,9 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Nothing is on a device that a step puts there."""
-        self._corrections: dict[Any, Tensor] = {}
-        self._still: dict[Any, Tensor] = {}  # adam_hyper's numbers with a rate and a decay of 0
-        self._hypers: dict[Any, Tensor] = {}
+        self._corrections: _Tensors = {}
+        self._still: _Tensors = {}  # adam_hyper's numbers with a rate and a decay of 0
+        self._hypers: _Tensors = {}
         self._codes: dict[torch.device, Tensor] = {}
         self._seeds: dict[torch.device, Tensor] = {}  # where each step counts on: a copy would wait
 
@@ -279,17 +281,19 @@ class SparseAdamW(torch.optim.Optimizer):
                     )
 
 
-def _kept(made: dict[Any, Tensor], key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """``made[key]``, made where it is missing. A schedule changes a number at every step: no more than the last 64 are kept, and none
-    that a captured graph makes, which is there when that is replayed and not before."""
+def _kept(made: _Tensors, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """``made[key]``, made where it is missing. A schedule changes a number at every step: no more than the last 64 are kept, but for
+    good what a captured graph reads, and none that it makes, which is there when that is replayed and not before."""
     if key not in made:
         fresh = make()
         if fresh.is_cuda and torch.cuda.is_current_stream_capturing():
             return fresh
         if len(made) >= 64:
             del made[next(iter(made))]
-        made[key] = fresh
-    return made[key]
+        made[key] = fresh, streams.Made(fresh)
+    found, since = made[key]
+    since.meet()
+    return found
 
 
 def ages_of(betas: tuple[float, float]) -> int:
