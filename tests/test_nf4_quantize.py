@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftfast.functional as F
 from peftfast.ops import nf4 as ops
@@ -52,6 +53,33 @@ def check_nest(count: int, snapped: bool, data: int) -> None:
     expected_index, expected_absmax = definition.quantize_nested(values, code, snapped)
     wrong = (index != expected_index).sum().item() + (absmax != expected_absmax).sum().item()
     assert wrong == 0, f"{count} {snapped}: {wrong} bytes differ"
+
+
+@pytest.mark.parametrize("quant_type", definition.QUANT_TYPES)
+@pytest.mark.parametrize("first", ["inference", "fake", "meta"])
+def test_the_code_tables_are_everyones(quant_type: str, first: str) -> None:
+    """Whoever quantises first in a process: in inference mode, while a mode makes fakes, where tensors lie on another device by
+    default."""
+    definition.code_table.cache_clear()
+    definition.nested_code_table.cache_clear()
+    expected = [definition.code_table(quant_type, CPU).clone(), definition.nested_code_table(CPU).clone()]
+    definition.code_table.cache_clear()
+    definition.nested_code_table.cache_clear()
+    weight = torch.randn(64, 64)
+    if first == "inference":
+        with torch.inference_mode():
+            F.nf4_quantize(weight, quant_type=quant_type, double_quant=True)
+    elif first == "meta":
+        with torch.device("meta"):
+            F.nf4_quantize(weight, quant_type=quant_type, double_quant=True)
+    else:
+        with FakeTensorMode():
+            definition.code_table(quant_type, CPU)
+    quantised = F.nf4_quantize(weight, quant_type=quant_type, double_quant=True)
+    for found, table in zip((quantised.code, quantised.nested_code), expected, strict=True):
+        assert type(found) is Tensor and found.device == CPU and torch.equal(found, table)
+    x, a, b = (torch.randn(size, requires_grad=True) for size in ((80, 64), (2, 64), (64, 2)))
+    F.lora_linear(x, quantised, a, b).sum().backward()
 
 
 SIZES = (1, 2, 3, 7, 13, 31, 32, 33, 64, 65, 96, 127, 160, 256, 311)

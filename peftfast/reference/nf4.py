@@ -7,6 +7,8 @@ them are quantised with a 256-entry code.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,22 +44,40 @@ _NF4_CODE = (
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
-@functools.cache
+def _shared(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that makes a table once, for all callers: a plain tensor, whoever asks first. Made in inference mode it could not be
+    saved for any backward pass of the process; what a dispatch mode or a compiler sees, which may be a fake, is not kept."""
+
+    @functools.cache
+    def kept(*key: Any) -> Tensor:
+        with torch.inference_mode(False):
+            return make(*key)
+
+    @functools.wraps(make)
+    def table(*key: Any) -> Tensor:
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        return make(*key) if watched else kept(*key)
+
+    table.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+    return table
+
+
+@_shared
 def code_table(quant_type: str, device: torch.device) -> Tensor:
     """The sixteen float32 code values of ``"nf4"``, ``"fp4"`` or ``"int4"``. Shared between callers: never written."""
     if quant_type == "nf4":
         return torch.tensor(_NF4_CODE, dtype=torch.float32, device=device)
     if quant_type == "fp4":
-        magnitudes = torch.tensor(_FP4_TWELFTHS, dtype=torch.float32)
+        magnitudes = torch.tensor(_FP4_TWELFTHS, dtype=torch.float32, device="cpu")
         # Plus 0: the zero of both signs is the positive one, as in bitsandbytes' table.
         return (torch.cat((magnitudes, -magnitudes)) / 12.0 + 0.0).to(device)
     if quant_type == "int4":
         # Integers -8 to 7 in units of a block's maximum over 7: nothing of a block is nearest to -8.
-        return ((torch.arange(16, dtype=torch.float32) - 8) / 7).to(device)
+        return ((torch.arange(16, dtype=torch.float32, device="cpu") - 8) / 7).to(device)
     raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {quant_type!r}")
 
 
-@functools.cache
+@_shared
 def nested_code_table(device: torch.device) -> Tensor:
     """The 256 float32 values of the signed 8-bit dynamic type (Dettmers et al., arXiv 2110.02861), sorted.
 
@@ -66,7 +86,7 @@ def nested_code_table(device: torch.device) -> Tensor:
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2.0
         values += (10 ** (decade - 6) * middles).tolist() + (-(10 ** (decade - 6)) * middles).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
