@@ -75,6 +75,15 @@ except RuntimeError as error:
 else:
     sys.exit("a wait was captured")
 
+joined = torch.cuda.CUDAGraph()
+try:
+    with torch.cuda.graph(joined):
+        torch.cuda.default_stream().wait_event(torch.cuda.current_stream().record_event())
+except RuntimeError as error:
+    assert "906" in str(error), error
+else:
+    sys.exit("the default stream joined a capture")
+
 import triton
 import triton.language as tl
 

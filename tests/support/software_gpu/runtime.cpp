@@ -404,6 +404,8 @@ EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t of, unsi
     Stream* stream = stream_of(handle);
     if (stream == nullptr) return refuse(cudaErrorInvalidResourceHandle, "cudaStreamWaitEvent");
     const auto* event = reinterpret_cast<Event*>(of);
+    if (event->capture && stream == stream_of(nullptr))
+        return refuse(cudaErrorStreamCaptureImplicit, "the legacy stream to wait for a stream that is captured");
     if (event->capture && !stream->capture) {
         stream->capture = event->capture;
         stream->capture->streams.insert(handle);
