@@ -13,6 +13,7 @@ import peftfast.functional as F
 from peftfast.integrations import peft_gated_mlp
 from peftfast.nn import LoRALinear, SparseDeltaLinear
 from peftfast.optim import MeZO, SparseAdamW
+from peftfast.reference import nf4
 from tests.support import small_models
 
 CPU = {"device": "cpu", "dtype": torch.float32}
@@ -82,6 +83,8 @@ def _columns() -> torch.Tensor:
 CALLS: dict[str, Callable[[], torch.Tensor]] = {
     "lora": lambda: _lora(_linear().weight),
     "lora on 4 bits": lambda: _lora(F.nf4_quantize(_linear().weight)),
+    "lora on fp4": lambda: _lora(F.nf4_quantize(_linear().weight, quant_type="fp4")),
+    "lora on int4": lambda: _lora(F.nf4_quantize(_linear().weight, quant_type="int4")),
     "a module": lambda: LoRALinear.from_linear(_linear(), r=4)(_x()).detach(),
     "mixed adapters": _mixed,
     "gated": _gated,
@@ -112,6 +115,8 @@ def default(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
 def test_another_default_changes_nothing(name: str, default: Callable[[], None]) -> None:
     expected = CALLS[name]()
     default()
+    for table in (nf4.code_table, nf4.nested_code_table):  # what was made before the default changed
+        table.cache_clear()
     found = CALLS[name]()
     assert found.dtype == expected.dtype and found.device == expected.device and torch.equal(found, expected)
 

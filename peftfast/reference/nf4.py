@@ -64,7 +64,8 @@ def _shared(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @_shared
 def code_table(quant_type: str, device: torch.device) -> Tensor:
-    """The sixteen float32 code values of ``"nf4"``, ``"fp4"`` or ``"int4"``. Shared between callers: never written."""
+    """The sixteen float32 code values of ``"nf4"``, ``"fp4"`` or ``"int4"``. Shared between callers: never written. Computed on the
+    CPU: a GPU divides by a number as by its reciprocal, and four of int4's would be an ulp off."""
     if quant_type == "nf4":
         return torch.tensor(_NF4_CODE, dtype=torch.float32, device=device)
     if quant_type == "fp4":
