@@ -133,16 +133,18 @@ class _Signed:
 def random_positions(
     count: int, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """``count`` distinct positions, every set of them as likely as any other, ascending, int64; O(count) memory up to half density."""
+    """``count`` distinct positions, every set of them as likely as any other, ascending, int64; O(count) memory up to half density.
+    Drawn where the generator is: torch takes none of another device."""
     total = shape[0] * shape[1]
+    drawn = device if generator is None else generator.device
     if 2 * count > total:
-        return torch.randperm(total, generator=generator, device=device)[:count].sort().values
-    found = torch.empty(0, dtype=torch.int64, device=device)
+        return torch.randperm(total, generator=generator, device=drawn)[:count].sort().values.to(device)
+    found = torch.empty(0, dtype=torch.int64, device=drawn)
     while found.numel() < count:
-        more = torch.randint(0, total, (count + count // 8 + 16 - found.numel(),), generator=generator, device=device)
+        more = torch.randint(0, total, (count + count // 8 + 16 - found.numel(),), generator=generator, device=drawn)
         found = torch.cat((found, more)).unique()
-    kept = torch.randperm(found.numel(), generator=generator, device=device)[:count]
-    return found[kept].sort().values
+    kept = torch.randperm(found.numel(), generator=generator, device=drawn)[:count]
+    return found[kept].sort().values.to(device)
 
 
 def choose_support(
@@ -159,7 +161,8 @@ def choose_support(
         density: part of the weights, in (0, 1].
         support: "random"; "smallest", the weights of least magnitude (SaRA, arXiv 2409.06633); "largest", those of greatest.
         scores: ``[N, K]``: the largest of these instead, such as magnitudes of gradients or a Fisher score (squared gradients).
-        generator: of the random choice; torch's own if not given.
+        generator: of the random choice, on any device: one on the CPU gives the same support wherever the weight is. torch's own if not
+            given.
 
     Raises:
         TypeError, ValueError: naming the argument.

@@ -79,7 +79,7 @@ class SparseDeltaLinear(nn.Linear):
             support: "random", "smallest" (least magnitudes, SaRA) or "largest"; a 4-bit weight is decoded once for the last two.
             scores: ``[N, K]``: the largest of these instead.
             resident: :meth:`merge` at once. The weight is then written: not for one that others use too.
-            generator: of the random choice.
+            generator: of the random choice, on any device: one on the CPU gives the same support wherever the weight is.
 
         Raises:
             TypeError, ValueError: naming the argument, before anything is changed.

@@ -53,6 +53,9 @@ class Pretended(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.inner.__reduce_ex__(protocol)  # a file is read onto the CPU
+
     def untyped_storage(self) -> Any:
         return self.inner.untyped_storage()
 
@@ -94,7 +97,7 @@ class Pretended(torch.Tensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, Pretended):
-            if func is torch.Tensor.data.__set__:
+            if func == torch.Tensor.data.__set__:  # another object at each look
                 value = args[1]
                 with torch._C.DisableTorchFunctionSubclass():
                     func(*args)
@@ -128,6 +131,10 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.Tensor.to, torch.Tensor.cuda) and not isinstance(args[0], Pretended):
             return _moved(func, *args, **kwargs)
+        if func is torch.nn.functional.one_hot and isinstance(
+            args[0], Pretended
+        ):  # C++ counts beside a tensor for CPUs
+            return Pretended(func(args[0].inner, *args[1:], **kwargs))
         return func(*args, **kwargs)
 
 
@@ -199,8 +206,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     inner_kwargs = tree_map(lambda one: one.inner if isinstance(one, Pretended) else one, on_cpu)
     inner_args = tree_map(lambda one: torch.device("cpu") if _is_cuda(one) else one, inner_args)
     result = func(*inner_args, **inner_kwargs)
-    # C++ takes these tensors for CPU ones: what it makes beside one of them lies where that one does.
-    leaves = asked is not None and not _is_cuda(asked) and not (ours and not moves)
+    # C++ takes these tensors for CPU ones: what it makes beside one of them lies where that one does, and so does a cast's gradient.
+    leaves = asked is not None and not _is_cuda(asked) and not (ours and (not moves or _in_backward()))
     known = {id(one.inner): one for one in ours}
     for one in tensors:
         known.setdefault(id(one), one)
@@ -213,6 +220,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return one if leaves else Pretended(one)
 
     return tree_map(wrap, result)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _crosses(name: str, args: Any, asked: Any, ours: list[Any], kwargs: dict[str, Any]) -> bool:
@@ -242,7 +253,12 @@ def _operator(name: str) -> Any:
 _generators: dict[int, Any] = {}  # the dispatcher hands on another Python object of the same generator
 
 
-class Generator(_RealGenerator):
+class _Kind(type(_RealGenerator)):  # type: ignore[misc]
+    def __instancecheck__(cls, one: Any) -> bool:
+        return isinstance(one, _RealGenerator)
+
+
+class Generator(_RealGenerator, metaclass=_Kind):
     """Of the pretended device; a CPU generator in truth."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
@@ -340,9 +356,20 @@ def _set_sync_debug(mode: Any) -> None:
     _sync_debug[0] = str(mode)
 
 
-@contextlib.contextmanager
-def _device(_: Any) -> Iterator[None]:
-    yield
+class _Device(contextlib.nullcontext):  # type: ignore[type-arg]
+    """torch.cuda.device."""
+
+
+def _read_onto(load: Any) -> Any:
+    """torch.load, which asks the driver where map_location names the device."""
+
+    @functools.wraps(load)
+    def read(file: Any, map_location: Any = None, **kwargs: Any) -> Any:
+        moves = isinstance(map_location, str | torch.device) and torch.device(map_location).type == "cuda"
+        found = load(file, map_location="cpu" if moves else map_location, **kwargs)
+        return tree_map(lambda one: one.to(CUDA) if isinstance(one, torch.Tensor) else one, found) if moves else found
+
+    return read
 
 
 _STAND_INS: dict[str, Any] = {
@@ -369,7 +396,7 @@ _STAND_INS: dict[str, Any] = {
     "graph_pool_handle": lambda: (0, 1),
     "set_stream": lambda stream: None,
     "graph": _graph,
-    "device": _device,
+    "device": _Device,
     "memory_allocated": lambda device=None: 0,
     "memory_reserved": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 0,
@@ -393,6 +420,10 @@ _STAND_INS: dict[str, Any] = {
         ),
     ),
     "profiler": SimpleNamespace(start=lambda: None, stop=lambda: None),
+    "get_rng_state": lambda device="cuda": torch.default_generator.get_state(),
+    "set_rng_state": lambda state, device="cuda": torch.default_generator.set_state(state),
+    "get_rng_state_all": lambda: [torch.default_generator.get_state()],
+    "set_rng_state_all": lambda states: torch.default_generator.set_state(states[0]),
 }
 
 
@@ -426,12 +457,21 @@ def _unwrapped(call: Any) -> Any:
     return launch
 
 
+_asking = [False]
+
+
 def _made_on(real: Any) -> Any:
     """torch.tensor and its like, which copy to the device where dispatch does not show it."""
 
     @functools.wraps(real)
     def make(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        wanted = torch.get_default_device() if device is None else torch.device(device)
+        if device is None and _asking[0]:  # torch.get_default_device makes a tensor to see where it lies
+            return real(data, *args, **kwargs)
+        _asking[0] = True
+        try:
+            wanted = torch.get_default_device() if device is None else torch.device(device)
+        finally:
+            _asking[0] = False
         if isinstance(data, Pretended):
             return data.to(*([] if device is None else [device]), **kwargs)
         if wanted.type != "cuda":
@@ -452,11 +492,15 @@ def installed() -> Iterator[None]:
 
     from peftfast.ops import backends
 
+    torch.utils._device._device_constructors()  # kept by torch: what it finds first, and inside those are stand-ins
     with contextlib.ExitStack() as stack:
         for name in ("tensor", "as_tensor", "asarray"):
             stack.enter_context(mock.patch.object(torch, name, _made_on(getattr(torch, name))))
+        stack.enter_context(mock.patch.object(torch, "load", _read_onto(torch.load)))
         for name, stand_in in _STAND_INS.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+            for module in (torch.cuda, torch.cuda.random):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, stand_in))
         for name, stand_in in (
             ("_cuda_getCurrentRawStream", lambda _: _streams[-1].cuda_stream),
             ("_cuda_endAllocateToPool", lambda *_: None),
