@@ -38,6 +38,7 @@ def state_of(model: nn.Module) -> State:
                     "misses": group.misses,
                 }
                 for group in block.distinct()
+                if all(id(member) in names for member in group.members)  # one may be in another place by now
             ],
         }
     return state

@@ -131,9 +131,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.Tensor.to, torch.Tensor.cuda) and not isinstance(args[0], Pretended):
             return _moved(func, *args, **kwargs)
-        if func is torch.nn.functional.one_hot and isinstance(
-            args[0], Pretended
-        ):  # C++ counts beside a tensor for CPUs
+        # C++ counts up to the number of classes on the CPU.
+        if func is torch.nn.functional.one_hot and isinstance(args[0], Pretended):
             return Pretended(func(args[0].inner, *args[1:], **kwargs))
         return func(*args, **kwargs)
 
