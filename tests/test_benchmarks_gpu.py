@@ -7,6 +7,7 @@ import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,9 +138,11 @@ def test_the_stages_as_they_are(context: Context, monkeypatch: pytest.MonkeyPatc
 
 def test_what_uses_a_gpu_is_tested_first() -> None:
     context = Context("cuda", Path("."), 3, quick=False)
-    ((_, _, _, *gpus),), ((_, _, _, *rest),) = gpu._pytest(context, True), gpu._pytest(context, False)
-    first = [word for word in gpus if word.startswith("tests")]
-    assert first[0] == "tests/test_gpu.py" and {"tests/test_mezo.py", "tests/test_triton_lora.py"} <= set(first)
+    own, more = ([word for word in command if word.startswith("tests")] for command in gpu._pytest(context, True))
+    assert own == ["tests/test_gpu.py", "tests/test_gpu_sparse_delta.py"]
+    assert {"tests/test_mezo.py", "tests/test_triton_lora.py"} <= set(more) and not set(own) & set(more)
+    first = [*own, *more]
+    ((_, _, _, *rest),) = gpu._pytest(context, False)
     others = {word for word in rest if word.startswith("tests")}
     every = {str(path.relative_to(gpu.ROOT)) for path in (gpu.ROOT / "tests").glob("test_*.py")}
     assert not others & set(first) and others | set(first) == every
@@ -147,6 +150,23 @@ def test_what_uses_a_gpu_is_tested_first() -> None:
     for path in every:  # what is marked for a GPU is where it is looked for
         if re.search(r"mark\.gpu\b", (gpu.ROOT / path).read_text()):
             assert path in first, path
+
+
+@pytest.mark.parametrize("option", ["--kernel-name-exclude arg: ... kernel_substring | kns", ""])
+def test_the_sanitizer_leaves_torch_s_own_kernels_alone(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    """Where it can: an option that it does not know would be the end of it."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        asked.append(command)
+        return SimpleNamespace(stdout=option)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    commands = gpu._sanitizer(Context("cuda", Path("."), 3, quick=False))
+    assert asked == [["compute-sanitizer", "--help"]]
+    assert [command[2] for command in commands] == ["memcheck", "racecheck", "synccheck"]
+    assert [command[-2:] for command in commands] == [["peftfast", "doctor"]] * 3
+    assert all(("kns=_ZN2at" in command) == bool(option) for command in commands)
 
 
 def test_failures_are_written_as_they_happen(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
