@@ -55,9 +55,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     first: one that began last would be waited for by all workers."""
     left_out = ["interpreter" if torch.cuda.is_available() else "gpu", *([] if config.getoption("full") else ["full"])]
     deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if not config.getoption("full"):
+        planted: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            if item.get_closest_marker("planted"):
+                planted.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        deselected += [item for group in planted.values() for item in group[1::2] if item not in deselected]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
+        gone = set(map(id, deselected))
+        items[:] = [item for item in items if id(item) not in gone]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -39,6 +39,8 @@ def _requests() -> list[dict[str, object]]:
             requests += [{**product, "M": 1}, {**product, "M": 16, "narrow": True}, {**product, "M": 40, "wide": True}]
             decoder = {"launcher": "sparse_delta_dequantize", "arch": arch, "dtype": dtype}
             requests += [decoder, {**decoder, "wide": True, "nested": False}]
+            if arch == 80 and not FULL:  # what multiplies nothing compiles as on sm_90
+                continue
             scatter = {"launcher": "sparse_delta_scatter", "arch": arch, "dtype": dtype}
             requests += [
                 {**scatter, "write": False},

@@ -262,6 +262,7 @@ def test_kernels(name: str, library: ctypes.CDLL) -> None:
     CHECKS[name](library)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(
     ("name", "edit"),
     [

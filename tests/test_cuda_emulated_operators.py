@@ -160,6 +160,7 @@ def test_operators(name: str, operators: dict[str, ctypes.CDLL], monkeypatch: py
     CHECKS[name](monkeypatch)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(
     ("name", "family", "edit"),
     [

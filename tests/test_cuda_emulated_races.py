@@ -74,6 +74,7 @@ def test_no_races(family: str, libraries: dict[str, ctypes.CDLL], monkeypatch: p
         assert not fails_apart(lambda check=check: check(libraries[family])), name
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(("source", "line", "edit"), BARRIERS, ids=[f"{source}:{line}" for source, line, _ in BARRIERS])
 def test_a_barrier_that_is_missing_is_found(
     source: str,
