@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
-from .numerics import convert, factor_of, multiply_add, multiply_add_in, narrow, widen
+from .numerics import convert, factor_of, multiply_add, multiply_add_in, narrow, settled, widen
 from .partials import divide, partials_of, reduce_partials, reduce_two
 from .philox import keep_scale, keep_threshold, keep_tile, kept_or, tied_to
 
@@ -77,6 +77,7 @@ def _lora_shrink_kernel(
         if seed_ptr is not None:
             x_tile = kept_or(x_tile, None, seed, first_row, block * BLOCK_C, K, threshold, BLOCK_M, BLOCK_C)
         accumulator = multiply_add_in(x_tile, w_tile, accumulator, COMPUTE)
+        accumulator = settled(accumulator, seed_ptr is not None or x_ptr.dtype.element_ty != COMPUTE)
     out_tile = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
     tl.store(out_tile, narrow(accumulator * scaling, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
@@ -252,6 +253,7 @@ def _lora_weight_grad_kernel(
             x_block + x_places, mask_m, mask_k, seed, first_row, first_column, K, threshold, COMPUTE, BLOCK_M, BLOCK_C
         )
         accumulator = multiply_add_in(x_tile, ds_tile, accumulator, COMPUTE)
+        accumulator = settled(accumulator, seed_ptr is not None or x_ptr.dtype.element_ty != COMPUTE)
     out_tile = (
         out_ptr
         + split.to(tl.int64) * stride_split

@@ -16,7 +16,7 @@ import triton.language as tl
 from .device_tables import DeviceTables
 from .launch import constant, launch
 from .lora import COMPUTE_DTYPES, places_of_x, transposed_x
-from .numerics import convert, multiply_add, multiply_add_in, narrow, widen
+from .numerics import convert, multiply_add, multiply_add_in, narrow, settled, widen
 from .partials import divide, partials_of, reduce_partials
 from .philox import keep_scale, keep_threshold, keep_tile, kept_or, tied_to
 
@@ -111,6 +111,7 @@ def _lora_terms_shrink_kernel(
         if seeds_ptr is not None:
             x_tile = kept_or(x_tile, None, seed, first_row, step * BLOCK_C, K, threshold, BLOCK_M, BLOCK_C)
         accumulator = multiply_add(x_tile, convert(w_tile, COMPUTE), accumulator)
+        accumulator = settled(accumulator, seeds_ptr is not None or x_ptr.dtype.element_ty != COMPUTE)
     accumulator *= tl.load(scaling_ptr + block)
     out_tile = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * R + _ranks(entry, 3, ALIGNED) + offs_r[None, :]
     tl.store(out_tile, narrow(accumulator, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
@@ -253,6 +254,7 @@ def _lora_terms_weight_grad_kernel(
             x_block + x_places, mask_m, mask_k, seed, first_row, first_column, K, threshold, COMPUTE, BLOCK_M, BLOCK_C
         )
         accumulator = multiply_add_in(x_tile, ds_tile, accumulator, COMPUTE)
+        accumulator = settled(accumulator, seeds_ptr is not None or x_ptr.dtype.element_ty != COMPUTE)
     accumulator *= tl.load(scaling_ptr + block)
     rank = tl.load(entry + 1) + offs_r
     start = (column - tl.load(entry + 1)) * K

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 # Fixed when this module is imported, as triton decides at decoration: kernels of one process are all interpreted or
 # all compiled.
@@ -78,6 +79,23 @@ def multiply_add_in(a, b, accumulator, COMPUTE: tl.constexpr):
         return multiply_add(a, narrow(high, tl.bfloat16), accumulator)
     else:
         return multiply_add(convert(a, COMPUTE), convert(b, COMPUTE), accumulator)
+
+
+@triton.jit
+def settled(accumulator, IN_REGISTERS: tl.constexpr):
+    """The accumulator of a loop, of which no product is in flight any more where its first factor lies IN_REGISTERS: where it was
+    computed, not only read.
+
+    Hopper's products (wgmma) read such a factor as they run, and PTX leaves undefined what becomes of them where its
+    registers are written before the wait. Triton (3.6 to 3.9) lets one product run into the next step, which writes
+    them, and ptxas before 13.3 reuses them early (triton-lang/triton issue 9433 and pull request 11781). What is used
+    within the step is waited for there, here by an instruction that is none. Copies run ahead as before. Other GPUs,
+    whose sums may lie elsewhere than in registers, are left alone.
+    """
+    if IN_REGISTERS and not _INTERPRETED and cuda_capability_geq(9) and not cuda_capability_geq(10):
+        return tl.inline_asm_elementwise("", "=f,0", [accumulator], tl.float32, True, 1)
+    else:
+        return accumulator
 
 
 @triton.jit

@@ -49,6 +49,7 @@ class Finding:
         streams: kernel argument -> "load" or "store" -> bytes an access -> how many such instructions.
         bulk: "load" or "store" -> how many instructions hand a tile to the copy engine.
         waits: how many wgmma each of its waits leaves in flight, in the order of the code.
+        in_registers: how many wgmma read their first factor from registers.
         warps: of a program. constants: the launch's constexpr integers. stages: of its loops. programs: how many are launched.
         parameters: where each argument begins among the compiled kernel's parameters, in bytes.
         narrow_products: of a stride and a number, in 32 bits: past 2**31 elements they are addresses of something else.
@@ -66,6 +67,7 @@ class Finding:
     streams: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     bulk: dict[str, int] = field(default_factory=dict)
     waits: list[int] = field(default_factory=list)
+    in_registers: int = 0
     warps: int = 0
     constants: dict[str, int] = field(default_factory=dict)
     stages: int = 0
@@ -82,6 +84,8 @@ class Finding:
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, the limit is {SHARED_LIMIT[self.arch]}")
         found += [f"a product with a stride in 32 bits: {one}" for one in self.narrow_products]
+        if self.in_registers and any(self.waits):
+            found.append("a wgmma is in flight while the registers of its first factor are written")
         if matrix and MATRIX_INSTRUCTION[self.arch] not in self.matrix:
             found.append(f"no {MATRIX_INSTRUCTION[self.arch]}")
         for argument in wide:
@@ -203,6 +207,7 @@ def compile_launch(
     from triton.runtime.jit import create_function_from_signature
 
     target = GPUTarget("cuda", arch, 32)
+    triton.runtime.driver.set_active(_Driver(target))
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*args, **kwargs)
@@ -228,6 +233,7 @@ def compile_launch(
     finding = Finding(
         label, name, arch, registers, stack, compiled.metadata.shared, matrix, calls, streams, bulk, waits
     )
+    finding.in_registers = len(re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, \{", ptx))
     finding.warps = compiled.metadata.num_warps
     finding.constants = {name: value for name, value in kwargs.items() if name.isupper() and isinstance(value, int)}
     finding.stages, finding.programs = compiled.metadata.num_stages, programs
@@ -236,6 +242,16 @@ def compile_launch(
     if code == name:
         (finding.code,) = read_cubin(compiled.asm["cubin"]).values()
     return finding
+
+
+@dataclass(frozen=True)
+class _Driver:
+    """What kernels ask which GPU they are compiled for."""
+
+    target: Any
+
+    def get_current_target(self) -> Any:
+        return self.target
 
 
 def _parameters(kind: str) -> int:

@@ -93,3 +93,21 @@ def philox_in_halves(arch: int) -> None:
     """The language's own generator, whose products take two instructions."""
     seed, words = (torch.empty(size, dtype=torch.int64, device="meta") for size in (1, 4096))
     _philox_in_halves_kernel[(4,)](seed, words, BLOCK=256)
+
+
+@triton.jit
+def _rounded_product_kernel(x_ptr, y_ptr, out_ptr, M, K: tl.constexpr, R: tl.constexpr):
+    columns, rows, ranks = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, 64), tl.arange(0, R)
+    total = tl.zeros((64, R), tl.float32)
+    for first in range(0, M, 64):
+        x = tl.load(x_ptr + columns[:, None] + (first + rows)[None, :] * K)
+        y = tl.load(y_ptr + (first + rows)[:, None] * R + ranks[None, :])
+        total = tl.dot(x.to(tl.bfloat16), y, total)
+    tl.store(out_ptr + columns[:, None] * R + ranks[None, :], total)
+
+
+def product_in_flight(arch: int) -> None:
+    """The first factor is rounded in registers, and nothing within the loop asks for the sum."""
+    x, out = torch.empty((8192, 4096), device="meta"), torch.empty((4096, 16), device="meta")
+    y = torch.empty((8192, 16), dtype=torch.bfloat16, device="meta")
+    _rounded_product_kernel[(64,)](x, y, out, 8192, K=4096, R=16, num_stages=3)
