@@ -131,9 +131,16 @@ def _tests_environment(context: Context, name: str) -> dict[str, str]:
     return {**failures, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
+def _said_by(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+    except subprocess.TimeoutExpired:
+        return ""
+
+
 def _sanitizer(context: Context) -> list[list[str]]:
     """torch's own kernels, by which the doctor computes what is expected, are not watched: they would be most of the time."""
-    known = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True, check=False).stdout
+    known = _said_by(["compute-sanitizer", "--help"])
     watched = ["--error-exitcode", "9", "--target-processes", "all", "--print-limit", "20"]
     if "--kernel-name-exclude" in known and "kns" in known:
         watched += ["--kernel-name-exclude", "kns=_ZN2at"]

@@ -75,6 +75,13 @@ except RuntimeError as error:
 else:
     sys.exit("a wait was captured")
 
+try:
+    held.normal_(generator=torch.Generator())
+except RuntimeError as error:
+    assert "'cuda' device type for generator" in str(error), error
+else:
+    sys.exit("a GPU drew by a generator of the CPU")
+
 joined = torch.cuda.CUDAGraph()
 try:
     with torch.cuda.graph(joined):

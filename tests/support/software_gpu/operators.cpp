@@ -74,7 +74,7 @@ struct Numbers {
 struct AllNumbers : std::map<c10::GeneratorImpl*, Numbers> {};
 
 IValue generator_of(at::Generator given, bool capturing) {
-    if (given.device().is_cpu()) return given;
+    TORCH_CHECK(!given.device().is_cpu(), "Expected a 'cuda' device type for generator but found 'cpu'");
     auto* cuda = given.get<at::CUDAGeneratorImpl>();
     Numbers& own = kept<AllNumbers>()[cuda];
     std::lock_guard<std::mutex> lock(given.mutex());
