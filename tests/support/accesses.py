@@ -72,14 +72,14 @@ def program() -> int:
     return int((z * height + y) * width + x)
 
 
-def compiled(source: Path) -> ctypes.PyDLL:
-    """The C++ file as a library, compiled once for all processes. Its functions keep the GIL: what they know is the process's, and any
-    thread may ask a tensor for its address.
+def compiled(source: Path, *headers: Path) -> ctypes.PyDLL:
+    """The C++ file, which may include ``headers``, as a library, compiled once for all processes. Its functions keep the GIL: what they
+    know is the process's, and any thread may ask a tensor for its address.
 
     Raises:
         FileNotFoundError: there is no C++ compiler. RuntimeError: what it says.
     """
-    name = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    name = hashlib.sha256(b"".join(one.read_bytes() for one in (source, *headers))).hexdigest()[:16]
     target = Path(tempfile.gettempdir(), f"peftfast-{source.stem}-{name}.so")
     if not target.is_file():
         part = target.with_name(f"{target.name}.{os.getpid()}")

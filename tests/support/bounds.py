@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Addresses of its first byte and of the one after its last."""
     if tensor.numel() == 0:
         return 0, 0
@@ -24,13 +24,13 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 _data_ptr = torch.Tensor.data_ptr
 
 
-def _tensors(given: Any) -> list[torch.Tensor]:
+def tensors_of(given: Any) -> list[torch.Tensor]:
     if isinstance(given, torch.Tensor):
         return [given]
     if isinstance(given, (tuple, list)):
-        return [tensor for one in given for tensor in _tensors(one)]
+        return [tensor for one in given for tensor in tensors_of(one)]
     base = getattr(given, "base", None)  # of a view in another type, or of a descriptor
-    return [] if base is None else _tensors(base)
+    return [] if base is None else tensors_of(base)
 
 
 def watch_launches() -> None:
@@ -53,8 +53,8 @@ def watch_launches() -> None:
 
     @functools.wraps(call)
     def watched(self: Any, *args: Any, **named: Any) -> Any:
-        tensors = _tensors((*args, *named.values()))
-        extents = np.array([_extent(tensor) for tensor in tensors], dtype=np.uint64).reshape(-1, 2).T.copy()
+        tensors = tensors_of((*args, *named.values()))
+        extents = np.array([extent(tensor) for tensor in tensors], dtype=np.uint64).reshape(-1, 2).T.copy()
         has_tables = any(tensor.dtype == torch.int64 and tensor.dim() == 2 for tensor in tensors)
         begin(extents[0].ctypes.data, extents[1].ctypes.data, len(tensors), has_tables)
         return call(self, *args, **named)
@@ -63,7 +63,7 @@ def watch_launches() -> None:
     def asked(self: torch.Tensor) -> int:
         address = _data_ptr(self)
         if address and self.device.type == "cpu" and self.layout is torch.strided:
-            add_known(*_extent(self))
+            add_known(*extent(self))
         return address
 
     interpreter.GridExecutor.__call__ = watched

@@ -207,7 +207,7 @@ def compile_launch(
     from triton.runtime.jit import create_function_from_signature
 
     target = GPUTarget("cuda", arch, 32)
-    triton.runtime.driver.set_active(_Driver(target))
+    triton.runtime.driver.set_active(Driver(target))
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*args, **kwargs)
@@ -245,7 +245,7 @@ def compile_launch(
 
 
 @dataclass(frozen=True)
-class _Driver:
+class Driver:
     """What kernels ask which GPU they are compiled for."""
 
     target: Any

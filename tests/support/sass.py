@@ -40,7 +40,7 @@ _NOTHING = frozenset(["NOP"])  # the padding behind a kernel's end
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _SECOND_WORD = re.compile(r"^\s+/\* 0x(\w{16}) \*/")
-_LABEL = re.compile(r"^(\.L\w+):")
+_LABEL = re.compile(r"^([.$][$\w]+):")
 _SECTION = re.compile(r"\.section\s+\.text\.([^\s,]+),")
 
 
@@ -94,14 +94,15 @@ class Block:
 
 @dataclass
 class Code:
-    """A kernel's instructions in order."""
+    """A kernel's instructions in order, and of each label the number of the one behind it."""
 
     instructions: list[Instruction]
+    labels: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Code":
         """The code whose ``dataclasses.asdict`` this is."""
-        return cls([Instruction(**one) for one in values["instructions"]])
+        return cls([Instruction(**one) for one in values["instructions"]], values["labels"])
 
     @cached_property
     def whole(self) -> Counts:
@@ -242,7 +243,7 @@ def read_listing(text: str) -> Code:
     for one in instructions:
         one.follows, label = _leaving(one)
         one.target = labels.get(label) if label else None
-    return Code(instructions)
+    return Code(instructions, labels)
 
 
 def _leaving(one: Instruction) -> tuple[bool, str | None]:
@@ -255,6 +256,17 @@ def _leaving(one: Instruction) -> tuple[bool, str | None]:
     if one.opcode == "CALL":
         return True, target[1] if target else None
     return bool(one.predicate) or one.opcode not in ("EXIT", "RET"), None
+
+
+def assembled(ptx: str, folder: Path, arch: int = 90) -> bytes:
+    """The cubin that ptxas makes of PTX; the files are left in ``folder``."""
+    source, target = folder / "assembled.ptx", folder / "assembled.cubin"
+    source.write_text(ptx)
+    command = [_tool("ptxas"), f"-arch=sm_{arch}", "-O3", str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ptxas: {done.stdout}{done.stderr}")
+    return target.read_bytes()
 
 
 def folded_by_ptxas(assembly: str, inputs: list[int], outputs: int, arch: int = 90) -> list[int]:
@@ -272,14 +284,9 @@ def folded_by_ptxas(assembly: str, inputs: list[int], outputs: int, arch: int = 
         "ret;\n}\n",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "folded.ptx", Path(folder) / "folded.cubin"
-        source.write_text("\n".join(lines))
-        subprocess.run(
-            [_tool("ptxas"), f"-arch=sm_{arch}", "-O3", str(source), "-o", str(target)], check=True, capture_output=True
-        )
-        text = subprocess.run(
-            [_tool("nvdisasm"), "-c", "-hex", str(target)], capture_output=True, text=True, check=True
-        ).stdout
+        assembled("\n".join(lines), Path(folder), arch)
+        command = [_tool("nvdisasm"), "-c", "-hex", str(Path(folder) / "assembled.cubin")]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     held, results = {"RZ": 0}, {}
     for line in text.splitlines():
         if store := re.search(r"STG\.E desc\[\S+\[R\d+\.64(?:\+0x(\w+))?\], (R\w+)", line):

@@ -1,0 +1,268 @@
+"""Launches of Triton kernels, compiled for sm_90 and run as machine code on CPU tensors."""
+
+import ctypes
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.support.accesses import compiled, function
+from tests.support.bounds import extent, tensors_of
+from tests.support.compile_gate import Driver
+
+from .program import program_text
+
+ARCH = 90
+# Of sm_90's bank of constants, in bytes: the end of a thread's own memory, the address of the parameters, a descriptor of memory as
+# such, and the parameters themselves.
+_STACK_END, _PARAMETERS_AT, _ANY_MEMORY, PARAMETERS = 0x28, 0x198, 0x208, 0x210
+_CONSTANTS = 0x1210
+_PARAMETERS_ADDRESS = 0x7F0000000210  # any that no tensor has
+_SWIZZLES = (0, 32, 64, 128)  # bytes, as Triton numbers them
+
+
+@dataclass(frozen=True)
+class Order:
+    """How what a GPU leaves open is decided. late: copies and products are done as late as they are waited for. ahead: 0 lets the warps
+    take turns, 1 the first go on as far as it can, -1 the last."""
+
+    late: bool = True
+    ahead: int = 0
+
+
+ORDERS = tuple(Order(late, ahead) for late in (True, False) for ahead in (0, 1, -1))
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A descriptor of the copy engine's, where it lies among the parameters."""
+
+    at: int
+    base: torch.Tensor
+    meta: dict[str, Any]
+
+    def fields(self) -> tuple[int, ...]:
+        width = self.meta["elem_size"]
+        sizes, steps = self.base.shape, self.base.stride()
+        assert len(sizes) == 2 and steps[1] == 1, "a descriptor of another kind"
+        box = self.meta["block_size"]
+        return (self.at, self.base.data_ptr(), *sizes, steps[0] * width, width, *box, _SWIZZLES[self.meta["swizzle"]])
+
+
+@dataclass
+class _Kernel:
+    """A compiled kernel. parameters: of each its offset in the constants and its size, whether it is a number with a fraction, whether
+    it is a descriptor."""
+
+    name: str
+    handle: int
+    threads: int
+    shared: int
+    parameters: list[tuple[int, int, bool, bool]]
+    descriptors: list[dict[str, Any]]
+    signature: dict[str, Any]
+
+
+@cache
+def _library() -> Any:
+    source = Path(__file__).with_name("run.cpp")
+    return compiled(source, *sorted(source.parent.glob("*.h")))
+
+
+_said = ctypes.create_string_buffer(2000)
+_kernels: dict[Any, _Kernel] = {}
+_tables: dict[int, int] = {}  # the extents of tensors whose address was asked for: a table may hold them
+steps = 0  # instructions of warps, so far
+
+
+def load(text: str, name: str) -> int:
+    """A program that program_text wrote, for execute.
+
+    Raises:
+        RuntimeError: it holds an instruction that is not known.
+    """
+    call = function(_library(), "load", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
+    handle = call(text.encode(), _said, len(_said))
+    if not handle:
+        raise RuntimeError(f"{name}: {_said.value.decode()}")
+    return handle
+
+
+def _parameters(ptx: str) -> list[tuple[int, int, bool, bool]]:
+    found, end = [], PARAMETERS
+    for line in ptx[ptx.index(".entry") : ptx.index("\n{", ptx.index(".entry"))].splitlines():
+        match = re.search(r"\.param (?:\.align (\d+) )?\.([busf])(\d+) .*?_param_\d+(?:\[(\d+)\])?", line)
+        if match:
+            size = int(match[3]) // 8
+            alignment = max(int(match[1] or 1), size)
+            begin = -(-end // alignment) * alignment
+            end = begin + size * int(match[4] or 1)
+            found.append((begin, end - begin, match[2] == "f", match[4] is not None))
+    return found
+
+
+def _compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Kernel, dict[str, Any]]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", ARCH, 32)
+    triton.runtime.driver.set_active(Driver(target))
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    key = (kernel.fn, str(specialization), str(options))
+    if key not in _kernels:
+        options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+        made = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+        ptx, name = made.asm["ptx"], kernel.fn.__name__
+        threads = re.search(r"\.reqntid (\d+)", ptx)
+        assert threads is not None
+        _kernels[key] = _Kernel(
+            name,
+            load(program_text(made.asm["cubin"]), name),
+            int(threads[1]),
+            made.metadata.shared,
+            _parameters(ptx),
+            list(getattr(made.metadata, "tensordesc_meta", None) or []),
+            signature,
+        )
+    return _kernels[key], bound
+
+
+def _values(kernel: _Kernel, bound: dict[str, Any]) -> Iterator[Any]:
+    """In the order of the parameters; a descriptor is followed by its sizes and strides."""
+    for (name, kind), value in zip(kernel.signature.items(), bound.values(), strict=True):
+        if kind == "constexpr":
+            continue
+        if type(value).__name__ == "TensorDescriptor":
+            yield value
+            yield from (*value.shape, *value.strides)
+        else:
+            assert not isinstance(value, tuple), f"a tuple as argument {name}"
+            yield value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+
+def _put(constants: bytearray, at: int, size: int, value: int) -> None:
+    constants[at : at + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+
+def constants_of(threads: int, grid: tuple[int, int, int]) -> bytearray:
+    """The bank of constants without the parameters, which begin at PARAMETERS."""
+    constants = bytearray(_CONSTANTS)
+    for place, value in enumerate((threads, 1, 1, *grid)):
+        _put(constants, 4 * place, 4, value)
+    _put(constants, _STACK_END, 4, 0xFFFDC0)
+    _put(constants, _PARAMETERS_AT, 8, _PARAMETERS_ADDRESS)
+    _put(constants, _ANY_MEMORY, 8, 0x1234567800000000)
+    return constants
+
+
+def _constants(kernel: _Kernel, bound: dict[str, Any], grid: tuple[int, int, int]) -> tuple[bytearray, list[_Map]]:
+    constants, maps = constants_of(kernel.threads, grid), []
+    for (at, size, fractional, descriptor), value in zip(kernel.parameters, _values(kernel, bound), strict=False):
+        if descriptor:
+            maps.append(_Map(_PARAMETERS_ADDRESS + at - PARAMETERS, value.base, kernel.descriptors[len(maps)]))
+        elif fractional or isinstance(value, float):
+            kind = np.float32 if size == 4 else np.float64
+            constants[at : at + size] = np.array(value, kind).tobytes()
+        else:
+            _put(constants, at, size, int(value))
+    return constants, maps
+
+
+def run(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: tuple[int, ...], order: Order) -> None:
+    """One launch, block after block.
+
+    Raises:
+        RuntimeError: where the program does what it must not, or an instruction is not known.
+    """
+    made, bound = _compiled(kernel, args, kwargs)
+    grid = (*grid, 1, 1)[:3]
+    if not math.prod(grid):
+        return
+    constants, maps = _constants(made, bound, grid)
+    tensors = [vars(tensor).get("inner", tensor) for tensor in tensors_of(list(bound.values()))]  # of a pretended GPU's
+    extents = [extent(tensor) for tensor in tensors]
+    if any(tensor.dtype == torch.int64 and tensor.dim() == 2 for tensor in tensors):
+        extents += _tables.items()
+    execute(made.handle, made.name, extents, maps, constants, grid, made.threads, made.shared, order)
+
+
+def execute(
+    handle: int,
+    name: str,
+    extents: list[tuple[int, int]],
+    maps: list[_Map],
+    constants: bytes,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    order: Order,
+) -> None:
+    """A loaded program, block after block; ``extents`` are the addresses that it may go to.
+
+    Raises:
+        RuntimeError: where the program does what it must not.
+    """
+    global steps
+    spans = np.array(_merged([one for one in extents if one[1]]), dtype=np.uint64).reshape(-1, 2)
+    fields = np.array([one.fields() for one in maps], dtype=np.int64).reshape(-1, 9)
+    given = np.frombuffer(constants, np.uint8)
+    sizes = np.array(grid, dtype=np.int64)
+    number, array = ctypes.c_int64, ctypes.c_void_p
+    counted = (array, number)
+    call = function(
+        _library(), "run", ctypes.c_uint64, *counted, *counted, *counted, array, *[number] * 4, ctypes.c_char_p, number
+    )
+    shown = [item for one in (spans, fields, given) for item in (one.ctypes.data, len(one))]
+    last = (threads // 32, shared, order.late, order.ahead)
+    done = call(handle, *shown, sizes.ctypes.data, *last, _said, len(_said))
+    if not done:
+        raise RuntimeError(f"{name}, {order}: {_said.value.decode()}")
+    steps += done
+
+
+def _merged(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """In order, those that overlap as one."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(extents):
+        if merged and begin < merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+@contextmanager
+def executed(*orders: Order) -> Iterator[None]:
+    """Within the block every launch is run as machine code, the first in the first of the orders, the next in the next one."""
+    from triton.runtime.jit import JITFunction
+
+    plain, data_ptr, launches = JITFunction.run, torch.Tensor.data_ptr, 0
+
+    def launched(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        nonlocal launches
+        run(self, args, kwargs, grid, orders[launches % len(orders)])
+        launches += 1
+
+    def asked(self: torch.Tensor) -> int:
+        address = data_ptr(self)
+        if address and self.device.type == "cpu" and self.layout is torch.strided:
+            begin, end = extent(self)
+            _tables[begin] = max(end, _tables.get(begin, 0))
+        return address
+
+    JITFunction.run, torch.Tensor.data_ptr = launched, asked
+    try:
+        yield
+    finally:
+        JITFunction.run, torch.Tensor.data_ptr = plain, data_ptr
