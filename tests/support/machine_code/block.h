@@ -36,6 +36,7 @@ To bits_as(From from) {
 }
 
 constexpr int kLanes = 32, kZero = 255, kUniformZero = 63, kTrue = 7;
+constexpr int kMeetings = 17;  // BSSY's sixteen, and WARPSYNC's
 constexpr uint32_t kAll = 0xffffffff, kUnwritten = 0xdeadbeef, kInFlight = 0x7fc0dead;
 constexpr uint32_t kSharedBegin = 0x400;                       // what lies below is the system's
 constexpr uint32_t kStackEnd = 0xfffdc0, kStackSize = 0x3000;  // of the memory that each thread has to itself
@@ -175,15 +176,26 @@ struct Warp {
     uint32_t registers[kZero + 9][kLanes], uniform[kUniformZero + 3], predicates[kTrue + 1];
     bool uniform_predicates[kTrue + 1];
     int place[kLanes];
-    uint32_t done = 0, waiting = 0, spinning = 0;  // lanes, a bit each
-    uint32_t mask = 0;                             // the lanes that the instruction is done for
-    bool on_uniform = false;                       // whether the uniform datapath does it
+    uint32_t done = 0, waiting = 0, spinning = 0;          // lanes, a bit each
+    uint32_t parted[kMeetings] = {}, met[kMeetings] = {};  // lanes: that meet again, and those of them that wait there
+    uint32_t mask = 0;                                     // the lanes that the instruction is done for
+    bool on_uniform = false;                               // whether the uniform datapath does it
     Groups<Copy> copies;
     Groups<Store> stores;
     Groups<Product> products;
     std::map<int, std::vector<uint32_t>> accumulators;  // of products in flight, by their first register
 
-    uint32_t runnable() const { return ~(done | waiting | spinning); }
+    uint32_t runnable() const {
+        uint32_t held = done | waiting | spinning;
+        for (uint32_t lanes : met) held |= lanes;
+        return ~held;
+    }
+
+    // Those who wait for each other at a place of a number go on when all are there who have not ended.
+    void meet() {
+        for (int i = 0; i < kMeetings; ++i)
+            if ((met[i] | done) == (parted[i] | done)) met[i] = 0;
+    }
 };
 
 struct Barrier {

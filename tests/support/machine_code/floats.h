@@ -136,6 +136,15 @@ inline void fsetp(Warp& warp, const Instruction& one) {
     });
 }
 
+// One or zero.
+inline void fset(Warp& warp, const Instruction& one) {
+    require(one.count() == 4 && one.modifiers.size() == 3 && one.has("BF"), "operands");
+    each(warp, [&](int lane) {
+        const bool held = compare_numbers(one.modifiers[1], number(warp, one[1], lane), number(warp, one[2], lane));
+        write(warp, one[0], lane, joined(one, held, predicate(warp, one[3], lane)) ? 1.0f : 0.0f);
+    });
+}
+
 inline void dsetp(Warp& warp, const Instruction& one) {
     require(one.count() == 5, "operands");
     each(warp, [&](int lane) {
@@ -291,6 +300,7 @@ inline const std::map<std::string, Opcode> kFloats = {
     {"FMNMX", {fmnmx, "NAN"}},
     {"FSEL", {fsel, ""}},
     {"FSETP", {fsetp, kComparisons}},
+    {"FSET", {fset, "*"}},
     {"DSETP", {dsetp, kComparisons}},
     {"FCHK", {fchk, ""}},
     {"MUFU", {mufu, "EX2 RCP RSQ LG2 SQRT"}},

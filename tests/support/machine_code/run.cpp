@@ -37,7 +37,32 @@ void ret(Warp& warp, const Instruction& one) {
     });
 }
 
-void leave(Warp& warp, const Instruction&) { warp.done |= warp.mask; }
+void leave(Warp& warp, const Instruction&) {
+    warp.done |= warp.mask;
+    warp.meet();
+}
+
+int meeting(const Instruction& one) {
+    const int number = std::stoi(one[0].name.substr(1));
+    require(number < kMeetings - 1, "a place to meet at");
+    return number;
+}
+
+void bssy(Warp& warp, const Instruction& one) { warp.parted[meeting(one)] = warp.mask; }
+
+void arrive(Warp& warp, int number) {
+    require(!(warp.mask & ~warp.parted[number]), "threads meet that did not part");
+    warp.met[number] |= warp.mask;
+    warp.meet();
+}
+
+void bsync(Warp& warp, const Instruction& one) { arrive(warp, meeting(one)); }
+
+void warpsync(Warp& warp, const Instruction& one) {
+    require(one.has("ALL") || (one[0].kind == kImmediate && one[0].value == kAll), "a part of a warp that meets");
+    warp.parted[kMeetings - 1] = kAll;
+    arrive(warp, kMeetings - 1);
+}
 
 void bar(Warp& warp, const Instruction& one) {
     require(one.has("SYNC") && one.count() == 1 && one[0].value == 0, "a barrier of another kind");
@@ -46,17 +71,17 @@ void bar(Warp& warp, const Instruction& one) {
 
 void nothing(Warp&, const Instruction&) {}
 
-// What has no effect here: threads part and meet by the numbers of their instructions, and memory has one order.
+// What does nothing here: memory has one order.
 const std::map<std::string, Opcode> kControl = {
     {"BRA", {bra, "DIV U", true}},
     {"CALL", {call, "REL NOINC", true}},
     {"RET", {ret, "REL NODEC", true}},
     {"EXIT", {leave, "", true}},
     {"BAR", {bar, "SYNC DEFER_BLOCKING", true}},
+    {"BSSY", {bssy, ""}},
+    {"BSYNC", {bsync, "", true}},
+    {"WARPSYNC", {warpsync, "ALL", true}},
     {"NOP", {nothing, ""}},
-    {"BSSY", {nothing, "*"}},
-    {"BSYNC", {nothing, "*"}},
-    {"WARPSYNC", {nothing, "*"}},
     {"MEMBAR", {nothing, "*"}},
     {"FENCE", {nothing, "*"}},
     {"ERRBAR", {nothing, "*"}},
