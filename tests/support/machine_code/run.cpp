@@ -71,7 +71,7 @@ void bar(Warp& warp, const Instruction& one) {
 
 void nothing(Warp&, const Instruction&) {}
 
-// What does nothing here: memory has one order.
+// What does nothing here: memory has one order and no caches.
 const std::map<std::string, Opcode> kControl = {
     {"BRA", {bra, "DIV U", true}},
     {"CALL", {call, "REL NOINC", true}},
@@ -86,6 +86,7 @@ const std::map<std::string, Opcode> kControl = {
     {"FENCE", {nothing, "*"}},
     {"ERRBAR", {nothing, "*"}},
     {"YIELD", {nothing, "*"}},
+    {"CCTL", {nothing, "*"}},
 };
 
 const Opcode* known(const std::string& name) {
