@@ -17,20 +17,19 @@ import torch
 
 from tests.support.machine_code import launch
 from tests.support.machine_code.program import program_text
-from tests.support.sass import assembled, folded_by_ptxas
+from tests.support.sass import assembled, folded_by_ptxas, kernel_of
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
 )
 LATE = launch.Order()
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = ".version 8.0\n.target sm_90\n.address_size 64\n"
 
 
 @cache
 def _program(ptx: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = assembled(HEAD + ptx, Path(folder))
+        cubin = assembled(ptx, Path(folder))
     return launch.load(program_text(cubin), "planted")
 
 
@@ -53,19 +52,10 @@ def _run(
 
 def _computed(assembly: str, inputs: list[int], outputs: int) -> list[int]:
     """What the machine code makes of inline assembly for 32-bit registers whose inputs ptxas does not know."""
-    names = [f"%out{i}" for i in range(outputs)] + [f"%in{i}" for i in range(len(inputs))]
-    for i in reversed(range(len(names))):
-        assembly = assembly.replace(f"${i}", names[i])
-    lines = [
-        f".visible .entry planted(.param .u64 to, {', '.join(f'.param .u32 from{i}' for i in range(len(inputs)))}) {{",
-        f".reg .b32 {', '.join(names)};\n.reg .b64 %to;\nld.param.u64 %to, [to];\ncvta.to.global.u64 %to, %to;",
-        *(f"ld.param.u32 %in{i}, [from{i}];" for i in range(len(inputs))),
-        assembly,
-        *(f"st.global.u32 [%to+{4 * i}], %out{i};" for i in range(outputs)),
-        "ret;\n}\n",
-    ]
+    given = [f"ld.param.u32 %in{i}, [from{i}];" for i in range(len(inputs))]
+    parameters = "".join(f", .param .u32 from{i}" for i in range(len(inputs)))
     out = torch.zeros(outputs, dtype=torch.int32)
-    _run("\n".join(lines), [out], inputs)
+    _run(kernel_of(assembly, len(inputs), outputs, given, parameters), [out], inputs)
     return [value & 0xFFFFFFFF for value in out.tolist()]
 
 

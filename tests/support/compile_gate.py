@@ -202,17 +202,9 @@ def compile_launch(
     """Compile one caught launch for sm_<arch> and read the binary; with ``front`` only into the first representation, the kernel that
     is called ``code`` down to the machine instructions."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
 
-    target = GPUTarget("cuda", arch, 32)
-    triton.runtime.driver.set_active(Driver(target))
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*args, **kwargs)
-    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    source, target, backend, options, _ = specialised(kernel, args, kwargs, arch)
+    signature = source.signature
     if front:
         _first_representation(source, target, backend, options)
         return Finding(label, kernel.fn.__name__, arch, 0, 0, 0, [], 0)
@@ -242,6 +234,22 @@ def compile_launch(
     if code == name:
         (finding.code,) = read_cubin(compiled.asm["cubin"]).values()
     return finding
+
+
+def specialised(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> tuple[Any, ...]:
+    """What triton.compile makes a launch's binary of: the source, the target, its backend, the options; and the arguments by name."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    triton.runtime.driver.set_active(Driver(target))
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return ASTSource(kernel, signature, constexprs, attrs), target, backend, options, bound
 
 
 @dataclass(frozen=True)

@@ -258,10 +258,27 @@ def _leaving(one: Instruction) -> tuple[bool, str | None]:
     return bool(one.predicate) or one.opcode not in ("EXIT", "RET"), None
 
 
+def kernel_of(assembly: str, inputs: int, outputs: int, given: list[str], parameters: str = "") -> str:
+    """PTX that stores what inline assembly for 32-bit registers ($0 the first output, inputs behind the outputs) computes where its
+    parameter ``to`` says; ``given`` puts the inputs into %in0 and so on."""
+    names = [f"%out{i}" for i in range(outputs)] + [f"%in{i}" for i in range(inputs)]
+    for i in reversed(range(len(names))):
+        assembly = assembly.replace(f"${i}", names[i])
+    lines = [
+        f".visible .entry computed(.param .u64 to{parameters}) {{",
+        f".reg .b32 {', '.join(names)};\n.reg .b64 %to;\nld.param.u64 %to, [to];\ncvta.to.global.u64 %to, %to;",
+        *given,
+        assembly,
+        *(f"st.global.u32 [%to+{4 * i}], %out{i};" for i in range(outputs)),
+        "ret;\n}\n",
+    ]
+    return "\n".join(lines)
+
+
 def assembled(ptx: str, folder: Path, arch: int = 90) -> bytes:
-    """The cubin that ptxas makes of PTX; the files are left in ``folder``."""
+    """The cubin that ptxas makes of PTX without its head; the files are left in ``folder``."""
     source, target = folder / "assembled.ptx", folder / "assembled.cubin"
-    source.write_text(ptx)
+    source.write_text(f".version 8.0\n.target sm_{arch}\n.address_size 64\n{ptx}")
     command = [_tool("ptxas"), f"-arch=sm_{arch}", "-O3", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -272,19 +289,9 @@ def assembled(ptx: str, folder: Path, arch: int = 90) -> bytes:
 def folded_by_ptxas(assembly: str, inputs: list[int], outputs: int, arch: int = 90) -> list[int]:
     """What inline assembly for 32-bit registers ($0 the first output, inputs behind the outputs) makes of constants: ptxas computes it
     and its code holds the results. A RuntimeError where ptxas left the computation to the processor."""
-    names = [f"%out{i}" for i in range(outputs)] + [f"%in{i}" for i in range(len(inputs))]
-    for i in reversed(range(len(names))):
-        assembly = assembly.replace(f"${i}", names[i])
-    lines = [
-        f".version 8.0\n.target sm_{arch}\n.address_size 64\n.visible .entry folded(.param .u64 to) {{",
-        f".reg .b32 {', '.join(names)};\n.reg .b64 %to;\nld.param.u64 %to, [to];\ncvta.to.global.u64 %to, %to;",
-        *(f"mov.u32 %in{i}, {value:#x};" for i, value in enumerate(inputs)),
-        assembly,
-        *(f"st.global.u32 [%to+{4 * i}], %out{i};" for i in range(outputs)),
-        "ret;\n}\n",
-    ]
+    ptx = kernel_of(assembly, len(inputs), outputs, [f"mov.u32 %in{i}, {value:#x};" for i, value in enumerate(inputs)])
     with tempfile.TemporaryDirectory() as folder:
-        assembled("\n".join(lines), Path(folder), arch)
+        assembled(ptx, Path(folder), arch)
         command = [_tool("nvdisasm"), "-c", "-hex", str(Path(folder) / "assembled.cubin")]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     held, results = {"RZ": 0}, {}

@@ -15,7 +15,7 @@ import torch
 
 from tests.support.accesses import compiled, function
 from tests.support.bounds import extent, tensors_of
-from tests.support.compile_gate import Driver
+from tests.support.compile_gate import specialised
 
 from .program import program_text
 
@@ -79,7 +79,6 @@ def _library() -> Any:
 _said = ctypes.create_string_buffer(2000)
 _kernels: dict[Any, _Kernel] = {}
 _tables: dict[int, int] = {}  # the extents of tensors whose address was asked for: a table may hold them
-steps = 0  # instructions of warps, so far
 
 
 def load(text: str, name: str) -> int:
@@ -110,19 +109,11 @@ def _parameters(ptx: str) -> list[tuple[int, int, bool, bool]]:
 
 def _compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Kernel, dict[str, Any]]:
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
 
-    target = GPUTarget("cuda", ARCH, 32)
-    triton.runtime.driver.set_active(Driver(target))
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*args, **kwargs)
-    key = (kernel.fn, str(specialization), str(options))
+    source, target, _, options, bound = specialised(kernel, args, kwargs, ARCH)
+    key = (source.hash(), str(options))
     if key not in _kernels:
-        options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
-        made = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+        made = triton.compile(source, target=target, options=options.__dict__)
         ptx, name = made.asm["ptx"], kernel.fn.__name__
         threads = re.search(r"\.reqntid (\d+)", ptx)
         assert threads is not None
@@ -133,7 +124,7 @@ def _compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             made.metadata.shared,
             _parameters(ptx),
             list(getattr(made.metadata, "tensordesc_meta", None) or []),
-            signature,
+            source.signature,
         )
     return _kernels[key], bound
 
@@ -213,7 +204,6 @@ def execute(
     Raises:
         RuntimeError: where the program does what it must not.
     """
-    global steps
     spans = np.array(_merged([one for one in extents if one[1]]), dtype=np.uint64).reshape(-1, 2)
     fields = np.array([one.fields() for one in maps], dtype=np.int64).reshape(-1, 9)
     given = np.frombuffer(constants, np.uint8)
@@ -225,10 +215,8 @@ def execute(
     )
     shown = [item for one in (spans, fields, given) for item in (one.ctypes.data, len(one))]
     last = (threads // 32, shared, order.late, order.ahead)
-    done = call(handle, *shown, sizes.ctypes.data, *last, _said, len(_said))
-    if not done:
+    if not call(handle, *shown, sizes.ctypes.data, *last, _said, len(_said)):
         raise RuntimeError(f"{name}, {order}: {_said.value.decode()}")
-    steps += done
 
 
 def _merged(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
