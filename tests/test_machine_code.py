@@ -137,7 +137,7 @@ def test_integers_are_those_that_ptxas_computes(name: str, full: bool) -> None:
     wide = name in PAIRS
     assembly, inputs, outputs = (WIDE, 4, 2) if wide else (INTEGERS[name], 5, 1)
     assembly = assembly.replace("OPERATION", PAIRS.get(name, ""))
-    for _ in range(8 if full else 2):
+    for _ in range(8 if full else 1):
         given = [
             draw.choice([draw.getrandbits(32), draw.getrandbits(32), 0xFFFFFFFF, 0, 1 << 31]) for _ in range(inputs)
         ]
@@ -281,7 +281,7 @@ SOME = [
     "tests/support/machine_code/planted.py",
     "tests/test_triton_philox.py::test_known_answers",
     "tests/test_triton_nf4.py::test_both_codes",
-    "tests/test_triton_lora.py::test_the_heuristics_own_configurations[qlora]",
+    "tests/test_triton_lora.py::test_the_order_of_the_sum_is_fixed",
     "tests/test_lora_product.py::test_the_order_of_tiles_does_not_show",
     "tests/test_nf4_product.py::test_the_order_of_tiles_does_not_show",
     "tests/test_ops_sparse_delta.py::test_triton_tiled",
