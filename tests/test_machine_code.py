@@ -295,7 +295,7 @@ def test_kernels_in_machine_code() -> None:
 
 @pytest.mark.full
 def test_every_kernel_in_machine_code() -> None:
-    """Five minutes."""
+    """A quarter of an hour."""
     files = sorted(path.name for path in (ROOT / "tests").glob("test_triton_*.py"))
     files += [f"test_{name}.py" for name in ("lora_product", "nf4_product", "nf4_linear", "nf4_quantize")]
     files += [f"test_ops_{name}.py" for name in ("gated_activation", "lora_terms", "sparse_delta", "zeroth_order")]
