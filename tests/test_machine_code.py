@@ -60,7 +60,7 @@ def _computed(assembly: str, inputs: list[int], outputs: int) -> list[int]:
 
 
 WIDE = ".reg .b64 %a, %b, %c; mov.b64 %a, {$2, $3}; mov.b64 %b, {$4, $5}; OPERATION mov.b64 {$0, $1}, %c;"
-# Of five inputs that may be anything, or as the comment says.
+# Of five inputs that may be anything.
 INTEGERS = {
     "sums": "add.u32 $0, $1, $2; sub.u32 $0, $0, $3; add.u32 $0, $0, 1234567;",
     "a product and a sum": "mad.lo.u32 $0, $1, $2, $3;",
@@ -160,7 +160,7 @@ def test_rounding_to_16_bits(dtype: torch.dtype) -> None:
     exponents = torch.arange(-150, 128, 7)
     near = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-8, 1 + 3 * 2**-8 + 2**-20, 1.9999, -1.0009765])
     x = torch.cat(
-        [(torch.ldexp(near, one)) for one in exponents]
+        [torch.ldexp(near, one) for one in exponents]
         + [torch.tensor([0.0, -0.0, 65519.0, 65520.0, float("inf"), 3.4e38])]
     )
     name = {torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
@@ -265,6 +265,21 @@ def test_a_missing_wait_is_found() -> None:
             assert torch.equal(out, given[2::4]) == (wait.endswith(" 0;") or not late)
 
 
+@pytest.mark.parametrize("waiting", [32, 7])
+def test_a_barrier_that_nobody_arrives_at_is_found(waiting: int) -> None:
+    """Of the copy engine; the rest of the warp waits for these threads."""
+    body = f"""mov.u32 %a, held; mov.u32 %t, %tid.x; setp.ge.u32 %p, %t, {waiting};
+    mbarrier.init.shared.b64 [%a], 1;
+    @%p bra on;
+    again: mbarrier.try_wait.parity.shared.b64 %q, [%a], 0;
+    @!%q bra again;
+    on: bar.sync 0;
+    ret;"""
+    declared = ".shared .align 8 .b64 held; .reg .b32 %t, %a; .reg .pred %p, %q;"
+    with pytest.raises(RuntimeError, match="a deadlock"):
+        _run(f".visible .entry planted(.param .u64 to) {{ {declared} {body} }}", [torch.zeros(1)], [], 32, 16)
+
+
 def _in_machine_code(*arguments: str) -> str:
     """What pytest says of tests whose kernels are run as machine code."""
     left_out = ("PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER")
@@ -290,7 +305,7 @@ SOME = [
 
 @pytest.mark.slow
 def test_kernels_in_machine_code() -> None:
-    assert int(re.findall(r"(\d+) passed", _in_machine_code(*SOME))[0]) > 0
+    assert int(re.findall(r"(\d+) passed", _in_machine_code(*SOME))[0]) > len(SOME)
 
 
 @pytest.mark.full

@@ -418,6 +418,17 @@ inline void write_predicate(Warp& warp, const Operand& to, int lane, bool value)
     }
 }
 
+template <typename Value>
+bool compare(const std::string& how, Value a, Value b) {
+    if (how == "EQ") return a == b;
+    if (how == "NE") return a != b;
+    if (how == "LT") return a < b;
+    if (how == "LE") return a <= b;
+    if (how == "GT") return a > b;
+    require(how == "GE", "comparison " + how);
+    return a >= b;
+}
+
 // A comparison's answer with the predicate that it is joined to.
 inline bool joined(const Instruction& one, bool a, bool b) {
     return one.has("AND") ? a && b : one.has("OR") ? a || b : a != b;

@@ -108,14 +108,7 @@ inline bool compare_numbers(const std::string& how, double a, double b) {
     const bool unordered = isnan(a) || isnan(b);
     if (how == "NAN") return unordered;
     if (how == "NUM") return !unordered;
-    const std::string relation = how.substr(0, 2);
-    if (unordered) return how.size() == 3;
-    return relation == "EQ"   ? a == b
-           : relation == "NE" ? a != b
-           : relation == "LT" ? a < b
-           : relation == "LE" ? a <= b
-           : relation == "GT" ? a > b
-                              : a >= b;
+    return unordered ? how.size() == 3 : compare(how.substr(0, 2), a, b);
 }
 
 const char* const kComparisons = "EQ NE LT LE GT GE EQU NEU LTU LEU GTU GEU NAN NUM AND OR FTZ BF16_V2";

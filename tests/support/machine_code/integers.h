@@ -4,17 +4,6 @@
 
 namespace machine {
 
-template <typename Value>
-bool compare(const std::string& how, Value a, Value b) {
-    if (how == "EQ") return a == b;
-    if (how == "NE") return a != b;
-    if (how == "LT") return a < b;
-    if (how == "LE") return a <= b;
-    if (how == "GT") return a > b;
-    require(how == "GE", "comparison " + how);
-    return a >= b;
-}
-
 inline void iadd3(Warp& warp, const Instruction& one) {
     const int from = one.sources;
     const bool wide = one.has("64"), carries = one.has("X");

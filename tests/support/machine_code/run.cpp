@@ -203,7 +203,7 @@ int64_t run_block(Block& block) {
     const int64_t ahead = block.launch.order.ahead;
     int64_t steps = 0;
     for (;;) {
-        bool went = false, alive = false, spins = false;
+        bool went = false, alive = false, all_wait = true;
         for (size_t i = 0; i < block.warps.size(); ++i) {
             Warp& warp = block.warps[ahead < 0 ? block.warps.size() - 1 - i : i];
             alive |= warp.done != kAll;
@@ -213,13 +213,13 @@ int64_t run_block(Block& block) {
                 went = true;
                 if (!ahead) break;
             }
-            spins |= warp.spinning != 0;
+            all_wait &= (warp.done | warp.waiting) == kAll;
             if (went && ahead) break;  // what it did may let one go on that comes before it
         }
         if (!alive) break;
         if (went) continue;
         if (block.land()) continue;
-        require(!spins, "a deadlock: threads wait for copies that nobody asked for");
+        require(all_wait, "a deadlock: threads wait for a copy that nobody asked for, or for others of their warp");
         ++block.barriers;
         for (Warp& warp : block.warps) warp.waiting = 0;
     }
@@ -239,9 +239,7 @@ uint64_t load(const char* text, char* message, int64_t size) {
     using namespace machine;
     try {
         auto program = std::make_unique<Program>();
-        for (const std::string& line : split(text, '\n')) {
-            program->code.push_back(instruction_of(line));
-        }
+        for (const std::string& line : split(text, '\n')) program->code.push_back(instruction_of(line));
         for (size_t i = 0; i < program->code.size(); ++i) program->numbers[program->code[i].at] = static_cast<int>(i);
         return reinterpret_cast<uint64_t>(program.release());
     } catch (const std::exception& error) {
