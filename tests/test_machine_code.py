@@ -17,7 +17,7 @@ import torch
 
 from tests.support.machine_code import launch
 from tests.support.machine_code.program import program_text
-from tests.support.sass import assembled, folded_by_ptxas, kernel_of
+from tests.support.sass import PARAMETERS, assembled, folded_by_ptxas, kernel_of, read_cubin
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @cache
 def _program(ptx: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = assembled(ptx, Path(folder))
-    return launch.load(program_text(cubin), "planted")
+        (code,) = read_cubin(assembled(ptx, Path(folder))).values()
+    return launch.load(program_text(code), "planted")
 
 
 def _run(
@@ -45,7 +45,7 @@ def _run(
     constants = launch.constants_of(threads, (1, 1, 1))
     packed = b"".join(tensor.data_ptr().to_bytes(8, "little") for tensor in tensors)
     packed += b"".join(number.to_bytes(4, "little") for number in numbers)
-    constants[launch.PARAMETERS : launch.PARAMETERS + len(packed)] = packed
+    constants[PARAMETERS[90] : PARAMETERS[90] + len(packed)] = packed
     extents = [launch.extent(tensor) for tensor in tensors]
     launch.execute(_program(ptx), "planted", extents, [], constants, (1, 1, 1), threads, shared, order)
 
@@ -233,6 +233,38 @@ def test_an_instruction_that_is_not_known_is_named() -> None:
         _run(".visible .entry planted(.param .u64 to) { nanosleep.u32 40; ret; }", [torch.zeros(1)], [])
 
 
+SHUFFLES = """.visible .entry planted(.param .u64 to, .param .align 4 .b8 values[16]) {
+.reg .b32 %t, %a, %v, %other;
+.reg .b64 %to, %at;
+ld.param.u64 %to, [to];
+mov.u32 %t, %tid.x;
+and.b32 %a, %t, 3;
+shl.b32 %a, %a, 2;
+mov.b64 %at, values;
+cvt.u32.u64 %v, %at;
+add.u32 %a, %a, %v;
+ld.param.u32 %v, [%a];
+add.u32 %v, %v, %t;
+mad.wide.u32 %to, %t, 8, %to;
+shfl.sync.idx.b32 %other, %v, 13, 0x181f, -1;
+st.u32 [%to], %other;
+shfl.sync.bfly.b32 %other, %v, 6, 0x1f, -1;
+st.u32 [%to+4], %other;
+ret;
+}
+"""
+
+
+def test_shuffles_within_parts_of_a_warp_and_parameters_by_their_number() -> None:
+    """Stored where the processor is not told which memory it is."""
+    values, out = [1000, 2000, 3000, 4000], torch.zeros(32, 2, dtype=torch.int32)
+    _run(SHUFFLES, [out], values)
+    own = [values[lane % 4] + lane for lane in range(32)]
+    assert out.tolist() == [[own[lane // 8 * 8 + 13 % 8], own[lane ^ 6]] for lane in range(32)]
+    with pytest.raises(RuntimeError, match="outside of the launch's tensors"):
+        _run(SHUFFLES, [out[:31]], values)
+
+
 COPY = """.visible .entry planted(.param .u64 from, .param .u64 to) {
 .shared .align 16 .b8 held[512];
 .reg .b32 %t, %a, %v;
@@ -290,9 +322,10 @@ def _in_machine_code(*arguments: str) -> str:
     return done.stdout
 
 
-# Of each way in which a kernel of ours works a test: random words, bits of NF4, products of a warp and of a warp group, copies that run
-# ahead, the copy engine's tiles.
+# Of each way in which a kernel of ours works a test: nvcc's code, random words, bits of NF4, products of a warp and of a warp group,
+# copies that run ahead, the copy engine's tiles.
 SOME = [
+    "tests/test_cuda_emulated_lora.py::test_the_mask",
     "tests/support/machine_code/planted.py",
     "tests/test_triton_philox.py::test_known_answers",
     "tests/test_triton_nf4.py::test_both_codes",
@@ -310,8 +343,10 @@ def test_kernels_in_machine_code() -> None:
 
 @pytest.mark.full
 def test_every_kernel_in_machine_code() -> None:
-    """A quarter of an hour."""
+    """Triton's and nvcc's: twenty minutes."""
     files = sorted(path.name for path in (ROOT / "tests").glob("test_triton_*.py"))
     files += [f"test_{name}.py" for name in ("lora_product", "nf4_product", "nf4_linear", "nf4_quantize")]
     files += [f"test_ops_{name}.py" for name in ("gated_activation", "lora_terms", "sparse_delta", "zeroth_order")]
-    assert int(re.findall(r"(\d+) passed", _in_machine_code(*(f"tests/{name}" for name in files)))[0]) > 500
+    files += sorted(path.name for path in (ROOT / "tests").glob("test_cuda_emulated*.py"))
+    done = _in_machine_code("-m", "not planted", *(f"tests/{name}" for name in files))
+    assert int(re.findall(r"(\d+) passed", done)[0]) > 500

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.sass import Code, read_cubin
+from tests.support.sass import PARAMETERS, Code, parameters, read_cubin
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60  # seconds that the program waits for a call
@@ -229,7 +229,9 @@ def compile_launch(
     finding.warps = compiled.metadata.num_warps
     finding.constants = {name: value for name, value in kwargs.items() if name.isupper() and isinstance(value, int)}
     finding.stages, finding.programs = compiled.metadata.num_stages, programs
-    finding.parameters = _parameter_offsets(ptx, arguments)
+    for one in parameters(ptx, arch):
+        if one.number < len(arguments):
+            finding.parameters.setdefault(arguments[one.number], one.begin - PARAMETERS[arch])
     finding.narrow_products = narrow_products(compiled.asm["ttir"])
     if code == name:
         (finding.code,) = read_cubin(compiled.asm["cubin"]).values()
@@ -265,18 +267,6 @@ class Driver:
 def _parameters(kind: str) -> int:
     """Of the compiled kernel's parameters, how many an argument becomes: a matrix's descriptor brings two sizes and two strides."""
     return 5 if kind.startswith("tensordesc") else 1
-
-
-def _parameter_offsets(ptx: str, arguments: list[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    end = 0
-    for bits, number in re.findall(r"\.param \.[a-z](\d+)[^,()]*_param_(\d+)", ptx):
-        size = int(bits) // 8
-        begin = -(-end // size) * size
-        end = begin + size
-        if int(number) < len(arguments):
-            found.setdefault(arguments[int(number)], begin)
-    return found
 
 
 _OPERATION = re.compile(r"\s*(%\w+)(?:[:#]\d+)? = ([\w.]+) (.*?) : (.*?)(?: loc\(.*)?$")

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .accesses import compiled
-from .sass import DRAM_BYTES, RATES, Code, Instruction, spread, unit_of
+from .sass import DRAM_BYTES, PARAMETERS, RATES, Code, Instruction, spread, unit_of
 
 # Cycles until a result is there. A memory's is that of an access that finds nobody before it.
 DRAM, L2, SHARED, OTHER = 700, 270, 30, 25
@@ -32,7 +32,6 @@ L2_BYTES = 38.0  # for each cycle of a multiprocessor: 10 TB/s of 132
 _REGISTERS, _WARPS, _PROGRAMS = 65536, 64, 32
 _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-PARAMETERS = {80: 0x160, 90: 0x210, 100: 0x380}  # where they begin in the constant bank
 
 _LONGEST = 1 << 20
 _OF_A_PART = ("alu", "imad", "float", "special")

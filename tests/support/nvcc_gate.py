@@ -70,23 +70,30 @@ def compile_report(source: Path, object_file: Path, architectures: Iterable[str]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A source of csrc/cuda for one architecture: what ptxas reports, its PTX and its machine code."""
+    """A source of csrc/cuda for one architecture: what ptxas reports, its PTX and its machine code, and the object with the host's
+    code."""
 
     reports: list[KernelReport]
     ptx: str
     cubin: bytes
+    object: bytes
+
+
+def compile_source(source: Path, arch: str = "90a") -> Compiled:
+    """Device and host code."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = ("--keep", "--keep-dir", folder)
+        gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        target = Path(folder) / "out.o"
+        output = run_nvcc(source, gencode, *kept, "-c", "-o", target)
+        ptx, cubin = (Path(folder) / f"{source.stem}.{kind}" for kind in ("ptx", "cubin"))
+        return Compiled(parse(output), ptx.read_text(), cubin.read_bytes(), target.read_bytes())
 
 
 @cache
 def compiled(name: str, arch: str = "90a") -> Compiled:
-    """Device and host code, once in a process: what a test asks of a source comes from one compilation of up to half a minute."""
-    source = ROOT / "csrc" / "cuda" / name
-    with tempfile.TemporaryDirectory() as folder:
-        kept = ("--keep", "--keep-dir", folder)
-        gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        output = run_nvcc(source, gencode, *kept, "-c", "-o", Path(folder) / "out.o")
-        ptx, cubin = (Path(folder) / f"{source.stem}.{kind}" for kind in ("ptx", "cubin"))
-        return Compiled(parse(output), ptx.read_text(), cubin.read_bytes())
+    """Of a file of csrc/cuda, once in a process: what a test asks of a source comes from one compilation of up to half a minute."""
+    return compile_source(ROOT / "csrc" / "cuda" / name, arch)
 
 
 def parse(output: str) -> list[KernelReport]:
@@ -111,12 +118,16 @@ def kernels_of(ptx: str) -> dict[str, str]:
 
 @cache
 def machine_code(name: str, arch: str = "90a") -> dict[str, tuple[Code, KernelReport]]:
-    """The machine instructions of a source of csrc/cuda and what ptxas reports, by the kernels' demangled signatures without our
-    namespaces."""
+    """The machine instructions of a source of csrc/cuda and what ptxas reports, by the kernels' demangled signatures."""
     reports = {report.name: report for report in compiled(name, arch).reports}
     kernels = read_cubin(compiled(name, arch).cubin)
-    names = subprocess.run(
-        ["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    short = [re.sub(r"peftfast::cuda::|\(anonymous namespace\)::|peftfast::", "", one) for one in names]
-    return {shown: (code, reports[full]) for shown, (full, code) in zip(short, kernels.items(), strict=True)}
+    shown = demangled(list(kernels))
+    return {one: (code, reports[full]) for one, (full, code) in zip(shown, kernels.items(), strict=True)}
+
+
+def demangled(names: list[str]) -> list[str]:
+    """Kernels' signatures, without our namespaces."""
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [
+        re.sub(r"peftfast::cuda::|\(anonymous namespace\)::|peftfast::", "", one) for one in done.stdout.splitlines()
+    ]

@@ -28,6 +28,8 @@ RATES = {
 # Bytes of DRAM for each cycle of a multiprocessor: A100 80 GB 1.41 GHz x 108, 1.8 TB/s; H200 1.98 GHz x 132, 4.3 TB/s as others
 # measured a copy; B200 1.97 GHz x 148, 7.2 TB/s (nine tenths of the data sheet).
 DRAM_BYTES = {80: 11.8, 90: 16.5, 100: 24.7}
+# Where a kernel's parameters begin in the bank of constants, in bytes.
+PARAMETERS = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
 
 _ALU = frozenset(
     "LOP LOP3 PLOP3 IADD IADD3 VIADD VIADDMNMX VIMNMX IMNMX IABS SHF SHL SHR PRMT SEL FSEL ISETP FSETP FMNMX FCHK LEA BMSK SGXT I2FP "
@@ -42,6 +44,7 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)
 _SECOND_WORD = re.compile(r"^\s+/\* 0x(\w{16}) \*/")
 _LABEL = re.compile(r"^([.$][$\w]+):")
 _SECTION = re.compile(r"\.section\s+\.text\.([^\s,]+),")
+_PARAMETER = re.compile(r"\.param (?:\.align (\d+) )?\.([busf])(\d+)[^,()]*?_param_(\d+)(?:\[(\d+)\])?")
 
 
 @dataclass
@@ -256,6 +259,30 @@ def _leaving(one: Instruction) -> tuple[bool, str | None]:
     if one.opcode == "CALL":
         return True, target[1] if target else None
     return bool(one.predicate) or one.opcode not in ("EXIT", "RET"), None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where a kernel's parameter lies in the bank of constants, in bytes. kind: PTX's letter, "f" for a number with a fraction; array:
+    whether it is more than one number, a struct or a descriptor."""
+
+    number: int
+    begin: int
+    size: int
+    kind: str
+    array: bool
+
+
+def parameters(ptx: str, arch: int = 90) -> list[Parameter]:
+    """Those of the first entry in ``ptx``, in order."""
+    found, end = [], PARAMETERS[arch]
+    for alignment, kind, bits, number, count in _PARAMETER.findall(ptx.partition("\n{")[0]):
+        each = int(bits) // 8
+        multiple = max(int(alignment or 1), each)
+        begin = -(-end // multiple) * multiple
+        end = begin + each * int(count or 1)
+        found.append(Parameter(int(number), begin, end - begin, kind, count != ""))
+    return found
 
 
 def kernel_of(assembly: str, inputs: int, outputs: int, given: list[str], parameters: str = "") -> str:

@@ -1,9 +1,9 @@
-"""Triton kernels in the machine code that a GPU would execute, run on the CPU: sm_90's, as Triton and ptxas make it, thread by thread.
+"""Kernels in the machine code that a GPU would execute, run on the CPU: sm_90's, as Triton, nvcc and ptxas make it, thread by thread.
 
 ``python -m tests.support.machine_code tests/test_triton_lora.py`` runs a test file so: its launches are compiled instead of
 interpreted, disassembled, and run on the tensors' own memory. What neither Triton's interpreter nor a reading of the binary shows is
 executed: layouts in shared memory, products of warp groups and the copy engine's tiles, who waits for what, and what the compilers made
-of it.
+of it. Tests of ``csrc/cuda`` that take it from the emulator take it from ``binaries.py`` then, which compiles it with nvcc.
 
 What the processor leaves open an :class:`launch.Order` decides: with ``late``, products and copies are done as late as the program
 waits for them, and until then there is no number in their place; with ``ahead``, one warp goes on as far as it can before the next. Two

@@ -309,6 +309,17 @@ void each(const Warp& warp, Function function) {
         if (warp.mask >> lane & 1) function(lane);
 }
 
+// So many bytes of the bank of constants, where an operand says and its register beyond that.
+inline const uint8_t* constant(const Warp& warp, const Operand& from, int lane, uint64_t size, uint64_t after = 0) {
+    require(from.kind == kConstant && (from.index < 0 || !warp.on_uniform), "no constant");
+    const std::vector<uint8_t>& constants = warp.block->launch.constants;
+    uint64_t at = from.value + after;
+    if (from.index >= 0) at += static_cast<int32_t>(warp.registers[from.index][lane]);
+    if (from.uniform >= 0) at += static_cast<int32_t>(warp.uniform[from.uniform]);
+    require(at % size == 0 && at + size <= constants.size(), "outside of the constants, or misaligned: " + hex(at));
+    return constants.data() + at;
+}
+
 // The bits of an operand, or of the register so many after it.
 inline uint32_t raw(const Warp& warp, const Operand& from, int lane, int after = 0) {
     switch (from.kind) {
@@ -322,11 +333,8 @@ inline uint32_t raw(const Warp& warp, const Operand& from, int lane, int after =
             require(after == 0, "a pair of immediates");
             return static_cast<uint32_t>(from.value);
         case kConstant: {
-            const std::vector<uint8_t>& constants = warp.block->launch.constants;
-            const size_t at = from.value + 4 * after;
-            require(at + 4 <= constants.size(), "outside of the constants");
             uint32_t value;
-            memcpy(&value, constants.data() + at, sizeof value);
+            memcpy(&value, constant(warp, from, lane, 4, 4 * after), sizeof value);
             return value;
         }
         case kName:

@@ -287,14 +287,19 @@ inline void r2p(Warp& warp, const Instruction& one) {
     });
 }
 
+// The last operand's upper bits are those of a lane's number that say to which part of the warp it belongs.
 inline void shfl(Warp& warp, const Instruction& one) {
     const bool crossed = one.has("BFLY");
-    require((crossed || one.has("IDX")) && one[0].index == kTrue && one[4].value == 0x1f, "a shuffle of another kind");
+    const uint32_t part = one[4].value >> 8;
+    require((crossed || one.has("IDX")) && one[0].index == kTrue && (one[4].value & 0xff) == 0x1f && part < kLanes,
+            "a shuffle of another kind");
     uint32_t given[kLanes], from[kLanes];
     each(warp, [&](int lane) {
+        const uint32_t asked = word(warp, one[3], lane);
         given[lane] = word(warp, one[2], lane);
-        from[lane] = crossed ? lane ^ word(warp, one[3], lane) : word(warp, one[3], lane) & 31;
-        require(warp.mask >> from[lane] & 1, "a shuffle from a thread that is not there");
+        from[lane] = crossed ? lane ^ asked : (lane & part) | (asked & 31 & ~part);
+        require(from[lane] < kLanes && warp.mask >> from[lane] & 1, "a shuffle from a thread that is not there");
+        require(((from[lane] ^ lane) & part) == 0, "a shuffle across parts of a warp");
     });
     each(warp, [&](int lane) { write(warp, one[1], lane, given[from[lane]]); });
 }

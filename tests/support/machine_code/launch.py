@@ -1,6 +1,7 @@
 """Launches of Triton kernels, compiled for sm_90 and run as machine code on CPU tensors."""
 
 import ctypes
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ import torch
 from tests.support.accesses import compiled, function
 from tests.support.bounds import extent, tensors_of
 from tests.support.compile_gate import specialised
+from tests.support.sass import PARAMETERS, Parameter, parameters, read_cubin
 
 from .program import program_text
 
 ARCH = 90
 # Of sm_90's bank of constants, in bytes: the end of a thread's own memory, the address of the parameters, a descriptor of memory as
-# such, and the parameters themselves.
-_STACK_END, _PARAMETERS_AT, _ANY_MEMORY, PARAMETERS = 0x28, 0x198, 0x208, 0x210
+# such.
+_STACK_END, _PARAMETERS_AT, _ANY_MEMORY = 0x28, 0x198, 0x208
 _CONSTANTS = 0x1210
 _PARAMETERS_ADDRESS = 0x7F0000000210  # any that no tensor has
 _SWIZZLES = (0, 32, 64, 128)  # bytes, as Triton numbers them
@@ -58,14 +60,13 @@ class _Map:
 
 @dataclass
 class _Kernel:
-    """A compiled kernel. parameters: of each its offset in the constants and its size, whether it is a number with a fraction, whether
-    it is a descriptor."""
+    """A compiled kernel of Triton's."""
 
     name: str
     handle: int
     threads: int
     shared: int
-    parameters: list[tuple[int, int, bool, bool]]
+    parameters: list[Parameter]
     descriptors: list[dict[str, Any]]
     signature: dict[str, Any]
 
@@ -78,7 +79,11 @@ def _library() -> Any:
 
 _said = ctypes.create_string_buffer(2000)
 _kernels: dict[Any, _Kernel] = {}
-_tables: dict[int, int] = {}  # the extents of tensors whose address was asked for: a table may hold them
+_asked: dict[
+    int, int
+] = {}  # where tensors begin whose address was asked for, and where they end: a table may hold them
+_tables: set[int] = set()  # where those of them begin that may be tables
+_orders = itertools.cycle(ORDERS)
 
 
 def load(text: str, name: str) -> int:
@@ -94,19 +99,6 @@ def load(text: str, name: str) -> int:
     return handle
 
 
-def _parameters(ptx: str) -> list[tuple[int, int, bool, bool]]:
-    found, end = [], PARAMETERS
-    for line in ptx[ptx.index(".entry") : ptx.index("\n{", ptx.index(".entry"))].splitlines():
-        match = re.search(r"\.param (?:\.align (\d+) )?\.([busf])(\d+) .*?_param_\d+(?:\[(\d+)\])?", line)
-        if match:
-            size = int(match[3]) // 8
-            alignment = max(int(match[1] or 1), size)
-            begin = -(-end // alignment) * alignment
-            end = begin + size * int(match[4] or 1)
-            found.append((begin, end - begin, match[2] == "f", match[4] is not None))
-    return found
-
-
 def _compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Kernel, dict[str, Any]]:
     import triton
 
@@ -114,15 +106,16 @@ def _compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     key = (source.hash(), str(options))
     if key not in _kernels:
         made = triton.compile(source, target=target, options=options.__dict__)
+        (code,) = read_cubin(made.asm["cubin"]).values()
         ptx, name = made.asm["ptx"], kernel.fn.__name__
         threads = re.search(r"\.reqntid (\d+)", ptx)
         assert threads is not None
         _kernels[key] = _Kernel(
             name,
-            load(program_text(made.asm["cubin"]), name),
+            load(program_text(code), name),
             int(threads[1]),
             made.metadata.shared,
-            _parameters(ptx),
+            parameters(ptx[ptx.index(".entry") :], ARCH),
             list(getattr(made.metadata, "tensordesc_meta", None) or []),
             source.signature,
         )
@@ -147,7 +140,7 @@ def _put(constants: bytearray, at: int, size: int, value: int) -> None:
 
 
 def constants_of(threads: int, grid: tuple[int, int, int]) -> bytearray:
-    """The bank of constants without the parameters, which begin at PARAMETERS."""
+    """The bank of constants without the parameters."""
     constants = bytearray(_CONSTANTS)
     for place, value in enumerate((threads, 1, 1, *grid)):
         _put(constants, 4 * place, 4, value)
@@ -159,19 +152,37 @@ def constants_of(threads: int, grid: tuple[int, int, int]) -> bytearray:
 
 def _constants(kernel: _Kernel, bound: dict[str, Any], grid: tuple[int, int, int]) -> tuple[bytearray, list[_Map]]:
     constants, maps = constants_of(kernel.threads, grid), []
-    for (at, size, fractional, descriptor), value in zip(kernel.parameters, _values(kernel, bound), strict=False):
-        if descriptor:
-            maps.append(_Map(_PARAMETERS_ADDRESS + at - PARAMETERS, value.base, kernel.descriptors[len(maps)]))
-        elif fractional or isinstance(value, float):
-            kind = np.float32 if size == 4 else np.float64
-            constants[at : at + size] = np.array(value, kind).tobytes()
+    for one, value in zip(kernel.parameters, _values(kernel, bound), strict=False):
+        if one.array:
+            at = _PARAMETERS_ADDRESS + one.begin - PARAMETERS[ARCH]
+            maps.append(_Map(at, value.base, kernel.descriptors[len(maps)]))
+        elif one.kind == "f" or isinstance(value, float):
+            kind = np.float32 if one.size == 4 else np.float64
+            constants[one.begin : one.begin + one.size] = np.array(value, kind).tobytes()
         else:
-            _put(constants, at, size, int(value))
+            _put(constants, one.begin, one.size, int(value))
     return constants, maps
 
 
-def run(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: tuple[int, ...], order: Order) -> None:
-    """One launch, block after block.
+def _is_table(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.int64 and tensor.dim() == 2
+
+
+def asked_for(packed: bytes) -> list[tuple[int, int]]:
+    """The extents of the tensors whose address is among these bytes, and, where one of them may be a table of addresses, of all."""
+    words = set(np.frombuffer(packed, np.uint64).tolist())
+    if words & _tables:
+        return list(_asked.items())
+    return [(begin, end) for begin, end in _asked.items() if any(begin <= word < end for word in words)]
+
+
+def turn() -> Order:
+    """The next launch's order."""
+    return next(_orders)
+
+
+def run(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: tuple[int, ...]) -> None:
+    """One launch of Triton's, block after block.
 
     Raises:
         RuntimeError: where the program does what it must not, or an instruction is not known.
@@ -183,9 +194,9 @@ def run(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: tuple[
     constants, maps = _constants(made, bound, grid)
     tensors = [vars(tensor).get("inner", tensor) for tensor in tensors_of(list(bound.values()))]  # of a pretended GPU's
     extents = [extent(tensor) for tensor in tensors]
-    if any(tensor.dtype == torch.int64 and tensor.dim() == 2 for tensor in tensors):
-        extents += _tables.items()
-    execute(made.handle, made.name, extents, maps, constants, grid, made.threads, made.shared, order)
+    if any(map(_is_table, tensors)):
+        extents += _asked.items()
+    execute(made.handle, made.name, extents, maps, constants, grid, made.threads, made.shared, turn())
 
 
 def execute(
@@ -204,6 +215,7 @@ def execute(
     Raises:
         RuntimeError: where the program does what it must not.
     """
+    assert threads % 32 == 0, "a part of a warp"
     spans = np.array(_merged([one for one in extents if one[1]]), dtype=np.uint64).reshape(-1, 2)
     fields = np.array([one.fields() for one in maps], dtype=np.int64).reshape(-1, 9)
     given = np.frombuffer(constants, np.uint8)
@@ -235,18 +247,18 @@ def executed(*orders: Order) -> Iterator[None]:
     """Within the block every launch is run as machine code, the first in the first of the orders, the next in the next one."""
     from triton.runtime.jit import JITFunction
 
-    plain, data_ptr, launches = JITFunction.run, torch.Tensor.data_ptr, 0
+    global _orders
+    plain, data_ptr, _orders = JITFunction.run, torch.Tensor.data_ptr, itertools.cycle(orders)
 
     def launched(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        nonlocal launches
-        run(self, args, kwargs, grid, orders[launches % len(orders)])
-        launches += 1
+        run(self, args, kwargs, grid)
 
     def asked(self: torch.Tensor) -> int:
         address = data_ptr(self)
         if address and self.device.type == "cpu" and self.layout is torch.strided:
             begin, end = extent(self)
-            _tables[begin] = max(end, _tables.get(begin, 0))
+            _asked[begin] = max(end, _asked.get(begin, 0))
+            (_tables.add if _is_table(self) else _tables.discard)(begin)
         return address
 
     JITFunction.run, torch.Tensor.data_ptr = launched, asked

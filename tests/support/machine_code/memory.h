@@ -49,10 +49,7 @@ inline void out_of(const Warp& warp, const Operand& from, int lane, int size, ui
 }
 
 inline void ldc(Warp& warp, const Instruction& one) {
-    const std::vector<uint8_t>& constants = warp.block->launch.constants;
-    require(one[1].kind == kConstant && one[1].value + bytes_of(one) <= static_cast<int64_t>(constants.size()),
-            "outside of the constants");
-    each(warp, [&](int lane) { into(warp, one, one[0], lane, constants.data() + one[1].value); });
+    each(warp, [&](int lane) { into(warp, one, one[0], lane, constant(warp, one[1], lane, bytes_of(one))); });
 }
 
 inline void ldg(Warp& warp, const Instruction& one) {
@@ -146,10 +143,17 @@ inline void ldsm(Warp& warp, const Instruction& one) { matrices(warp, one, true)
 inline void stsm(Warp& warp, const Instruction& one) { matrices(warp, one, false); }
 
 inline const std::map<std::string, Opcode> kMemory = {
-    {"LDC", {ldc, "64 U8 U16 S8 S16"}},   {"LDG", {ldg, "E 128 64 U16 U8 S8 S16 CONSTANT STRONG GPU EF EL LTC128B"}},
-    {"STG", {stg, "E 128 64 U16 U8 EF"}}, {"LDS", {lds, "128 64 U16 U8 S8 S16"}},
-    {"STS", {sts, "128 64 U16 U8"}},      {"LDL", {ldl, "128 64 U16 U8 LU"}},
-    {"STL", {stl, "128 64 U16 U8"}},      {"LDSM", {ldsm, "16 M88 MT88 2 4"}},
+    {"LDC", {ldc, "64 U8 U16 S8 S16"}},
+    {"LDG", {ldg, "E 128 64 U16 U8 S8 S16 CONSTANT STRONG GPU EF EL NA LTC128B"}},
+    // Of an address that may be any memory's: that of a tensor.
+    {"LD", {ldg, "E 128 64 U16 U8 S8 S16"}},
+    {"ST", {stg, "E 128 64 U16 U8"}},
+    {"STG", {stg, "E 128 64 U16 U8 EF"}},
+    {"LDS", {lds, "128 64 U16 U8 S8 S16"}},
+    {"STS", {sts, "128 64 U16 U8"}},
+    {"LDL", {ldl, "128 64 U16 U8 LU"}},
+    {"STL", {stl, "128 64 U16 U8"}},
+    {"LDSM", {ldsm, "16 M88 MT88 2 4"}},
     {"STSM", {stsm, "16 M88 MT88 2 4"}},
 };
 

@@ -1,13 +1,13 @@
-"""A cubin's kernel as run.cpp reads it: nvdisasm's listing, operand by operand."""
+"""A kernel as run.cpp reads it: nvdisasm's listing, operand by operand."""
 
 import re
 import struct
 
-from tests.support.sass import Instruction, read_cubin
+from tests.support.sass import Code, Instruction
 
 _REGISTER = re.compile(r"([-~!+]?)(\|?)(U?R)(\d+|Z)(\.H0_H0|\.H1_H1|\.64)?\|?")
 _PREDICATE = re.compile(r"(!?)(U?)P(\d|T)")
-_CONSTANT = re.compile(r"([-~]?)(\|?)c\[0x0\]\[(0x[0-9a-f]+)\]\|?")
+_CONSTANT = re.compile(r"([-~]?)(\|?)c\[0x0\]\[(?:(U?)R(\d+)\+?)?(0x[0-9a-f]+)?\]\|?")
 _INTEGER = re.compile(r"-?0x[0-9a-f]+")
 _NUMBER = re.compile(r"[-+]?(INF|QNAN|SNAN|[\d.]+(e[-+]?\d+)?)")
 _ZERO = {"R": 255, "UR": 63}
@@ -49,7 +49,9 @@ def operand(text: str) -> str:
     if match := re.fullmatch(r"(?:desc\[\w+\])?\[(.*)\]", text):
         return _address(match[1])
     if match := _CONSTANT.fullmatch(text):
-        return _field("C", int(match[3], 16), sign.get(match[1], 0) | (_ABSOLUTE if match[2] else 0))
+        place = {} if match[4] is None else {"uniform" if match[3] else "index": int(match[4])}
+        flags = sign.get(match[1], 0) | (_ABSOLUTE if match[2] else 0)
+        return _field("C", int(match[5] or "0", 16), flags, **place)
     if match := _PREDICATE.fullmatch(text):
         return _field(
             "Q" if match[2] else "P", flags=sign.get(match[1], 0), index=7 if match[3] == "T" else int(match[3])
@@ -72,10 +74,9 @@ def _operands(one: Instruction) -> list[str]:
     return [operand(part) for part in parts if part.strip()]
 
 
-def program_text(cubin: bytes) -> str:
-    """The only kernel of a cubin, an instruction a line: address, text, name, guard, the number of the one that it branches to,
+def program_text(code: Code) -> str:
+    """A kernel, an instruction a line: address, text, name, guard, the number of the one that it branches to,
     operands; tabs between."""
-    (code,) = read_cubin(cubin).values()
     lines = []
     for one in code.instructions:
         label = re.search(r"`\(([^)]*)\)", one.operands)

@@ -71,7 +71,7 @@ void bar(Warp& warp, const Instruction& one) {
 
 void nothing(Warp&, const Instruction&) {}
 
-// What does nothing here: memory has one order and no caches.
+// What does nothing here: memory has one order and no caches, and a launch begins where the last has ended.
 const std::map<std::string, Opcode> kControl = {
     {"BRA", {bra, "DIV U", true}},
     {"CALL", {call, "REL NOINC", true}},
@@ -87,6 +87,8 @@ const std::map<std::string, Opcode> kControl = {
     {"ERRBAR", {nothing, "*"}},
     {"YIELD", {nothing, "*"}},
     {"CCTL", {nothing, "*"}},
+    {"PREEXIT", {nothing, ""}},
+    {"ACQBULK", {nothing, ""}},
 };
 
 const Opcode* known(const std::string& name) {
