@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .launch import launch
 from .nf4 import has_words, indices_of
-from .numerics import convert, multiply_add, narrow, widen
+from .numerics import convert, multiply_add, narrow, settled, widen
 from .partials import divide, partials_of, reduce_partials
 
 _NESTED_BITS = tl.constexpr(8)  # 256 maxima share one of the second level
@@ -74,6 +74,7 @@ def _nf4_linear_kernel(
             tl.load(x_row + (k + tl.full((), 0, tl.int64)) * stride_xk, mask=mask_m[:, None], other=0.0), COMPUTE
         )
         accumulator = multiply_add(narrow(values * absmax[:, None], COMPUTE), tl.trans(x), accumulator)
+        accumulator = settled(accumulator, True)
     if bias_ptr is not None:
         mask_first = offs_n < tl.where(part == 0, N, 0)
         accumulator += widen(tl.load(bias_ptr + offs_n, mask=mask_first, other=0.0))[:, None]

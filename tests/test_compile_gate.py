@@ -139,6 +139,8 @@ def _other_requests() -> list[dict[str, Any]]:
         ):
             few = {"launcher": "nf4_linear", "arch": arch, "x": x, "compute": compute, "out": out}
             requests.append(few | {"M": m, "nested": m == 16})
+            if arch == 90:
+                requests.append(few | {"M": m, "nested": m == 16, "warps": 4})
         if arch == 89 and not FULL:
             continue
         sizes = nf4.BLOCK_SIZES if FULL else (64, 4096) if arch == 90 else (64,)

@@ -1,5 +1,7 @@
 """Each launcher called as the operators call it, on meta tensors, for the compile gate."""
 
+from dataclasses import replace
+
 import torch
 
 from peftfast.configs import gated_activation as gated_configs
@@ -154,8 +156,13 @@ def nf4_nest(snapped: bool, arch: int, count: int = 2**18) -> None:
     nf4_quantize_kernels.nf4_nest(values, bounds, snapped, index, absmax, nf4_configs.nf4_nest(DEVICES[arch]))
 
 
-def nf4_linear(M: int, x: str, compute: str, out: str, nested: bool, arch: int, N: int = 4096, K: int = 4096) -> None:
+def nf4_linear(
+    M: int, x: str, compute: str, out: str, nested: bool, arch: int, N: int = 4096, K: int = 4096, warps: int = 0
+) -> None:
+    """With ``warps`` in the place of the configuration's, on tiles that a group of warps can multiply."""
     config = nf4_configs.nf4_linear(M, N, K, compute, DEVICES[arch])
+    if warps:
+        config = replace(config, block_n=16 * warps, num_warps=warps)
     weight, nesting = _nf4(N, K, 64, nested)
     bias = _empty(N, dtype=compute)
     rows, y = _empty(M, K, dtype=x), _empty(M, N, dtype=out)
