@@ -2,9 +2,9 @@
 // is handed to binaries.py. Linked into the library of those objects, in the runtime's place.
 #include <cuda_runtime_api.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include <map>
-#include <mutex>
 #include <string>
 
 namespace {
@@ -24,7 +24,7 @@ struct Configuration {
     dim3 grid, block;
     size_t shared;
     cudaStream_t stream;
-};
+};  // of the launch that a kernel's host function is about to make
 
 // Registered before this file's own objects may be there.
 std::map<const void*, Kernel>& kernels() {
