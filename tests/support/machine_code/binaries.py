@@ -112,7 +112,8 @@ def build(
         objects.append(folder / f"{source.stem}_host.o")
         nvcc_gate.run_nvcc(source, "-c", "-o", objects[-1])
     library = folder / f"{family}.so"
-    emulator.run_compiler("-shared", *objects, "-o", library)
+    # Its own runtime even where a CUDA build of torch has loaded the real one for all.
+    emulator.run_compiler("-shared", "-Wl,-Bsymbolic", *objects, "-o", library)
     loaded = ctypes.CDLL(str(library))
     for function in emulator.FUNCTIONS[family]:
         getattr(loaded, function).restype = ctypes.c_char_p
