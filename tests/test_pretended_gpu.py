@@ -4,6 +4,8 @@ import contextlib
 import copy
 import json
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ from tests.support import pretended_gpu
 from tests.support.budget import assert_within_budget
 
 pytestmark = pytest.mark.interpreter
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -617,3 +620,16 @@ def test_a_gpu_without_tensor_cores_runs_what_multiplies_nothing(turing: None, m
     assert ops.sparse_delta.sparse_delta_blocks.select(*blocks).backend == "reference"
     assert ops.sparse_delta.sparse_delta_dvalues.select(one, one, torch.zeros(1), torch.float32).backend == "triton"
     assert backends.gpu_multiplies() == backends.gpu_multiplies(0) == (False, WITHOUT.removeprefix("triton: "))
+
+
+def test_other_libraries_keep_their_cpu_kernels() -> None:
+    """bitsandbytes chooses once a process; FP4's second zero has another sign without its CPU kernels."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    program = """
+from tests.support import pretended_gpu
+with pretended_gpu.installed():
+    from bitsandbytes import cextension
+print(cextension.BNB_BACKEND)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "CPU\n", done.stderr

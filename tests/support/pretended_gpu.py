@@ -489,6 +489,9 @@ def _made_on(real: Any) -> Any:
 def installed() -> Iterator[None]:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch._dynamo.device_interface  # while there is no GPU: with one it asks torch for what a CPU build lacks
+
+    with contextlib.suppress(ImportError):
+        import bitsandbytes  # noqa: F401 - now: with a GPU it would load its CUDA library for good, and its CPU's results change
     from triton.runtime.interpreter import GridExecutor
 
     from peftfast.ops import backends
