@@ -151,6 +151,10 @@ class Scaled(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
+class Own(torch.Tensor):
+    """One that is as a plain tensor wherever torch multiplies by it."""
+
+
 def test_guard_weights_of_a_tensor_subclass(caplog) -> None:
     model = stir(adapted())
     base = layer_of(model).base_layer
@@ -167,6 +171,47 @@ def test_guard_weights_of_a_tensor_subclass_under_shira() -> None:
     base._parameters["weight"] = base.weight.detach().as_subclass(Scaled)
     report = peftfast.patch(model)
     assert "Scaled, not a plain tensor" in report.stock["base_model.model.up"] and len(report.fused) == 1
+
+
+PARTS = {
+    "the base bias": lambda layer: (layer.base_layer, "bias"),
+    "lora_A": lambda layer: (layer.lora_A["default"], "weight"),
+    "lora_B": lambda layer: (layer.lora_B["default"], "weight"),
+    "lora_B's bias": lambda layer: (layer.lora_B["default"], "bias"),
+    "the magnitude vector": lambda layer: (layer.lora_magnitude_vector["default"], "weight"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_guard_parts_of_a_tensor_subclass(part: str, caplog) -> None:
+    """The kernels would read the storage of an adapter's tensors as they read the weight's."""
+    options = {"use_dora": part == "the magnitude vector", "lora_bias": part == "lora_B's bias"}
+    model = stir(adapted(**options))
+    holder, name = PARTS[part](layer_of(model))
+    holder._parameters[name] = getattr(holder, name).detach().as_subclass(Own)
+    expect_stock(model, f"{part} is a tests.Own, not a plain tensor", caplog, X)
+
+
+@pytest.mark.parametrize("part", ["the base weight", "lora_A", "lora_B"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_guard_sparse_weights(part: str, caplog) -> None:
+    """A pruned weight that is kept sparse has no storage, of which a verdict would keep the address."""
+    model = stir(adapted())
+    layer = layer_of(model)
+    holder = layer.base_layer if part == "the base weight" else PARTS[part](layer)[0]
+    holder.weight = nn.Parameter(holder.weight.detach().to_sparse_csr(), requires_grad=False)
+    expect_stock(model, f"{part} is torch.sparse_csr", caplog, X)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, N)])
+@pytest.mark.parametrize("part", ["the base bias", "lora_B's bias", "the magnitude vector"])
+def test_guard_vectors_that_are_broadcast(part: str, shape: tuple[int, ...], caplog) -> None:
+    """torch adds a bias of one element to every column; the kernels read an element for each."""
+    options = {"use_dora": part == "the magnitude vector", "lora_bias": part == "lora_B's bias"}
+    model = stir(adapted(**options))
+    holder, name = PARTS[part](layer_of(model))
+    setattr(holder, name, nn.Parameter(torch.full(shape, 0.5)))
+    expect_stock(model, f"{part} is of shape {shape}, not ({N},)", caplog, X)
 
 
 def test_guard_experts_by_target_parameters() -> None:

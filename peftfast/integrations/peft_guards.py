@@ -71,12 +71,22 @@ def _parameter_reason(name: str, parameter: Tensor | None) -> str:
     return ""
 
 
-def dense_reason(weight: Tensor) -> str:
-    """A subclass of Tensor, as torchao's, computes what it likes in F.linear; a kernel would read its storage."""
-    if type(weight) in (Tensor, nn.Parameter):
+def dense_reason(name: str, parameter: Tensor | None) -> str:
+    """A subclass of Tensor, as torchao's, computes what it likes in F.linear, and a sparse one has no storage; a kernel reads it."""
+    if parameter is None:
         return ""
-    kind = type(weight)
-    return f"the base weight is a {kind.__module__.partition('.')[0]}.{kind.__name__}, not a plain tensor"
+    kind = type(parameter)
+    if kind not in (Tensor, nn.Parameter):
+        return f"{name} is a {kind.__module__.partition('.')[0]}.{kind.__name__}, not a plain tensor"
+    return "" if plain_layout(parameter) else f"{name} is {'nested' if parameter.is_nested else parameter.layout}"
+
+
+def _vector_reason(name: str, vector: Tensor | None, width: int) -> str:
+    """torch adds one of a single element, or of more dimensions, to every column; a kernel reads an element for each. Other shapes are
+    no vector of the layer's, or a part of one that FSDP1 will gather."""
+    if vector is None or vector.dim() == 1 and vector.shape[0] != 1 or tuple(vector.shape) == (width,):
+        return ""
+    return f"{name} is of shape {tuple(vector.shape)}, not ({width},)"
 
 
 def has_dora(layer: Any, name: str) -> bool:
@@ -99,7 +109,8 @@ def _variant_reason(layer: Any, name: str, alone: bool) -> str:
         return f"the magnitude vector is on {magnitude.weight.device}"
     if magnitude.weight.dtype not in FLOAT_DTYPES:
         return f"the magnitude vector is {magnitude.weight.dtype}"
-    return _parameter_reason("the magnitude vector", magnitude.weight)
+    called = "the magnitude vector", magnitude.weight
+    return _parameter_reason(*called) or dense_reason(*called) or _vector_reason(*called, layer.base_layer.out_features)
 
 
 _TENSORS = frozenset((Tensor, nn.Parameter))
@@ -126,7 +137,9 @@ def why_stock(layer: Any, names: list[str]) -> str:
         return reason
     if hooked(base):
         return "a hook on the base layer"
-    reason = bnb.why_not_served(base) if four_bit else dense_reason(base.weight)
+    reason = bnb.why_not_served(base) if four_bit else dense_reason("the base weight", base.weight)
+    bias = "the base bias", base.bias
+    reason = reason or dense_reason(*bias) or _vector_reason(*bias, base.out_features)
     if reason:
         return reason
     dora = False
@@ -144,15 +157,19 @@ def why_stock(layer: Any, names: list[str]) -> str:
         if hooked(a) or hooked(b) or hooked(dropout):
             return "a hook on lora_A, lora_B or lora_dropout"
         for part, module in (("lora_A", a), ("lora_B", b)):
-            reason = _parameter_reason(part, module.weight) or _parameter_reason(f"{part}'s bias", module.bias)
-            if reason:
-                return reason
+            for own, parameter in ((part, module.weight), (f"{part}'s bias", module.bias)):
+                reason = _parameter_reason(own, parameter) or dense_reason(own, parameter)
+                if reason:
+                    return reason
             if module.weight.device != base.weight.device:
                 return f"{part} is on {module.weight.device}, the base weight on {base.weight.device}"
             if module.weight.dtype not in FLOAT_DTYPES:
                 return f"{part} is {module.weight.dtype}"
         if a.bias is not None:
             return "lora_A has a bias"
+        reason = _vector_reason("lora_B's bias", b.bias, base.out_features)
+        if reason:
+            return reason
     if not four_bit and base.weight.dtype not in FLOAT_DTYPES:
         return f"the base weight is {base.weight.dtype}"
     return _cached_backend_reason(base.weight.device, four_bit, dora, len(names) > 1)

@@ -100,14 +100,15 @@ def _why_stock(layer: Any) -> str:
         return reason
     if hooked(base):
         return "a hook on the base layer"
-    reason = bnb.why_not_served(base) if four_bit else dense_reason(base.weight)
+    reason = bnb.why_not_served(base) if four_bit else dense_reason("the base weight", base.weight)
+    reason = reason or dense_reason("the base bias", base.bias)
     if reason:
         return reason
     if not four_bit and base.weight.dtype not in FLOAT_DTYPES:
         return f"the base weight is {base.weight.dtype}"
     for name in names:
         values = layer.shira_weight[name]
-        reason = _parameter_reason("shira_weight", values)
+        reason = _parameter_reason("shira_weight", values) or dense_reason("shira_weight", values)
         if reason:
             return reason
         if values.dtype not in FLOAT_DTYPES:
