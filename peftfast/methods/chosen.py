@@ -66,7 +66,9 @@ class LTSFTOptions:
     fused="the layer's gradient of its values, and AdamW over them; the first training is torch's AdamW on the dense weights",
     choices="The first training is in the model's own mode, over the batches given to adapt. The largest |W1 - W0| are taken "
     "over all layers "
-    "together. Composition of saved deltas: lt-sft-composition.",
+    "together. l1_weight is of the mean over the chosen weights and of the first training alone; the authors' code divides by all "
+    "weights of the "
+    "model and can have one in the second too. Composition of saved deltas: lt-sft-composition.",
     reads_data=True,
     demo={"density": 0.05, "search_lr": 1e-4},
     learning_rate=5e-3,
@@ -130,8 +132,9 @@ class SPTOptions:
     reduces_to="sparse_delta and lora, layer by layer",
     kind="layer",
     fused="both kinds of layer; AdamW over all values",
-    choices="The threshold between the two kinds is LoRA's own count. The sensitivity is the squared gradient of each "
-    "example, a step of "
+    choices="The threshold between the two kinds is LoRA's own count, as in the paper; the authors' commands take a tenth of it. "
+    "The sensitivity is the squared gradient of each "
+    "example (in their code of each batch), a step of "
     "descent's first-order change of the loss. options.structured holds which layers became LoRA's.",
     reads_data=True,
     demo={"density": 0.05, "r": 16, "lora_alpha": 16.0},

@@ -83,7 +83,10 @@ class CompacterLinear(Unmergeable, FactoredLinear):  # type: ignore[misc]
     fused="the product on a 4-bit base; the bottleneck has a nonlinearity between its two matrices, so it is torch's",
     choices="The adapter stands behind each layer that is chosen (in the paper behind attention's and the FFN's "
     "output layers). One set of "
-    "A_i serves D and U of all layers. U's s_i begin at 0, so that step 0 is the base. It cannot be merged.",
+    "A_i serves D and U of all layers. U's s_i begin at 0, so that step 0 is the base, A_i at "
+    "N(0, 1 / n^2) and the other vectors normal by their lengths; in the authors' code A_i begin at N(0, 0.01^2) and all vectors "
+    "Glorot-uniform, gelu is its tanh form, and norms "
+    "are trained too. It cannot be merged.",
     learning_rate=3e-3,
 )
 def build(targets: Targets, options: Options) -> None:

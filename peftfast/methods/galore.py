@@ -209,7 +209,10 @@ class ProjectedRuntime(Runtime):
     kind="optimiser",
     fused="nothing: projecting, Adam and projecting back are torch's",
     operation=GaLore,
-    choices="The states stay as they are when the projection changes, as published. Decay is AdamW's, of the whole weight.",
+    choices="The states stay as they are when the projection changes, as published. Decay is AdamW's, of the whole weight, "
+    "and eps torch's 1e-8 on the corrected root; the authors' code has 1e-6 on the uncorrected one. A square matrix is projected "
+    "from the left, as in the "
+    "paper; that code does so from the right.",
     demo={"rank": 16, "scale": 1.0},
     learning_rate=1e-3,
 )
@@ -234,7 +237,8 @@ def build(targets: Targets, options: GaLoreOptions) -> Runtime:
     operation=NaturalGaLore,
     choices="The Fisher matrix is a sum, not a mean, over the history with the present gradient in it; the history begins "
     "anew with each "
-    "projection, in whose coordinates it is.",
+    "projection, in whose coordinates it is. The authors' code keeps it, has 20 gradients in it, and projects both sides of a matrix; "
+    "history=5 was chosen here.",
     demo={"rank": 16, "scale": 1.0},
     learning_rate=1e-3,
 )

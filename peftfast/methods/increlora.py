@@ -191,14 +191,17 @@ class IncreLoRARuntime(Runtime):
         2023,
         "2308.12043",
     ),
-    formula="y = x (W + (alpha / rank) B diag(E) A)^T; every interval the top_h layers of largest mean |dW * dL/dW| get incre_r more",
+    formula="y = x (W + (alpha / rank) B diag(E) A)^T; every interval the top_h layers of largest score get incre_r more: I u, "
+    "I the running mean of sum |dW * dL/dW| / sqrt(N K), u that of its distance from I",
     options=Options,
     reduces_to="lora with A' = diag(E) A at max_r",
     kind="moving",
     fused="the layer, forward and backward, at the largest rank; while it grows also the dense gradient that importance is made of",
     choices="A layer has room for max_r components, so that shapes, compiled code and the optimiser's states stay; components not "
     "in use count among the trained numbers and have no gradient. A grown component steps as under an Adam of its own age. The layers "
-    "of largest score grow, ties by order. The learning rate is not warmed up again for them.",
+    "of largest score grow, ties by order. The learning rate is not warmed up again for them. The penalty is of all components of a "
+    "layer together; the authors' code takes "
+    "each grown piece by itself.",
     exact=False,
     demo={"max_r": 32, "target_r": 16, "init_r": 4, "incre_r": 2, "top_h": 18, "interval": 2},
     learning_rate=5e-3,

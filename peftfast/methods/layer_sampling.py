@@ -247,7 +247,8 @@ def outlier_ratios(targets: Targets, outlier: float) -> dict[str, float]:
     operation=LayerSampler,
     choices="A block's part of outliers is the mean of its layers'. Draws are without replacement; a block without outliers "
     "keeps a millionth "
-    "of the likelihood. States and projection of a block are dropped when it is left.",
+    "of the likelihood. States and projection of a block are dropped when it is left. rank, update_interval and scale are "
+    "GaLore's; the authors' code has 256, 100 and 1.",
     reads_data=True,
     demo={"active": 2, "interval": 5, "rank": 16, "scale": 1.0},
     learning_rate=1e-3,

@@ -120,7 +120,9 @@ def eigenspace_factors(error: Tensor, moment: Tensor, rank: int) -> tuple[Tensor
     reduces_to="nf4 + lora",
     kind="initialisation",
     fused="quantisation, and the layer, forward and backward",
-    choices="The compression is NF4. Eigenvalues below 1e-6 of the largest are raised to that, so that few data leave a root that "
+    choices="The compression is NF4. Inputs are those of the uncompressed model; the authors' code goes block by block, each behind "
+    "the "
+    "compensated ones before it. Eigenvalues below 1e-6 of the largest are raised to that, so that few data leave a root that "
     "can be inverted. Files are PEFT's LoRA, whose header names the 4 bits, into which load_adapter brings a dense base. "
     "Step 0 is W but for what Q and rank r leave.",
     exact=False,

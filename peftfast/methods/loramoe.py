@@ -98,7 +98,11 @@ class LoRAMoERuntime(TaskRuntime):
     "between them",
     choices="handle.runtime.tasks(types) says a sample's type, else all are of type 0; experts are of the types in "
     "equal groups in order. The "
-    "loss is the mean over the layers with weight 0.01. The paper adapts the FFN's layers: target_modules says so.",
+    "loss is the mean over the layers with weight 0.01. The paper adapts the FFN's layers: target_modules says so. As in the paper "
+    "the variance is divided by the mean, so that the loss "
+    "grows with the tokens of a sample; the authors' code divides it by the square of the mean, adds the layers up and has the "
+    "weight 0. The router begins at "
+    "N(0, 0.02^2), Kaiming-uniform in that code.",
     demo={"experts": 6, "r": 4, "lora_alpha": 8.0},
 )
 def build(targets: Targets, options: Options) -> TaskRuntime:

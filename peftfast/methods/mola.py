@@ -73,7 +73,9 @@ def depths(paths: list[str]) -> dict[str, float]:
     fused="one expert a token, or weights small beside the experts: the several-adapters kernel, forward and "
     "backward; else the experts "
     "are two products of torch, which cost less there than the frozen weight twice",
-    choices="f counts all k choices of a token; the loss is the mean over the layers with weight 0.01. Depth is the first number in a "
+    choices="f counts all k choices of a token; the loss is the mean over the layers with weight 0.01, where the authors' code adds "
+    "them "
+    "up. The router begins at N(0, 0.02^2), Kaiming-uniform in that code. Depth is the first number in a "
     "layer's path.",
     demo={"experts": (2, 4, 6, 8), "r": 4, "lora_alpha": 8.0},
 )

@@ -215,7 +215,9 @@ class S2ftRuntime(SparseRuntime):
     reduces_to="sparse_delta, structured",
     kind="layer",
     fused="the gradient as one product with a slice of x, the only part of x that is kept",
-    choices="Heads and channels are drawn at random. target_modules is not used: the layers are the output layers of attention and "
+    choices="Heads and channels are drawn at random, the same number in each block; the authors' code draws them from all blocks "
+    "together. "
+    "target_modules is not used: the layers are the output layers of attention and "
     "FFN. Files hold the places before the permutation, which handle.runtime.s2ft.restore() undoes in the model.",
     demo={"head_ratio": 4 / 12, "channel_ratio": 160 / 1536},
     learning_rate=1e-3,
