@@ -117,7 +117,7 @@ def zo_linear(
     out_plus = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
     out_minus = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
     if M and N:
-        steps, splits = divide(triton.cdiv(K, config.block_k), config.splits)
+        steps, splits = divide(max(1, triton.cdiv(K, config.block_k)), config.splits)
         sums_plus, sums_minus = partials_of(splits, out_plus), partials_of(splits, out_minus)
         launch(
             _zo_linear_kernel,

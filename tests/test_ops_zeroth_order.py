@@ -138,6 +138,11 @@ def test_nothing_to_do(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plus.shape == minus.shape == (0, 3)
     plus, minus = linear_ops.zo_nf4_linear(*nf4_arguments(NF4LinearCase(M=0)))
     assert plus.shape == minus.shape == (0, 37)
+    for dtype in (F32, BF16):  # nothing to sum over leaves the biases
+        x, weight = (torch.empty(rows, 0, dtype=dtype, device=DEVICE) for rows in (2, 3))
+        bias = torch.tensor([1.0, 2.0, 3.0], dtype=dtype, device=DEVICE)
+        plus, minus = linear_ops.zo_linear(x, x, weight, bias, -bias, SEED, EPS, None, 0, False)
+        assert torch.equal(plus, bias.expand(2, 3)) and torch.equal(minus, -plus)
 
 
 def test_float64_runs_on_the_definition() -> None:
