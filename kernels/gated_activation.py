@@ -53,11 +53,12 @@ def _between(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def _place(N, BLOCK: tl.constexpr):
+def _place(pid, N, BLOCK: tl.constexpr):
     """Row, columns and mask of a program: N is one row's length, of which a program takes BLOCK."""
-    blocks = tl.cdiv(N, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_n = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # tl.cdiv adds before it divides, and wraps around just below 2**31: a row may be all elements.
+    blocks = (N - 1) // BLOCK + 1
+    row = (pid // blocks).to(tl.int64)
+    offs_n = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return row, offs_n, offs_n < N
 
 
@@ -73,7 +74,7 @@ def _gated_activation_kernel(
     BLOCK: tl.constexpr,
 ):
     """h = act(gate) * up, contiguous."""
-    row, offs_n, mask = _place(N, BLOCK)
+    row, offs_n, mask = _place(tl.program_id(0), N, BLOCK)
     g = widen(tl.load(gate_ptr + row * stride_gatem + offs_n, mask=mask, other=0.0))
     u = widen(tl.load(up_ptr + row * stride_upm + offs_n, mask=mask, other=0.0))
     value = _between(_curve(g, ACTIVATION)[0], gate_ptr.dtype.element_ty)
@@ -97,7 +98,7 @@ def _gated_activation_backward_kernel(
 ):
     """dgate = dh * up * act'(gate), dup = dh * act(gate), and where h has a place h = act(gate) * up, which may be dh's: a program
     reads what it overwrites before it writes. All that is written is contiguous."""
-    row, offs_n, mask = _place(N, BLOCK)
+    row, offs_n, mask = _place(tl.program_id(0), N, BLOCK)
     d = widen(tl.load(dh_ptr + row * stride_dhm + offs_n, mask=mask, other=0.0))
     g = widen(tl.load(gate_ptr + row * stride_gatem + offs_n, mask=mask, other=0.0))
     u = widen(tl.load(up_ptr + row * stride_upm + offs_n, mask=mask, other=0.0))

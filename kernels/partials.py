@@ -38,7 +38,7 @@ def _reduce_two_kernel(
     BLOCK: tl.constexpr,
 ):
     """Two of :func:`_reduce_partials_kernel`'s results in one launch: the first takes the programs that its count needs."""
-    own = tl.cdiv(count, BLOCK)
+    own = (count - 1) // BLOCK + 1  # tl.cdiv adds before it divides, which just below 2**31 wraps around
     pid = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float32)
     if pid < own:

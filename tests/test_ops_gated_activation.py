@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.library import opcheck
 
+from peftfast.kernels import gated_activation as kernels
 from peftfast.ops import gated_activation as ops
 from peftfast.ops import native
 from peftfast.reference import gated_activation as definition
 from peftfast.reference.gated_activation import ACTIVATIONS
 from tests.support.gated_checks import CHECKS, OPERATORS, TELLING, GatedCase, arguments, call, random_cases
+from tests.support.interpreter import DEVICE, require_runnable_kernels
 from tests.support.lora_checks import BF16, F16, F32, F64
 
 
@@ -94,6 +98,24 @@ def test_within_budget_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PEFTFAST_BACKEND", "triton")
     for case in (*TELLING, *random_cases(5, seed=len(name), largest=70)):
         CHECKS[name](case)
+
+
+@triton.jit(do_not_specialize=["pid"])
+def _place_kernel(out_ptr, pid, N, BLOCK: tl.constexpr):
+    row, offs_n, mask = kernels._place(pid, N, BLOCK)
+    tl.store(out_ptr, row)
+    tl.store(out_ptr + 1, tl.min(offs_n, axis=0))
+    tl.store(out_ptr + 2, tl.sum(mask.to(tl.int64), axis=0))
+
+
+@pytest.mark.parametrize("N", [1, 1024, 1025, 2**31 - 1024, 2**31 - 512, 2**31 - 1, 2**31, 2**33 - 1])
+def test_the_last_program_of_a_long_row(N: int) -> None:
+    """Contiguous tensors are one row of all their elements: 4 GB and more of 16 bits, of which no test has three."""
+    require_runnable_kernels()
+    out = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    last = triton.cdiv(N, 1024) - 1
+    _place_kernel[(1,)](out, last, N, BLOCK=1024)
+    assert out.tolist() == [0, last * 1024, N - last * 1024]
 
 
 @pytest.mark.parametrize("name", CHECKS)
