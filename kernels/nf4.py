@@ -89,10 +89,10 @@ def _nf4_dequantize_kernel(
     mask for each element; ALIGNED: words can be loaded as such. A thread has one maximum for its eight elements. The nested scale is a
     product and a sum that are rounded apart: the kernel must be compiled with enable_fp_fusion=False.
 
-    ROWS: out is CONTIGUOUS; or its rows of ``width`` elements (WIDE: 2 ** 31 or more) lie ``stride_row`` apart and are WHOLE_BLOCKS,
-    whose place is found once a block; or ANY_ROWS, where it is found for each element. SLAB: begin is not 0. With indices (of the whole
-    weight, CONTIGUOUS) values are added to what was stored, each sum rounded once more: those of program p are starts[p] ..
-    starts[p + 1].
+    ROWS: out is CONTIGUOUS; or its rows of ``width`` elements (WIDE: with a tile's more than 2 ** 31) lie ``stride_row`` apart and are
+    WHOLE_BLOCKS, whose place is found once a block; or ANY_ROWS, where it is found for each element. SLAB: begin is not 0. With indices
+    (of the whole weight, CONTIGUOUS) values are added to what was stored, each sum rounded once more: those of program p are
+    starts[p] .. starts[p + 1].
     """
     TILE: tl.constexpr = BLOCKS * 2 * HALF
     tile = tl.program_id(0).to(tl.int64) + first_tile
@@ -210,7 +210,7 @@ def nf4_dequantize(
         ALIGNED=has_words(packed, 2 * packed_count),
         ROWS=rows,
         SLAB=begin > 0,
-        WIDE=width >= 2**31,
+        WIDE=width + blocks * block_size > 2**31,
         PICKS=32 * config.num_warps,
         num_warps=config.num_warps,
         enable_fp_fusion=False,

@@ -180,6 +180,17 @@ def test_wide_rows_count_their_place_in_64_bits() -> None:
         assert (out[:, 96:] == 7.0).all()
 
 
+@pytest.mark.parametrize(("width", "wide"), [(2**31 - 4096, False), (2**31 - 4094, True), (2**31, True)])
+def test_which_rows_are_wide(width: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place within a tile is counted from the beginning of the row in which the tile begins, perhaps at its end."""
+    launches: list[dict[str, object]] = []
+    monkeypatch.setattr(nf4, "launch", lambda *_, **constants: launches.append(constants))
+    packed, absmax, code = (torch.empty(1, device="meta") for _ in range(3))
+    out = torch.empty((2, width + 1), dtype=torch.bfloat16, device="meta")[:, :width]
+    nf4.nf4_dequantize(packed, absmax, code, 64, 2 * width, out, 0, None, None, None, configs.Nf4Config())
+    assert [one["WIDE"] for one in launches] == [wide]
+
+
 def test_a_few_rows_by_words_and_by_bytes() -> None:
     """The same bits from packed bytes that no word can be loaded from: the tile is the same."""
     packed, absmax, code, nesting = _quantized((37, 96), 32, True)
