@@ -247,10 +247,13 @@ def _kept_pair(word, threshold):
 # instruction with a register either way.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _dropout_mask_kernel(seed_ptr, mask_ptr, M, C, threshold, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_column = tl.program_id(1) * BLOCK_C
+    """One tile a program, columns fastest: a grid's second axis ends at 65,535."""
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    first_row = tl.program_id(0) // blocks_c * BLOCK_M
+    offs_m = first_row + tl.arange(0, BLOCK_M)
+    first_column = tl.program_id(0) % blocks_c * BLOCK_C
     offs_c = first_column + tl.arange(0, BLOCK_C)
-    keep = keep_tile(tl.load(seed_ptr), tl.program_id(0) * BLOCK_M, first_column, C, threshold, BLOCK_M, BLOCK_C)
+    keep = keep_tile(tl.load(seed_ptr), first_row, first_column, C, threshold, BLOCK_M, BLOCK_C)
     mask = (offs_m[:, None] < M) & (offs_c[None, :] < C)
     tl.store(mask_ptr + offs_m[:, None].to(tl.int64) * C + offs_c[None, :], keep.to(tl.uint8), mask=mask)
 
@@ -272,10 +275,9 @@ def dropout_mask(seed: torch.Tensor, rows: int, columns: int, p: float, config) 
     """The keep mask, bool ``[rows, columns]``, of a one-element int64 seed on the device."""
     mask = torch.empty((rows, columns), dtype=torch.bool, device=seed.device)
     if mask.numel():
-        grid = (triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_c))
         launch(
             _dropout_mask_kernel,
-            grid,
+            (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_c),),
             seed,
             mask.view(torch.uint8),
             rows,

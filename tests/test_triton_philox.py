@@ -63,6 +63,15 @@ def test_mask_of_every_seed_and_blocking(seed: int) -> None:
         assert torch.equal(philox.dropout_mask(seed_of(seed), 19, 75, 0.3, config), expected)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2**26), (2**26, 1)])
+def test_a_long_mask_is_a_grid_that_a_gpu_takes(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA programming guide, technical specifications: 2**31 - 1 blocks along x, 65,535 along y."""
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(philox, "launch", lambda _, grid, *arguments, **constants: grids.append(grid))
+    philox.dropout_mask(torch.empty(1, dtype=torch.int64, device="meta"), rows, columns, 0.5, mask_config(Device()))
+    assert len(grids) == 1 and grids[0][0] < 2**31 and max((1, *grids[0][1:])) < 2**16
+
+
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.05, 0.1, 1 / 3, 0.5, 0.99999, 1.0])
 def test_threshold_and_scale(p: float) -> None:
     assert philox.keep_threshold(p) == definition.keep_threshold(p)
