@@ -329,6 +329,21 @@ def test_the_rate_of_a_captured_step_is_not_kept(gpu: None) -> None:
         assert optimizer._hyper_for(group, values.device) is first
 
 
+def test_the_draws_of_a_replayed_step_are_counted(gpu: None) -> None:
+    """The host has seen one step, that which was captured, and the device each replay: files and copies go on from there."""
+    values = torch.nn.Parameter(torch.zeros(5).cuda())
+    optimizer = SparseAdamW([values], stochastic_rounding=True, seed=5)
+    drawn = optimizer._seed_on(values.device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer._count(1)
+    drawn.fill_(5 + 3)  # after three replays
+    assert optimizer.state_dict()["rounding_seed"] == 8
+    other = pickle.loads(pickle.dumps(optimizer))
+    assert other.state_dict()["rounding_seed"] == 8
+    other._count(1)
+    assert optimizer.state_dict()["rounding_seed"] == 8
+
+
 def test_rates_that_are_kept_are_there_on_every_stream(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And for as long as a graph reads them, however far a schedule goes on beside it."""
     streams, values = _Streams(monkeypatch), torch.nn.Parameter(torch.zeros(5).cuda())

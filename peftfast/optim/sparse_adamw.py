@@ -77,7 +77,7 @@ class SparseAdamW(torch.optim.Optimizer):
         self._seeds: dict[torch.device, Tensor] = {}  # where each step counts on: a copy would wait
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_seed": self._seed}
+        return {**super().__getstate__(), "_seed": self._counted()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
@@ -213,6 +213,10 @@ class SparseAdamW(torch.optim.Optimizer):
             self._seeds[device] = self._seed.to(device)
         return self._seeds[device]
 
+    def _counted(self) -> Tensor:
+        """The seed of the next step, on the host. A graph's replay counts on the device alone."""
+        return next(iter(self._seeds.values()), self._seed).to("cpu", copy=True)
+
     def _codes_on(self, device: torch.device) -> Tensor:
         if device not in self._codes:
             self._codes[device] = state_codes().to(device)
@@ -246,7 +250,7 @@ class SparseAdamW(torch.optim.Optimizer):
         return _kept(self._hypers, (beta1, beta2, eps, lr, decay, device), filled)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "rounding_seed": int(self._seed)}
+        return {**super().state_dict(), "rounding_seed": int(self._counted())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What :meth:`state_dict` gave.
